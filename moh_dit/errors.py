@@ -1,0 +1,5 @@
+"""The one exception that means: the user can mend this. Programs print it as one line and exit 2."""
+
+
+class UserError(ValueError):
+    """Bad input. The message names the input, what is wrong with it and what to do."""
