@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this. Programs print it as one line and exit 2."""
+"""The one exception that means: the user can mend this. Programs print one line and exit 2."""
 
 
 class UserError(ValueError):

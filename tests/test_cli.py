@@ -1,0 +1,94 @@
+"""The configuration mechanism that every program shares."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from moh_dit.cli import load_config, run_program, save_config
+from moh_dit.errors import UserError
+
+
+@dataclass
+class Inner:
+    learning_rate: float = 1e-4
+    """Step size."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Averaging factors."""
+
+
+@dataclass
+class Outer:
+    optimizer: Inner = field(default_factory=Inner)
+    num_steps: int = 10
+    """Length of the run, in steps."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Arithmetic."""
+    plan: list[int] | int | None = None
+    """A list or one for all."""
+
+
+def run(*argv):
+    seen = []
+    run_program(seen.append, Outer, prog="p", description="d", example="p --x", argv=argv)
+    return seen[0]
+
+
+def test_yaml_then_dotted_overrides_and_back(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("optimizer: {learning_rate: 0.5}\nnum_steps: 7\nplan: [1, 2]\n")
+    config = run("--config", str(path), "--optimizer.betas", "[0.1, 0.2]", "--num_steps=8")
+    assert config == Outer(Inner(0.5, (0.1, 0.2)), 8, "no", [1, 2])
+    save_config(config, tmp_path / "resolved.yaml")
+    assert load_config(Outer, tmp_path / "resolved.yaml") == config
+    assert run("--config", str(tmp_path / "resolved.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--optimizer.learning_rat", "1"], ["learning_rat", "optimizer.learning_rate?"]),
+        (["--num_step=1"], ["num_step", "num_steps?"]),
+        (["--learning_rate=1"], ["optimizer.learning_rate?"]),
+        (["--num_steps=many"], ["num_steps", "many"]),
+        (["--mixed_precision=int3"], ["mixed_precision", "bf16"]),
+        (["--config=missing.yaml"], ["missing.yaml"]),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    for word in words:
+        assert word in message
+
+
+def test_unknown_keys_in_a_file_name_the_nearest(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("optimizer: {learning_rte: 1}\n")
+    with pytest.raises(SystemExit):
+        run("--config", str(path))
+    assert "did you mean optimizer.learning_rate?" in capsys.readouterr().err
+    with pytest.raises(UserError, match="learning_rte"):
+        load_config(Outer, path)
+
+
+def test_user_errors_become_one_line(capsys):
+    def fail(config):
+        raise UserError("folder x is empty")
+
+    with pytest.raises(SystemExit) as stop:
+        run_program(fail, Outer, prog="p", description="d", example="e", argv=[])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "p: error: folder x is empty\n"
+
+
+def test_help_shows_field_docstrings_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--help")
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Length of the run, in steps. (type: int, default: 10)" in text
+    assert "example: p --x" in text
