@@ -1,0 +1,148 @@
+"""The whole model against arrays of the published implementation, and the published presets."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from reference import load_reference, relative_error
+from torch.utils.checkpoint import checkpoint
+
+from moh_dit.errors import UserError
+from moh_dit.presets import MOH_PLANS, PRESETS, build_model
+from moh_dit.transformer import MoHDiTTransformer2DModel
+
+SMALL = dict(sample_size=8, hidden_size=32, depth=3, num_heads=4, num_classes=5)
+ROUTED = SMALL | dict(num_shared_heads=[2, 1, 0], num_active_routed_heads=[1, 2, 2])
+
+# Parameters and active heads of the published models (specification, table of §2).
+PUBLISHED = {
+    "S/2-90": (32_997_152, 64), "S/2-75": (32_998_688, 54),
+    "B/2-90": (130_638_368, 129), "B/2-75": (130_638_368, 108),
+    "L/2-90": (458_512_416, 344), "L/2-75": (458_528_800, 288),
+    "XL/2-90": (675_666_464, 403), "XL/2-75": (675_689_504, 336),
+}  # fmt: skip
+
+
+def reference_model(case):
+    arrays, metadata = load_reference(f"model_{case}")
+    names = ["sample_size", "patch_size", "hidden_size", "depth", "num_heads", "num_classes"]
+    names += ["num_shared_heads", "num_active_routed_heads"]
+    config = {name: metadata[name] for name in names}
+    head_dim = metadata["head_dim"]
+    config["head_dim"] = head_dim[0] if isinstance(head_dim, list) else head_dim
+    model = MoHDiTTransformer2DModel(**config).double().eval()
+    state = {key[6:]: value for key, value in arrays.items() if key.startswith("state.")}
+    model.load_state_dict(state)
+    return model, state, arrays
+
+
+@pytest.mark.parametrize("case", ["uniform_heads", "pyramid_heads"])
+def test_output_matches_published(case):
+    model, state, arrays = reference_model(case)
+    with torch.no_grad():
+        out = model(arrays["x"], arrays["t"], arrays["y"]).sample
+    assert relative_error(out, arrays["out"]) < 1e-8
+    assert arrays["y"][-1] == model.null_class
+    saved = model.state_dict()
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("name", MOH_PLANS)
+def test_published_sizes(name):
+    with torch.device("meta"):
+        model = build_model(f"MoH-DiT-{name}")
+    parameters, active_heads = PUBLISHED[name]
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    plans = [block.attn for block in model.blocks]
+    assert sum(a.num_shared_heads + a.num_active_routed_heads for a in plans) == active_heads
+
+
+def test_every_preset_builds_and_dense_ones_have_no_router():
+    assert len(PRESETS) == 12 + 8
+    for name in PRESETS:
+        with torch.device("meta"):
+            model = build_model(name, depth=PRESETS[name]["depth"])
+        routers = [key for key in model.state_dict() if ".wg" in key]
+        assert bool(routers) == name.startswith("MoH"), name
+    with pytest.raises(UserError, match="MoH-DiT-XL/2-75"):
+        build_model("MoH-DiT-XL/2-74")
+
+
+def test_starts_as_zero_and_config_round_trips(tmp_path):
+    model = MoHDiTTransformer2DModel(**ROUTED)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.tensor([0, 5])
+    assert not model(x, t, y).sample.any()
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    model.save_pretrained(tmp_path)
+    again = MoHDiTTransformer2DModel.from_pretrained(tmp_path)
+    assert again.config.num_shared_heads == [2, 1, 0]
+    torch.testing.assert_close(again(x, t, y).sample, model.eval()(x, t, y).sample, rtol=0, atol=0)
+
+
+def randomized(config):
+    torch.manual_seed(0)
+    model = MoHDiTTransformer2DModel(**config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def loss_and_gradients(model, config):
+    torch.manual_seed(1)
+    out = model(torch.randn(3, 4, 8, 8), torch.tensor([1, 50, 999]), torch.tensor([0, 3, 5]))
+    loss = out.sample.square().mean() + out.load_balance_loss
+    loss.backward()
+    return loss, [p.grad for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_balance_gradient_survives_activation_checkpointing(use_reentrant):
+    loss, gradients = loss_and_gradients(randomized(ROUTED), ROUTED)
+    model = randomized(ROUTED)
+    model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=use_reentrant))
+    assert model.gradient_checkpointing
+    checkpointed_loss, checkpointed = loss_and_gradients(model, ROUTED)
+    torch.testing.assert_close(checkpointed_loss, loss)
+    torch.testing.assert_close(checkpointed, gradients)
+    # The balance term alone reaches every router: it is not carried by the sample's gradient.
+    model.zero_grad()
+    out = model(torch.randn(2, 4, 8, 8), torch.tensor([5]), torch.tensor([0, 1]))
+    out.load_balance_loss.backward()
+    assert all(block.attn.wg.weight.grad.abs().max() > 0 for block in model.blocks)
+
+
+def test_compiles_without_graph_break():
+    model = randomized(ROUTED)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss, gradients = loss_and_gradients(randomized(ROUTED), ROUTED)
+    compiled_loss, compiled_gradients = loss_and_gradients(compiled, ROUTED)
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(compiled_gradients, gradients)
+
+
+def test_statistics_are_returned_in_training_only():
+    model = randomized(ROUTED)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([7]), torch.tensor([0, 1])
+    out = model(x, t, y)
+    assert len(out.router_stats) == 3
+    for stats, layer in zip(out.router_stats, model.routed_layers.values(), strict=True):
+        assert stats[0].sum().item() == pytest.approx(layer.num_active_routed_heads)
+    assert math.isfinite(out.load_balance_loss.item())
+    assert model.eval()(x, t, y).load_balance_loss is None
+    assert MoHDiTTransformer2DModel(**SMALL)(x, t, y).load_balance_loss is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_shared_heads=[2, 2]), "num_shared_heads lists 2 layers, depth is 3"),
+        (dict(num_shared_heads=[2, 3, 2], num_active_routed_heads=2), "layer 1: .*leave 1"),
+        (dict(patch_size=3), "not divisible by patch_size"),
+    ],
+)
+def test_plans_that_do_not_add_up_name_the_layer(change, message):
+    with pytest.raises(UserError, match=message):
+        MoHDiTTransformer2DModel(**(SMALL | change))
