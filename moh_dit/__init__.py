@@ -1,3 +1,22 @@
 """MoH-DiT: Diffusion Transformers with Mixture-of-Head attention."""
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+# Looked up on first use, so that `import moh_dit` and every --help stay quick.
+_EXPORTS = {
+    "MoHAttention": "attention",
+    "MoHDiTPipeline": "pipeline",
+    "MoHDiTTransformer2DModel": "transformer",
+    "PRESETS": "presets",
+    "build_model": "presets",
+}
+__all__ = ["PRESETS", "MoHAttention", "MoHDiTPipeline", "MoHDiTTransformer2DModel", "build_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)

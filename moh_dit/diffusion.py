@@ -5,45 +5,12 @@ constants of a diffusers ``DDPMScheduler``, which also samples from the model.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.schedulers import scheduling_ddpm
 from torch import Tensor
-
-
-def make_scheduler(num_train_timesteps: int = 1000, learned_variance: bool = True) -> DDPMScheduler:
-    """The papers' process: linear β from 1e-4 to 2e-2, ancestral sampling, no clipping.
-
-    Args:
-        num_train_timesteps: length T of the process the model is trained on.
-        learned_variance: whether the model predicts the variance values v beside the noise.
-    """
-    return DDPMScheduler(
-        num_train_timesteps=num_train_timesteps,
-        beta_schedule="linear",
-        beta_start=1e-4,
-        beta_end=2e-2,
-        variance_type="learned_range" if learned_variance else "fixed_small",
-        clip_sample=False,
-        timestep_spacing="linspace",
-    )
-
-
-def float64_constants(scheduler: DDPMScheduler) -> DDPMScheduler:
-    """Recompute the scheduler's β and ᾱ in float64, in place, and return it.
-
-    diffusers rounds them to float32, where 1 - ᾱ_t / ᾱ_{t-1} keeps three digits of a β of 1e-4.
-    Latents keep their own dtype: a 0-dimensional constant does not promote them.
-    """
-    config = scheduler.config
-    if config.beta_schedule != "linear" or config.trained_betas is not None:
-        return scheduler  # nothing is known that would be more exact than what diffusers holds
-    steps = config.num_train_timesteps
-    scheduler.betas = torch.linspace(config.beta_start, config.beta_end, steps, dtype=torch.float64)
-    scheduler.alphas = 1 - scheduler.betas
-    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
-    return scheduler
 
 
 class DiffusionLoss(NamedTuple):
@@ -54,20 +21,30 @@ class DiffusionLoss(NamedTuple):
 
 
 class DiffusionProcess:
-    """q(x_t | x_0) and the training loss of a model that predicts ε and the variance values v.
+    """q(x_t | x_0), its reverse, and the training loss of a model that predicts ε and v.
 
     Args:
-        scheduler: source of the β schedule (its ``config`` alone is used).
-        device: where the tables live; float32, T values each.
+        scheduler: source of the β schedule.
+        timesteps: descending subset of ``0 … T-1`` to walk instead of all (iDDPM §4); timestep
+            arguments below then count its members from the last, as ``0 … len - 1``.
+        device: where the tables live; float32, one value per step.
     """
 
-    def __init__(self, scheduler: DDPMScheduler, device: torch.device | str = "cpu"):
-        alpha_bar = float64_constants(type(scheduler).from_config(scheduler.config)).alphas_cumprod
+    def __init__(
+        self,
+        scheduler: DDPMScheduler,
+        timesteps: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        alpha_bar = (1 - _float64_betas(scheduler)).cumprod(0)
+        if timesteps is not None:
+            alpha_bar = alpha_bar[timesteps.cpu().flip(0)]
         previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])  # ᾱ_{t-1}
         alpha = alpha_bar / previous
         beta = 1 - alpha
         posterior = beta * (1 - previous) / (1 - alpha_bar)  # β̃_t, DDPM eq. 7
-        posterior[0] = posterior[1]  # β̃_0 is 0 and its log is needed
+        # β̃_0 is 0 and its log is needed: the next one stands in. A single step never uses it.
+        posterior[0] = posterior[1] if len(posterior) > 1 else beta[0]
         tables = dict(
             sqrt_alpha_bar=alpha_bar.sqrt(),
             sqrt_noise=(1 - alpha_bar).sqrt(),
@@ -79,12 +56,18 @@ class DiffusionProcess:
             log_posterior=posterior.log(),
         )
         self.num_timesteps = len(alpha_bar)
-        # Rounded where the published code rounds, so that the loss is the same to the last digits.
+        # Computed in float64 and rounded once, where the published code rounds: the loss and the
+        # samples then agree with it to the last digits.
         self.tables = {name: table.float().to(device) for name, table in tables.items()}
 
-    def constant(self, name: str, timesteps: Tensor, like: Tensor) -> Tensor:
-        """Row of a table at each image's timestep, shaped to broadcast over ``like`` (B, …)."""
+    def constant(self, name: str, timesteps: Tensor | int, like: Tensor) -> Tensor:
+        """A table at one timestep or at each image's, shaped to broadcast over ``like`` (B, …)."""
         return self.tables[name][timesteps].to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+    def to(self, device: torch.device) -> None:
+        """Move the tables, once."""
+        if self.tables["log_beta"].device != device:
+            self.tables = {name: table.to(device) for name, table in self.tables.items()}
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε (DDPM eq. 4)."""
@@ -107,7 +90,9 @@ class DiffusionProcess:
 
         # The bound trains v alone: ε̂ is detached in it (iDDPM §3.1).
         noisy = self.add_noise(latents, noise, timesteps)
-        mean, log_variance = self.reverse(predicted_noise.detach(), v, noisy, timesteps)
+        predicted = self.predict_latents(predicted_noise.detach(), noisy, timesteps)
+        mean = self.posterior_mean(predicted, noisy, timesteps)
+        log_variance = self.log_variance(v, timesteps)
         true_mean = self.posterior_mean(latents, noisy, timesteps)
         true_log_variance = self.constant("log_posterior", timesteps, latents)
         kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
@@ -115,21 +100,96 @@ class DiffusionProcess:
         first = (timesteps == 0).view(-1, 1, 1, 1)
         return DiffusionLoss(mse, image_mean(torch.where(first, nll, kl)) / math.log(2))
 
-    def reverse(
-        self, predicted_noise: Tensor, v: Tensor, noisy: Tensor, timesteps: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and log σ² of p(x_{t-1} | x_t) (DDPM eq. 11, iDDPM eq. 15)."""
-        predicted_latents = self.constant("recip_alpha_bar", timesteps, noisy) * noisy
-        predicted_latents -= self.constant("recip_noise", timesteps, noisy) * predicted_noise
-        share = (v + 1) / 2
-        log_variance = share * self.constant("log_beta", timesteps, noisy)
-        log_variance = log_variance + (1 - share) * self.constant("log_posterior", timesteps, noisy)
-        return self.posterior_mean(predicted_latents, noisy, timesteps), log_variance
+    def predict_latents(
+        self, predicted_noise: Tensor, noisy: Tensor, timesteps: Tensor | int
+    ) -> Tensor:
+        """x̂_0 from x_t and ε̂ (DDPM eq. 4, solved)."""
+        signal = self.constant("recip_alpha_bar", timesteps, noisy) * noisy
+        return signal - self.constant("recip_noise", timesteps, noisy) * predicted_noise
 
-    def posterior_mean(self, latents: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    def log_variance(self, v: Tensor, timesteps: Tensor | int) -> Tensor:
+        """log σ² between log β̃_t (v = -1) and log β_t (v = 1) (iDDPM eq. 15)."""
+        share = (v + 1) / 2
+        upper = share * self.constant("log_beta", timesteps, v)
+        return upper + (1 - share) * self.constant("log_posterior", timesteps, v)
+
+    def posterior_mean(self, latents: Tensor, noisy: Tensor, timesteps: Tensor | int) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
         weighted = self.constant("mean_x0", timesteps, noisy) * latents
         return weighted + self.constant("mean_xt", timesteps, noisy) * noisy
+
+
+class LearnedVarianceDDPMScheduler(DDPMScheduler):
+    """diffusers' ``DDPMScheduler`` for ``learned_range``, with the arithmetic of the loss above.
+
+    The parent holds β in float32, where 1 - ᾱ_t / ᾱ_{t-1} keeps three digits of a β of 1e-4; this
+    one takes every step through the tables of :class:`DiffusionProcess`. Saved folders name the
+    parent; the pipeline puts this in its place (``from_config``) when it samples.
+    """
+
+    def set_timesteps(self, *args: Any, **options: Any) -> None:
+        """As the parent's; then prepares the tables of the chosen timesteps."""
+        super().set_timesteps(*args, **options)
+        self._process = DiffusionProcess(self, self.timesteps)
+        last = len(self.timesteps) - 1
+        self._positions = {t: last - i for i, t in enumerate(self.timesteps.tolist())}
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | int,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> scheduling_ddpm.DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """One ancestral step (DDPM eq. 11 with iDDPM eq. 15).
+
+        Args:
+            model_output: (B, 2C, H, W), ε̂ then v.
+            timestep: a member of ``timesteps``.
+            sample: (B, C, H, W), x_t.
+            generator: one, or a list of B, for the added noise.
+            return_dict: whether to return a ``DDPMSchedulerOutput`` or its two tensors.
+        """
+        process, position = self._process, self._positions[int(timestep)]
+        process.to(sample.device)
+        predicted_noise, v = model_output.chunk(2, dim=1)
+        predicted = process.predict_latents(predicted_noise, sample, position)
+        previous = process.posterior_mean(predicted, sample, position)
+        if position > 0:
+            noise = scheduling_ddpm.randn_tensor(
+                sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
+            )
+            previous = previous + (0.5 * process.log_variance(v, position)).exp() * noise
+        if not return_dict:
+            return previous, predicted
+        return scheduling_ddpm.DDPMSchedulerOutput(previous, predicted)
+
+
+def make_scheduler(num_train_timesteps: int = 1000, learned_variance: bool = True) -> DDPMScheduler:
+    """The papers' process: linear β from 1e-4 to 2e-2, ancestral sampling, no clipping.
+
+    Args:
+        num_train_timesteps: length T of the process the model is trained on.
+        learned_variance: whether the model predicts the variance values v beside the noise.
+    """
+    return DDPMScheduler(
+        num_train_timesteps=num_train_timesteps,
+        beta_schedule="linear",
+        beta_start=1e-4,
+        beta_end=2e-2,
+        variance_type="learned_range" if learned_variance else "fixed_small",
+        clip_sample=False,
+        timestep_spacing="linspace",
+    )
+
+
+def _float64_betas(scheduler: DDPMScheduler) -> Tensor:
+    config = scheduler.config
+    if config.beta_schedule == "linear" and config.trained_betas is None:
+        steps = config.num_train_timesteps
+        return torch.linspace(config.beta_start, config.beta_end, steps, dtype=torch.float64)
+    return scheduler.betas.double()
 
 
 def image_mean(values: Tensor) -> Tensor:

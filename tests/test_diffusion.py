@@ -9,8 +9,8 @@ from test_transformer import reference_model
 
 from moh_dit.diffusion import (
     DiffusionProcess,
+    LearnedVarianceDDPMScheduler,
     discretised_gaussian_nll,
-    float64_constants,
     gaussian_kl,
     make_scheduler,
 )
@@ -48,13 +48,28 @@ def test_bound_is_zero_for_the_true_posterior():
     torch.testing.assert_close(vlb, torch.zeros(2).double(), atol=1e-9, rtol=0)
 
 
-def test_float64_constants_keep_the_digits_of_small_betas():
-    rounded, exact = make_scheduler(), float64_constants(make_scheduler())
-    exact_beta = exact.config.beta_start
-    of = lambda s: (1 - s.alphas_cumprod[1] / s.alphas_cumprod[0]).item()  # noqa: E731
-    second = exact_beta + (exact.config.beta_end - exact_beta) / 999
-    assert of(exact) == pytest.approx(second, rel=1e-11)
-    assert abs(of(rounded) / second - 1) > 1e-6
+def test_steps_agree_with_diffusers_to_the_digits_it_keeps():
+    torch.manual_seed(0)
+    theirs = make_scheduler()
+    ours = LearnedVarianceDDPMScheduler.from_config(theirs.config)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(50)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    x, output = torch.randn(2, 4, 8, 8), torch.randn(2, 8, 8, 8)
+    for t in ours.timesteps:
+        generators = [torch.Generator().manual_seed(int(t)) for _ in range(2)]
+        a, b = (s.step(output, t, x, g) for s, g in zip((ours, theirs), generators, strict=True))
+        assert relative_error(a.prev_sample, b.prev_sample) < 2e-4
+        assert relative_error(a.pred_original_sample, b.pred_original_sample) < 2e-4
+
+
+def test_tables_keep_the_digits_of_small_betas():
+    scheduler = make_scheduler()
+    log_beta = DiffusionProcess(scheduler).tables["log_beta"]
+    betas = torch.linspace(1e-4, 2e-2, 1000).double()
+    torch.testing.assert_close(log_beta.double(), betas.log(), rtol=2e-7, atol=0)
+    ratio = 1 - scheduler.alphas_cumprod[1] / scheduler.alphas_cumprod[0]
+    assert abs(ratio.item() / betas[1].item() - 1) > 1e-6  # what diffusers' float32 makes of it
 
 
 def test_kl_and_nll_against_torch_distributions():

@@ -1,0 +1,126 @@
+"""The pipeline against arrays of the published sampler, and as a diffusers citizen."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from reference import relative_error
+from test_transformer import ROUTED, randomized, reference_model
+
+from moh_dit.diffusion import make_scheduler
+from moh_dit.errors import UserError
+from moh_dit.pipeline import Guidance, MoHDiTPipeline
+
+
+def tiny_vae():
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        norm_num_groups=4,
+    ).eval()
+
+
+def tiny_pipeline(class_names=None):
+    pipeline = MoHDiTPipeline(
+        randomized(ROUTED).eval(), tiny_vae(), make_scheduler(), class_names=class_names
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("case", ["uniform_heads", "pyramid_heads"])
+def test_guidance_on_three_channels_matches_published(case):
+    model, _, arrays = reference_model(case)
+    half = len(arrays["cfg.x"]) // 2
+    latents = arrays["cfg.x"][:half].repeat(2, 1, 1, 1)  # the published guidance uses this half
+    with torch.no_grad():
+        conditional, null = model(latents, arrays["cfg.t"], arrays["cfg.y"]).sample.chunk(2)
+    guided = Guidance(3.0, num_channels=3)(conditional, null, 4)
+    assert relative_error(guided, arrays["cfg.out_first3"][:half]) < 1e-8
+
+
+@pytest.mark.parametrize("case", ["uniform_heads", "pyramid_heads"])
+def test_ancestral_sampling_matches_published(case, monkeypatch):
+    model, _, arrays = reference_model(case)
+    pipeline = MoHDiTPipeline(model, tiny_vae(), make_scheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    noise = iter(arrays["sample.noise"])
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: next(noise)
+    )
+    seen = []
+    latents = pipeline(
+        arrays["sample.labels"],
+        guidance_scale=2.0,
+        num_inference_steps=20,
+        latents=arrays["sample.z"],
+        output_type="latent",
+        callback_on_step_end=lambda p, step, t, tensors: seen.append(t.item()),
+    ).images
+    assert seen == arrays["sample.timesteps"].tolist()
+    assert relative_error(latents, arrays["sample.out"]) < 1e-8
+
+
+def test_saved_folder_loads_in_a_fresh_process(tmp_path):
+    pipeline = tiny_pipeline(["a", "b", "c", "d", "e"])
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").rglob("*.bin"))
+    expected = pipeline("b", num_inference_steps=3, generator=torch.Generator().manual_seed(3),
+                        output_type="pt").images  # fmt: skip
+    torch.save(expected, tmp_path / "expected.pt")
+    script = f"""
+import torch
+from moh_dit import MoHDiTPipeline
+pipeline = MoHDiTPipeline.from_pretrained({str(tmp_path / "saved")!r})
+image = pipeline("b", num_inference_steps=3, generator=torch.Generator().manual_seed(3),
+                 output_type="pt").images
+assert torch.equal(image, torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_output_types_and_labels():
+    pipeline = tiny_pipeline(["cat", "dog", "eel", "fox", "gnu"])
+    assert pipeline.label_ids(["fox", 0, "2", "eel"]) == [3, 0, 2, 2]
+    options = dict(num_inference_steps=2, guidance_scale=1.5)
+    assert pipeline([0, "dog"], output_type="latent", **options).images.shape == (2, 4, 8, 8)
+    images = pipeline([0, "dog"], output_type="np", decode_batch_size=1, **options).images
+    assert images.shape == (2, 16, 16, 3)
+    assert 0 <= images.min() <= images.max() <= 1
+    assert pipeline(1, **options).images[0].size == (16, 16)
+
+
+def test_latents_stay_float32_in_a_bf16_model():
+    pipeline = tiny_pipeline()
+    pipeline.transformer.to(torch.bfloat16)
+    latents = pipeline([0], num_inference_steps=2, output_type="latent").images
+    assert latents.dtype == torch.float32
+    assert not torch.equal(latents, latents.bfloat16().float())
+
+
+def test_generators_make_an_image_independent_of_its_batch():
+    pipeline = tiny_pipeline()
+    generators = lambda *seeds: [torch.Generator().manual_seed(s) for s in seeds]  # noqa: E731
+    options = dict(num_inference_steps=3, output_type="latent")
+    pair = pipeline([1, 2], generator=generators(5, 6), **options).images
+    alone = pipeline([2], generator=generators(6), **options).images
+    assert relative_error(pair[1:], alone) < 1e-5  # a batch of another size rounds differently
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (["catt"], {}, "nearest are cat"),
+        ([5], {}, "out of range 0 … 4"),
+        ([0], dict(num_inference_steps=1001), "1 … 1000"),
+        ([0], dict(output_type="jpeg"), "none of pil"),
+        ([0], dict(latents=torch.zeros(1, 4, 4, 4)), "expected"),
+    ],
+)
+def test_bad_input_is_said_in_words(labels, options, message):
+    with pytest.raises(UserError, match=message):
+        tiny_pipeline(["cat", "dog", "eel", "fox", "gnu"])(labels, **options)
