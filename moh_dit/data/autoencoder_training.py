@@ -22,7 +22,6 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ..autoencoder import (
     LatentScaling,
@@ -35,7 +34,7 @@ from ..autoencoder import (
 )
 from ..cli import save_config
 from ..errors import UserError
-from .images import ImageSet, load_batch, open_images, to_float, to_uint8
+from .images import ImageSet, load_batch, open_images, read_batches, to_float, to_uint8
 from .progress import progress_bar
 
 
@@ -76,6 +75,10 @@ class AutoencoderTraining:
     kl_weight: float = 1e-4
     """Weight of the KL divergence to N(0, 1), averaged over latent values: more makes latents
     smoother and nearer to normal, and reconstructions softer."""
+    latent_noise: float = 0.0
+    """Noise added to the latents in training, relative to their standard deviation: teaches the
+    decoder to forgive what a diffusion model gets slightly wrong, and every channel to carry a
+    share of the image."""
     num_steps: int = 10_000
     """Optimizer steps."""
     batch_size: int = 32
@@ -97,13 +100,18 @@ class AutoencoderTraining:
 class _Autoencode(nn.Module):
     """Encode, sample, decode: one forward, so that data-parallel training sees it all."""
 
-    def __init__(self, vae: AutoencoderKL):
+    def __init__(self, vae: AutoencoderKL, latent_noise: float = 0.0):
         super().__init__()
-        self.vae = vae
+        self.vae, self.latent_noise = vae, latent_noise
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reconstructions (B, 3, H, W) and the KL, averaged over latent values, (B,)."""
         posterior = self.vae.encode(images).latent_dist
-        latents = posterior.mean + posterior.std * noise
+        std = posterior.std
+        if self.latent_noise:  # independent noises add up in variance
+            extra = self.latent_noise * (posterior.mean.var() + posterior.var.mean()).sqrt()
+            std = (posterior.var + extra.detach() ** 2).sqrt()
+        latents = posterior.mean + std * noise
         return self.vae.decode(latents).sample, posterior.kl() / noise[0].numel()
 
 
@@ -142,7 +150,7 @@ def train_autoencoder(config: AutoencoderTraining) -> dict[str, float]:
             f"{config.num_held_out} and batches of {config.batch_size}"
         )
 
-    model = _Autoencode(vae)
+    model = _Autoencode(vae, config.latent_noise)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
@@ -150,11 +158,7 @@ def train_autoencoder(config: AutoencoderTraining) -> dict[str, float]:
     model, optimizer = accelerator.prepare(model, optimizer)
     distance = F.l1_loss if config.reconstruction == "l1" else F.mse_loss
     chance = torch.Generator().manual_seed(config.seed + accelerator.process_index)
-    batches: DataLoader = DataLoader(
-        images,  # type: ignore[arg-type]
-        batch_sampler=_Batches(training, config, accelerator),
-        num_workers=config.num_workers,
-    )
+    batches = read_batches(images, _Batches(training, config, accelerator), config.num_workers)
     with progress_bar(
         config.num_steps, desc="training", unit="step", enabled=accelerator.is_main_process
     ) as progress:

@@ -6,7 +6,7 @@ Random flips are not done here: whoever trains draws them per batch, so that res
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
 from .digits import DIGIT_NAMES, load_digit_images
@@ -211,6 +212,50 @@ def to_uint8(images: Tensor) -> Tensor:
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
+def load_batch(images: ImageSet, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Read a few images at once: uint8 (B, S, S, 3) and int64 (B,)."""
+    pairs = [images[i] for i in indices]
+    return np.stack([image for image, _ in pairs]), np.array([y for _, y in pairs], np.int64)
+
+
+def read_batches(
+    images: ImageSet, batches: Iterable[Sequence[int]], num_workers: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """``load_batch`` for each list of indices in turn, read ahead by loader processes.
+
+    Raises:
+        UserError: an image that cannot be read, in the words of whichever process met it.
+    """
+    loader: DataLoader = DataLoader(
+        _BatchReader(images),
+        batch_size=None,
+        sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+class _BatchReader(Dataset):
+    """Hands a user's mistake over as a value: raised in a worker, it would become a traceback."""
+
+    def __init__(self, images: ImageSet):
+        self.images = images
+
+    def __getitem__(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | UserError:
+        try:
+            return load_batch(self.images, indices)
+        except UserError as error:
+            return error
+
+
+def _as_is(batch: object) -> object:
+    return batch
+
+
 def _class_folders(root: Path) -> list[str]:
     """The names of the class folders, in the order of the labels."""
     if not root.is_dir():
@@ -276,9 +321,3 @@ def _has_jpeg_end(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 65536))
         return b"\xff\xd9" in file.read()
-
-
-def load_batch(images: ImageSet, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Read a few images at once: uint8 (B, S, S, 3) and int64 (B,)."""
-    pairs = [images[i] for i in indices]
-    return np.stack([image for image, _ in pairs]), np.array([y for _, y in pairs], np.int64)
