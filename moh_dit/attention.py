@@ -4,6 +4,8 @@
 (always active), the other ``E = h - s`` are routed; each token activates its top ``k`` of those.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -126,7 +128,7 @@ class MoHAttention(nn.Module):
 
 
 def load_balance_loss(
-    router_stats: list[Tensor], num_active_routed_heads: list[int], published: bool = False
+    router_stats: Sequence[Tensor], num_active_routed_heads: list[int], published: bool = False
 ) -> Tensor:
     """Mean over routed layers of the load-balance term (MoH eq. 8), as a scalar.
 

@@ -1,0 +1,1 @@
+"""The trainer: configuration, data order, averages, checkpoints, logs and the loop."""

@@ -1,0 +1,159 @@
+"""Everything that defines a training run. The docstring under a field is its help text."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import UserError
+from ..presets import preset_config
+
+
+@dataclass
+class ModelConfig:
+    preset: str | None = None
+    """Published model to start from, e.g. MoH-DiT-XL/2-75 or DiT-B/4. Fields below override it."""
+    patch_size: int | None = None
+    """Side of a token, in latent pixels."""
+    hidden_size: int | None = None
+    """Model width C."""
+    depth: int | None = None
+    """Number of blocks."""
+    num_heads: int | list[int] | None = None
+    """Heads h, one number or one per layer."""
+    num_shared_heads: int | list[int | None] | None = None
+    """Shared heads s, one number or one per layer; none for plain multi-head attention."""
+    num_active_routed_heads: int | list[int | None] | None = None
+    """Routed heads k that each token activates, one number or one per layer."""
+    head_dim: int | None = None
+    """Width d of a head; C / h unless given."""
+    mlp_ratio: float | None = None
+    """Hidden width of the MLP over C."""
+    num_classes: int | None = None
+    """Classes; counted in the data unless given. May exceed those of the data, not fall short."""
+
+    def resolve(self, **derived: Any) -> dict[str, Any]:
+        """Arguments of ``MoHDiTTransformer2DModel``: preset, then overrides, then ``derived``."""
+        config = preset_config(self.preset) if self.preset else {}
+        given = {k: v for k, v in vars(self).items() if v is not None and k != "preset"}
+        config = {**config, **given, **derived}
+        if missing := [key for key in ("hidden_size", "depth", "num_heads") if key not in config]:
+            raise UserError(f"model.{missing[0]} is not set; set it, or name a model.preset")
+        return config
+
+
+@dataclass
+class DataConfig:
+    source: str = "digits"
+    """"digits" (embedded) or a folder with one sub-folder of images per class."""
+    image_size: int = 32
+    """Side of the square images the model is trained on, in pixels."""
+    autoencoder: str = "digits"
+    """"digits" (embedded), a folder, or a hub id of an AutoencoderKL."""
+    horizontal_flip: bool = False
+    """Mirror every image with probability one half, anew each epoch."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read and say how many, instead of stopping."""
+
+
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's averages of the gradient and of its square."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices alone: never on biases or the label table."""
+    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """Learning-rate schedule (diffusers.optimization)."""
+    lr_warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly; the schedule must be one with warm-up."""
+    max_grad_norm: float | None = None
+    """Clip the global gradient norm to this; none for no clipping."""
+
+
+@dataclass
+class EvaluationConfig:
+    sample_every: int = 0
+    """Steps between grids of samples; 0 for none but the last."""
+    fid_every: int = 0
+    """Steps between evaluations of generated samples against the data; 0 for none."""
+    num_samples: int = 1000
+    """Samples in an evaluation."""
+    num_inference_steps: int = 50
+    """Denoising steps of grids and evaluations."""
+    guidance_scale: float = 1.5
+    """Classifier-free guidance weight of grids and evaluations; 1 for none."""
+    feature_extractor: str = "inception"
+    """Feature extractor of the evaluation, a name or import path known to fid_eval."""
+
+
+@dataclass
+class TrainConfig:
+    run_dir: str = "runs/train"
+    """Folder of this run; must not exist unless resuming."""
+    resume: bool = False
+    """Continue the run in run_dir from its newest checkpoint, or start it if there is none."""
+    seed: int = 0
+    """Seed of the initial weights, data order, noise, timesteps and label dropout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    num_steps: int = 400_000
+    """Optimizer steps of the whole run."""
+    batch_size: int = 256
+    """Images per optimizer step, over all processes and accumulation steps."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    label_dropout: float = 0.1
+    """Probability of training an image as the null class, for guidance."""
+    balance_loss_weight: float = 0.01
+    """Weight of the load-balance loss, which is 1 at even routing."""
+    balance_loss: Literal["global", "published"] = "global"
+    """Load over the batch of all processes on one scale, or per process as published."""
+    ema_decays: list[float] = field(default_factory=lambda: [0.9999])
+    """Decays of the averaged weights; the first is sampled from. All warm up with the run."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Arithmetic of the model; weights, averages and loss stay float32."""
+    allow_tf32: bool = True
+    """Let CUDA matrix products round their float32 inputs to TF32."""
+    compile: bool = False
+    """torch.compile the model."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more compute."""
+    deterministic: bool = False
+    """Deterministic algorithms on CUDA, so that a resumed run is bit-identical."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient that is not finite: the update is held back, then stop or go on."""
+
+    log_every: int = 50
+    """Steps between logged averages."""
+    checkpoint_every: int = 10_000
+    """Steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints to keep; 0 for all."""
+    trackers: list[str] = field(default_factory=list)
+    """Trackers of accelerate to log to, e.g. tensorboard or wandb (extra: tracking)."""
+
+    def check(self, num_processes: int) -> None:
+        """Raise ``UserError`` for values that do not fit together."""
+        share = num_processes * self.gradient_accumulation_steps
+        if self.batch_size < 1 or self.batch_size % share:
+            raise UserError(
+                f"batch_size {self.batch_size} is not divisible by {num_processes} processes × "
+                f"{self.gradient_accumulation_steps} gradient_accumulation_steps"
+            )
+        for name in ("num_steps", "log_every", "checkpoint_every", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.label_dropout < 1:
+            raise UserError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1)")
+        if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
+            raise UserError(f"ema_decays is {self.ema_decays}; give at least one in [0, 1)")
+        if len(set(self.ema_decays)) < len(self.ema_decays):
+            raise UserError(f"ema_decays {self.ema_decays} lists a decay twice")
+        if self.optimizer.lr_warmup_steps and self.optimizer.lr_schedule == "constant":
+            raise UserError(
+                "optimizer.lr_warmup_steps needs a schedule with warm-up: set "
+                "optimizer.lr_schedule to constant_with_warmup, linear or cosine"
+            )

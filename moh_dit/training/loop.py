@@ -1,0 +1,253 @@
+"""Train a (MoH-)DiT: configuration in, run folder out (layout: ``moh_dit.checkpoints``)."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample_latents
+from ..checkpoints import list_checkpoints
+from ..cli import save_config
+from ..data.images import open_images
+from ..data.latents import encode_images
+from ..data.progress import progress_bar
+from ..diffusion import DiffusionProcess, make_scheduler
+from ..errors import UserError
+from .balance import BalanceLoss
+from .config import TrainConfig
+from .ema import Ema
+from .order import DataOrder, Share, StepRandom
+from .record import RunLog, Window, environment, plot_curves
+from .setup import (
+    Preemption,
+    build_model,
+    gradient_exchange,
+    learning_rate_factor,
+    make_accelerator,
+    refuse_existing,
+    weight_decay_groups,
+)
+from .state import check_resumable, restore_checkpoint, save_checkpoint
+from .watch import GradientWatch
+
+PREEMPTED = 75  # EX_TEMPFAIL: saved, and may be queued again
+
+
+class Trainer:
+    """One run. Whatever can be wrong with the input is found while this is made.
+
+    Raises:
+        UserError: for input that is missing, unreadable, or does not fit together.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.run_dir = Path(config.run_dir)
+        refuse_existing(self.run_dir, config.resume)
+        if (self.run_dir / "config.yaml").is_file():
+            check_resumable(config, self.run_dir)
+        self.accelerator = make_accelerator(config)
+        config.check(self.accelerator.num_processes)
+
+        self.vae = load_autoencoder(config.data.autoencoder)
+        self.latent_shape = latent_shape(self.vae, config.data.image_size)
+        images = open_images(
+            config.data.source,
+            config.data.image_size,
+            skip_unreadable=config.data.skip_unreadable,
+            progress=self.accelerator.is_main_process,
+        )
+        self.class_names = images.class_names
+        torch.manual_seed(config.seed)
+        self.raw_model = build_model(config, self.latent_shape, len(self.class_names))
+        self._prepare()
+        self.latents = encode_images(
+            images,
+            self.vae.to(self.accelerator.device),
+            flip=config.data.horizontal_flip,
+            progress=self.accelerator.is_main_process,
+        )
+
+    def _prepare(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        model = self.raw_model.to(accelerator.device).train()
+        self.emas = [Ema(model, decay) for decay in config.ema_decays]
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if config.compile:
+            model.compile()
+        parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        adamw = torch.optim.AdamW(
+            weight_decay_groups(parameters, config.optimizer.weight_decay),
+            lr=config.optimizer.learning_rate,
+            betas=config.optimizer.betas,
+            fused=True,
+        )
+        self.model: nn.Module
+        self.model, self.optimizer = accelerator.prepare(model, adamw)
+        self.lr_factor = learning_rate_factor(config.optimizer, config.num_steps, adamw)
+        self.watch = GradientWatch(
+            parameters, adamw, config.optimizer.max_grad_norm, accelerator.scaler is not None
+        )
+        self.process = DiffusionProcess(make_scheduler(), device=accelerator.device)
+        self.balance = BalanceLoss(
+            accelerator,
+            [layer.num_active_routed_heads for layer in model.routed_layers.values()],
+            published=config.balance_loss == "published",
+        )
+        self.share = Share(
+            config.batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.gradient_accumulation_steps,
+        )
+        self.start_step = 0
+        if checkpoints := list_checkpoints(self.run_dir):
+            self.start_step = restore_checkpoint(accelerator, checkpoints[-1], self.emas)
+
+    def train(self) -> None:
+        """Run to ``num_steps``. After SIGTERM: save, then exit with code 75."""
+        config, accelerator = self.config, self.accelerator
+        preemption = Preemption()
+        self._open_run_folder()
+        window = Window(accelerator, self.raw_model, config.batch_size)
+        batches = self._batches()
+        bar = progress_bar(
+            config.num_steps,
+            desc="training",
+            unit="step",
+            initial=self.start_step,
+            enabled=accelerator.is_main_process,
+        )
+        for step in range(self.start_step + 1, config.num_steps + 1):
+            window.add(*self._step(step, batches))
+            bar.update()
+            last = step == config.num_steps
+            stop = preemption.is_due(accelerator, step)
+            if step % config.log_every == 0 or last or stop:
+                entry = window.close(step, self.optimizer.param_groups[0]["lr"])
+                if accelerator.is_main_process:
+                    self._log(entry)
+                bar.set_postfix(loss=f"{entry['loss']:.4f}")
+            if step % config.checkpoint_every == 0 or last or stop:
+                self._check_finite()
+                save_checkpoint(accelerator, self.run_dir, step, self.emas, config.keep_checkpoints)
+                if accelerator.is_main_process:
+                    plot_curves(self.run_dir / "log.jsonl", self.run_dir / "curves.png")
+                window.restart_clock()
+            if stop and not last:
+                break
+        bar.close()
+        accelerator.end_training()
+        if stop and not last:
+            accelerator.print(f"told to stop: saved at step {step}; continue with --resume true")
+            raise SystemExit(PREEMPTED)
+
+    def _open_run_folder(self) -> None:
+        run = self.run_dir
+        if self.accelerator.is_main_process:
+            run.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, run / "config.yaml")
+            (run / "classes.json").write_text(json.dumps(self.class_names, indent=1))
+            with (run / "environment.jsonl").open("a") as file:  # one line for each start
+                file.write(json.dumps({"start_step": self.start_step, **environment()}) + "\n")
+            if not (run / "vae").exists():
+                self.vae.save_pretrained(run / "vae")
+                make_scheduler().save_pretrained(run / "scheduler")
+            self.run_log = RunLog(run / "log.jsonl", self.start_step)
+        self.accelerator.wait_for_everyone()
+        if self.config.trackers:
+            self.accelerator.init_trackers("moh-dit")
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless micro-batches of posterior moments (b, 2C, h, w) and labels (b,)."""
+        order = DataOrder(
+            len(self.latents),
+            self.share,
+            self.config.seed,
+            self.config.data.horizontal_flip,
+            self.start_step,
+        )
+        device = self.accelerator.device
+        loader = DataLoader(
+            self.latents,
+            batch_sampler=order,
+            collate_fn=lambda batch: batch,  # fetched whole by ``__getitems__``
+            pin_memory=device.type == "cuda",
+        )
+        for moments, labels in loader:
+            yield moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def _step(
+        self, step: int, batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One optimizer step; returns loss terms, gradient norm and head load, unsynchronised."""
+        config, accelerator, num_parts = self.config, self.accelerator, self.share.num_micro_batches
+        random = StepRandom.draw(
+            config.seed,
+            step,
+            (config.batch_size, *self.latent_shape),
+            self.process.num_timesteps,
+            config.label_dropout,
+            accelerator.device,
+        )
+        self.balance.start_step()
+        terms = torch.zeros(3, device=accelerator.device)
+        for part in range(num_parts):
+            moments, labels = next(batches)
+            with gradient_exchange(accelerator, self.model, part == num_parts - 1):
+                loss, parts = self._loss(moments, labels, random.rows(self.share.rows(part)))
+                accelerator.backward(loss / num_parts)
+            terms += parts.detach() / num_parts
+        self._check_finite()  # of the step before, now that this one is queued
+        if accelerator.scaler is not None:
+            accelerator.unscale_gradients(self.optimizer)
+        grad_norm = self.watch.before_update(step, terms)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.optimizer.learning_rate * self.lr_factor(step - 1)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for ema in self.emas:
+            ema.update(self.raw_model, step)
+        return terms, grad_norm, self.balance.load()
+
+    def _loss(self, moments: Tensor, labels: Tensor, random: StepRandom) -> tuple[Tensor, Tensor]:
+        """Loss of one micro-batch, and its terms: noise MSE, VLB, load balance."""
+        latents = sample_latents(moments, random.posterior_noise, latent_scaling(self.vae))
+        labels = torch.where(random.drop_label, self.raw_model.null_class, labels)
+        noisy = self.process.add_noise(latents, random.noise, random.timesteps)
+        output = self.model(noisy, random.timesteps, labels)
+        mse, vlb = self.process.loss(output.sample, latents, random.noise, random.timesteps)
+        balance = latents.new_zeros(())
+        if output.router_stats is not None:
+            balance = self.balance(output.router_stats)
+        loss = mse.mean() + vlb.mean() + self.config.balance_loss_weight * balance
+        return loss, torch.stack([mse.mean(), vlb.mean(), balance])
+
+    def _check_finite(self) -> None:
+        if (verdict := self.watch.verdict()) is None:
+            return
+        if self.config.on_nonfinite == "skip":
+            self.accelerator.print(f"skipped {verdict}")
+            return
+        checkpoints = list_checkpoints(self.run_dir)
+        where = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "none is saved yet"
+        raise UserError(
+            f"{verdict}. The update was held back; {where}. Lower optimizer.learning_rate, set "
+            "optimizer.max_grad_norm, or set on_nonfinite to skip"
+        )
+
+    def _log(self, entry: dict) -> None:
+        self.run_log.write(entry)
+        numbers = {key: value for key, value in entry.items() if isinstance(value, float)}
+        self.accelerator.log(numbers, step=entry["step"])
+        if dead := [
+            f"layer {layer} routed head {i}"
+            for layer, load in entry.get("head_load", {}).items()
+            for i, share in enumerate(load)
+            if share == 0
+        ]:
+            self.accelerator.print(f"step {entry['step']}: no token chose {', '.join(dead)}")

@@ -1,0 +1,134 @@
+"""The parts of a run that are made once: accelerator, model, parameter groups, schedule, signal."""
+
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..transformer import MoHDiTTransformer2DModel
+from .config import OptimizerConfig, TrainConfig
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The accelerator of the process group that ``accelerate launch`` or ``torchrun`` made."""
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("mixed_precision fp16 needs a GPU; use bf16 or no")
+    try:
+        return Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=config.trackers or None,
+            project_dir=config.run_dir,
+            # Views save a copy of all gradients; there are no buffers to broadcast.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+            ],
+        )
+    except ValueError as error:  # an unknown tracker, or one that is not installed
+        raise UserError(f"trackers {config.trackers}: {error}; install moh-dit[tracking]") from None
+
+
+def build_model(
+    config: TrainConfig, latent_shape: tuple[int, int, int], classes_in_data: int
+) -> MoHDiTTransformer2DModel:
+    """The model of the configuration, fitted to the latents and the classes of the data."""
+    channels, size, _ = latent_shape
+    num_classes = config.model.num_classes or classes_in_data
+    if num_classes < classes_in_data:
+        raise UserError(
+            f"the data has {classes_in_data} classes, model.num_classes is {num_classes}; "
+            "raise it, or leave it out to count them"
+        )
+    arguments = config.model.resolve(
+        sample_size=size, in_channels=channels, num_classes=num_classes
+    )
+    patch_size = arguments.get("patch_size", 2)
+    if size % patch_size:
+        pixels = config.data.image_size // size * patch_size
+        raise UserError(
+            f"data.image_size {config.data.image_size} gives latents of {size}×{size}, which "
+            f"model.patch_size {patch_size} does not divide; use a multiple of {pixels} pixels"
+        )
+    return MoHDiTTransformer2DModel(**arguments)
+
+
+def weight_decay_groups(
+    parameters: list[tuple[str, Tensor]], weight_decay: float
+) -> list[dict[str, object]]:
+    """Decay on matrices alone: biases and the label table keep their scale."""
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, parameter in parameters:
+        groups[parameter.ndim > 1 and "embedding_table" not in name].append(parameter)
+    return [
+        {"params": params, "weight_decay": weight_decay if decayed else 0.0}
+        for decayed, params in groups.items()
+    ]
+
+
+def learning_rate_factor(
+    config: OptimizerConfig, num_steps: int, optimizer: torch.optim.Optimizer
+) -> Callable[[int], float]:
+    """The schedule as a function of the steps done so far, so that it needs no state."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the schedule itself is never stepped
+        schedule = get_scheduler(
+            config.lr_schedule,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=num_steps,
+        )
+    return schedule.lr_lambdas[0]
+
+
+def gradient_exchange(
+    accelerator: Accelerator, model: nn.Module, exchange: bool
+) -> AbstractContextManager:
+    """Hold gradients back from the other processes until the last micro-batch of a step."""
+    return nullcontext() if exchange else accelerator.no_sync(model)
+
+
+class Preemption:
+    """Remembers a SIGTERM until the end of the step; all processes then stop at the same one."""
+
+    ASK_EVERY = 10  # steps between asking the other processes, where there are any
+
+    def __init__(self) -> None:
+        self._told = False
+        signal.signal(signal.SIGTERM, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._told = True
+
+    def is_due(self, accelerator: Accelerator, step: int) -> bool:
+        """Whether to stop after this step."""
+        if accelerator.num_processes == 1:
+            return self._told
+        if step % self.ASK_EVERY:
+            return False
+        told = torch.tensor(float(self._told), device=accelerator.device)
+        return bool(accelerator.reduce(told, "sum") > 0)
+
+
+def refuse_existing(run_dir: Path, resume: bool) -> None:
+    """Raise ``UserError`` rather than write into a run folder that holds something."""
+    if run_dir.is_file():
+        raise UserError(f"run folder {run_dir} is a file")
+    if run_dir.exists() and any(run_dir.iterdir()) and not resume:
+        raise UserError(
+            f"run folder {run_dir} exists; add --resume true to continue it, or choose another "
+            "--run_dir"
+        )
