@@ -76,9 +76,8 @@ class AutoencoderTraining:
     """Weight of the KL divergence to N(0, 1), averaged over latent values: more makes latents
     smoother and nearer to normal, and reconstructions softer."""
     latent_noise: float = 0.0
-    """Noise added to the latents in training, relative to their standard deviation: teaches the
-    decoder to forgive what a diffusion model gets slightly wrong, and every channel to carry a
-    share of the image."""
+    """Noise added to the latents in training, relative to the standard deviation of each channel:
+    teaches the decoder to forgive what a diffusion model gets slightly wrong."""
     num_steps: int = 10_000
     """Optimizer steps."""
     batch_size: int = 32
@@ -109,8 +108,9 @@ class _Autoencode(nn.Module):
         posterior = self.vae.encode(images).latent_dist
         std = posterior.std
         if self.latent_noise:  # independent noises add up in variance
-            extra = self.latent_noise * (posterior.mean.var() + posterior.var.mean()).sqrt()
-            std = (posterior.var + extra.detach() ** 2).sqrt()
+            over = dict(dim=(0, 2, 3), keepdim=True)
+            variance = posterior.mean.var(**over) + posterior.var.mean(**over)  # of each channel
+            std = (posterior.var + self.latent_noise**2 * variance.detach()).sqrt()
         latents = posterior.mean + std * noise
         return self.vae.decode(latents).sample, posterior.kl() / noise[0].numel()
 

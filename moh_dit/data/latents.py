@@ -4,35 +4,39 @@ The set is indexed by ``(image, flip)``: whoever trains decides the order and dr
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..autoencoder import encode_moments, latent_shape
 from .images import ImageSet, read_batches, to_float
 from .progress import progress_bar
 
 
-class LatentSet(Protocol):
+class LatentSet(Dataset):
     """Posterior moments and labels of N images, flipped or not, for a ``DataLoader``."""
 
     class_names: list[str]
     labels: np.ndarray  # int64 (N,)
     flipped: bool  # whether the mirrored images are there too
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
         """Moments (2C, h, w) in float32, mean then log-variance, and the label."""
+        moments, labels = self.__getitems__([item])
+        return moments[0], int(labels[0])
 
     def __getitems__(self, items: Sequence[tuple[int, bool]]) -> tuple[Tensor, Tensor]:
         """A whole batch: moments float32 (B, 2C, h, w) and labels int64 (B,)."""
+        raise NotImplementedError
 
 
-class LatentMoments:
+class LatentMoments(LatentSet):
     """Moments in memory: ``moments[flip, image]``, float32 (1 or 2, N, 2C, h, w)."""
 
     def __init__(self, moments: Tensor, labels: np.ndarray, class_names: list[str]):
@@ -40,13 +44,6 @@ class LatentMoments:
         self.labels = labels
         self.class_names = class_names
         self.flipped = len(moments) == 2
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
-        index, flip = item
-        return self.moments[int(flip), index], int(self.labels[index])
 
     def __getitems__(self, items: Sequence[tuple[int, bool]]) -> tuple[Tensor, Tensor]:
         images = torch.tensor([index for index, _ in items])
