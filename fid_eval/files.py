@@ -1,0 +1,296 @@
+"""Sets on disk by their path; folders, zips and WebDataset tars of encoded images."""
+
+import glob
+import json
+import os
+import re
+import tarfile
+import threading
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .errors import EvaluationError
+from .images import EXTENSIONS, BadImage, Preprocess, check_file, check_header, check_mode, decode
+from .readers import ArrayReader, ImageReader, ImageSet, check_labels
+from .stored import open_npz, open_safetensors
+
+NAMED = 3  # broken images named in a message
+
+
+class EncodedReader(ImageReader):
+    """Encoded images (PNG, JPEG, …) that can be fetched one by one in any order."""
+
+    def __init__(
+        self,
+        kind: str,
+        set_name: str,
+        names: Sequence[str],
+        fetch: Callable[[int], bytes | Image.Image],
+        check: Callable[[int], tuple],
+        preprocess: Preprocess,
+        labels: Any = None,
+    ) -> None:
+        self.kind, self.set_name, self.names = kind, set_name, names
+        self.fetch, self.preprocess = fetch, preprocess
+        self.count = len(names)
+        if self.count == 0:
+            raise EvaluationError(f"{set_name}: holds no images ({', '.join(sorted(EXTENSIONS))})")
+        self.labels = check_labels(labels, self.count, set_name)
+        self.size = self._inspect(check)
+
+    def _inspect(self, check: Callable[[int], tuple]) -> tuple[int, int]:
+        """The one size of all images, from their headers; every fault is counted, some named."""
+
+        def look(index: int) -> tuple | BadImage:
+            try:
+                return check(index)
+            except BadImage as error:
+                return error
+
+        with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+            found = list(pool.map(look, range(len(self.names)), chunksize=64))
+        bad = [(i, item) for i, item in enumerate(found) if isinstance(item, BadImage)]
+        if bad:
+            examples = ", ".join(f"{self.names[i]}: {error}" for i, error in bad[:NAMED])
+            more = ", …" if len(bad) > NAMED else ""
+            raise EvaluationError(
+                f"{self.set_name}: {len(bad)} of {len(found)} images cannot be used "
+                f"({examples}{more})"
+            )
+        if self.preprocess.size is not None:
+            return (self.preprocess.size, self.preprocess.size)
+        sizes = [(item[1], item[0]) for item in found if not isinstance(item, BadImage)]
+        counts = Counter(sizes).most_common()
+        if len(counts) > 1:
+            listed = ", ".join(
+                f"{n} of {w}×{h} (as {self.names[sizes.index((h, w))]})" for (h, w), n in counts[:4]
+            )
+            raise EvaluationError(
+                f"{self.set_name}: mixed image sizes: {listed}; ask for --resize SIZE, with --crop "
+                "to keep the aspect ratio"
+            )
+        return sizes[0]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        images = []
+        for index in range(start, stop):
+            try:
+                images.append(self._decode(index))
+            except BadImage as error:
+                raise EvaluationError(
+                    f"{self.set_name}: {self.names[index]}: {error}; replace or remove it"
+                ) from None
+        return np.stack(images)
+
+    def _decode(self, index: int) -> np.ndarray:
+        data = self.fetch(index)
+        if isinstance(data, bytes):
+            return decode(data, self.preprocess)
+        check_mode(data.mode)
+        return np.asarray(self.preprocess(data.convert("RGB")))
+
+
+def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
+    """Open what a user wrote on a command line; see ``open_set``."""
+    from .hub import datasets_package, open_dataset, open_hub
+
+    if path.startswith("hf://"):
+        return open_hub(path, preprocess, name or path)
+    if any(c in path for c in "*{") and not Path(path).exists():
+        return _open_tars(_expand(path), preprocess, name or path)
+    location = Path(path).expanduser()
+    name = name or path
+    if not location.exists():
+        raise EvaluationError(f"{path}: no such file or folder")
+    if location.is_dir():
+        if (location / "state.json").exists() or (location / "dataset_dict.json").exists():
+            opened = open_dataset(datasets_package().load_from_disk(path), preprocess, name)
+            opened.path = location
+            return opened
+        tars = sorted(location.glob("*.tar"))
+        opened = (
+            _open_tars(tars, preprocess, name) if tars else _open_folder(location, preprocess, name)
+        )
+        opened.path = location
+        return opened
+    suffix = location.suffix.lower()
+    if suffix == ".npz":
+        return open_npz(location, preprocess, name)
+    if suffix == ".safetensors":
+        return open_safetensors(location, name)
+    if suffix == ".zip":
+        return _open_zip(location, preprocess, name)
+    if suffix == ".tar":
+        return _open_tars([location], preprocess, name)
+    if location.name.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")):
+        raise EvaluationError(f"{path}: a compressed tar cannot be read in any order; unpack it")
+    if suffix == ".npy":
+        array = np.load(location, mmap_mode="r", allow_pickle=False)
+        return ImageSet(name, "npy", ArrayReader(array, name, preprocess), path=location)
+    raise EvaluationError(
+        f"{path}: not a set of images: give a folder, .npz, .npy, .zip, .tar or .safetensors"
+    )
+
+
+def _open_folder(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
+    files = sorted(
+        (Path(folder) / file)
+        for folder, _, names in os.walk(path, followlinks=True)
+        for file in names
+        if Path(file).suffix.lower() in EXTENSIONS
+    )
+    names = [file.relative_to(path).as_posix() for file in files]
+    listing = path / "dataset.json"
+    listed = listing.read_bytes() if listing.exists() else None
+    reader = EncodedReader(
+        "folder",
+        name,
+        names,
+        lambda i: files[i].read_bytes(),
+        lambda i: check_file(files[i]),
+        preprocess,
+        _labels(names, listed, name),
+    )
+    return ImageSet(name, "folder", reader)
+
+
+def _open_zip(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
+    local = threading.local()  # one open archive per thread: reading moves its position
+
+    def fetch(index: int) -> bytes:
+        if not hasattr(local, "archive"):
+            local.archive = zipfile.ZipFile(path)
+        try:
+            return local.archive.read(names[index])
+        except zipfile.BadZipFile as error:
+            raise BadImage(f"damaged in the archive ({error})") from None
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = sorted(n for n in archive.namelist() if _is_image(n))
+            listing = [n for n in archive.namelist() if PurePosixPath(n).name == "dataset.json"]
+            listed = archive.read(listing[0]) if listing else None
+    except zipfile.BadZipFile:
+        raise EvaluationError(f"{name}: not a complete zip: truncated; copy it again") from None
+    reader = EncodedReader(
+        "zip",
+        name,
+        names,
+        fetch,
+        lambda i: check_bytes(fetch(i)),
+        preprocess,
+        _labels(names, listed, name),
+    )
+    return ImageSet(name, "zip", reader, path=path)
+
+
+def _is_image(name: str) -> bool:
+    path = PurePosixPath(name)
+    hidden = path.name.startswith(".") or "__MACOSX" in path.parts
+    return path.suffix.lower() in EXTENSIONS and not hidden
+
+
+def check_bytes(data: bytes) -> tuple:
+    return check_header(data[:4096], data[-1024:], len(data), data)
+
+
+def _expand(pattern: str) -> list[Path]:
+    """WebDataset's shards-{000..012}.tar, or a shell pattern."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match:
+        width = len(match[1])
+        numbers = range(int(match[1]), int(match[2]) + 1)
+        paths = [pattern.replace(match[0], f"{number:0{width}d}") for number in numbers]
+    else:
+        paths = sorted(glob.glob(pattern))
+    missing = [path for path in paths if not Path(path).exists()]
+    if not paths or missing:
+        raise EvaluationError(f"{pattern}: no such file{f': {missing[0]}' if missing else 's'}")
+    return [Path(path) for path in paths]
+
+
+def _open_tars(paths: list[Path], preprocess: Preprocess, name: str) -> ImageSet:
+    """WebDataset: files of one sample share their name up to the first dot (``key.png``,
+    ``key.cls``, ``key.json``)."""
+    members: list[tuple[int, int, int, str]] = []  # file, offset, size, name
+    found: dict[str, int] = {}
+    handles = [os.open(path, os.O_RDONLY) for path in paths]
+    for number, path in enumerate(paths):
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for info in archive:
+                    folder, _, file = info.name.rpartition("/")
+                    key, _, extension = file.partition(".")
+                    key = f"{number}/{folder}/{key}"
+                    if not info.isfile():
+                        continue
+                    if _is_image(info.name):
+                        members.append((number, info.offset_data, info.size, info.name))
+                        found.setdefault(key, -1)
+                    elif extension in ("cls", "json"):
+                        data = os.pread(handles[number], info.size, info.offset_data)
+                        label = _tar_label(data, extension)
+                        if label is not None:
+                            found[key] = label
+        except tarfile.ReadError as error:
+            raise EvaluationError(f"{path}: not a complete tar ({error}): copy it again") from None
+
+    def fetch(index: int) -> bytes:
+        number, offset, size, _ = members[index]
+        data = os.pread(handles[number], size, offset)
+        if len(data) != size:
+            raise BadImage("truncated")
+        return data
+
+    names = [member[3] for member in members]
+    keys = [
+        f"{number}/{file.rpartition('/')[0]}/{file.rpartition('/')[2].partition('.')[0]}"
+        for number, _, _, file in members
+    ]
+    values = [found.get(key, -1) for key in keys]
+    reader = EncodedReader(
+        "tar",
+        name,
+        names,
+        fetch,
+        lambda i: check_bytes(fetch(i)),
+        preprocess,
+        values if values and min(values) >= 0 else None,
+    )
+    return ImageSet(name, "tar", reader, path=paths[0] if len(paths) == 1 else None)
+
+
+def _tar_label(data: bytes, extension: str) -> int | None:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return None
+    if extension == "json":
+        value = value.get("label", value.get("cls")) if isinstance(value, dict) else None
+    return value if isinstance(value, int) else None
+
+
+def _labels(names: list[str], listed: bytes | None, set_name: str) -> list[int] | None:
+    """Labels by dataset.json as EDM writes it, or by the first folder of each image's path."""
+    if listed is not None:
+        table = dict(json.loads(listed).get("labels") or [])
+        if not table:
+            return None
+        missing = [name for name in names if name not in table]
+        if missing:
+            raise EvaluationError(f"{set_name}: dataset.json has no label for {missing[0]}")
+        return [int(table[name]) for name in names]
+    folders = [PurePosixPath(name).parts[0] if "/" in name else None for name in names]
+    if None in folders or len(set(folders)) < 2:
+        return None
+    classes = sorted(set(folders), key=str)
+    if all(str(folder).isdecimal() for folder in classes):
+        return [int(str(folder)) for folder in folders]
+    return [classes.index(folder) for folder in folders]

@@ -1,0 +1,122 @@
+"""One image: checking its header, decoding it to uint8 RGB, resizing and cropping when asked."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_END = b"IEND\xaeB`\x82"
+CONVERTED = {"L", "1", "P"}  # to RGB without loss of what the picture shows
+
+
+class BadImage(ValueError):
+    """Why one image cannot be used, in a few words."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What happens to an image before the extractor; nothing by default.
+
+    ``size``: side of the square result. ``crop``: keep the aspect ratio and cut the centre as ADM
+    does for training data (halve with a box filter while the short side is at least twice the
+    size, then bicubic, then cut); otherwise the image is stretched, bicubic.
+    """
+
+    size: int | None = None
+    crop: bool = False
+
+    def __str__(self) -> str:
+        if self.size is None:
+            return "none"
+        return f"{'centre crop' if self.crop else 'resize'} to {self.size}"
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if self.size is None or (not self.crop and image.size == (self.size, self.size)):
+            return image
+        if not self.crop:
+            return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        while min(image.size) >= 2 * self.size:
+            half = (image.width // 2, image.height // 2)
+            image = image.resize(half, Image.Resampling.BOX)
+        scale = self.size / min(image.size)
+        scaled = (round(image.width * scale), round(image.height * scale))
+        image = image.resize(scaled, Image.Resampling.BICUBIC)
+        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
+        return image.crop((left, top, left + self.size, top + self.size))
+
+    def arrays(self, images: np.ndarray) -> np.ndarray:
+        """Apply to uint8 (n, H, W, 3)."""
+        if self.size is None:
+            return images
+        return np.stack([np.asarray(self(Image.fromarray(image))) for image in images])
+
+
+AS_IS = Preprocess()
+
+
+def check_header(head: bytes, tail: bytes, size: int, whole: bytes | None = None) -> tuple:
+    """(width, height, mode) from an encoded image's first and last bytes; BadImage if cut short.
+
+    Needs at least 33 bytes of head for PNG; other formats are opened from ``whole`` or ``head``.
+    """
+    if size == 0:
+        raise BadImage("empty file")
+    if head.startswith(PNG_SIGNATURE) and len(head) >= 33:
+        if PNG_END not in tail:
+            raise BadImage("truncated")
+        width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+        depth, colour = head[24], head[25]
+        if depth == 16:
+            raise BadImage("16 bits per channel")
+        modes = {0: "L", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}
+        return width, height, check_mode(modes.get(colour, "unknown"))
+    if head.startswith(b"\xff\xd8") and b"\xff\xd9" not in tail:
+        raise BadImage("truncated")
+    if head.startswith(b"RIFF") and int.from_bytes(head[4:8], "little") + 8 > size:
+        raise BadImage("truncated")
+    try:
+        with Image.open(io.BytesIO(whole if whole is not None else head)) as image:
+            return image.width, image.height, check_mode(image.mode)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise BadImage("not an image that Pillow reads") from error
+
+
+def check_mode(mode: str) -> str:
+    if mode == "RGB" or mode in CONVERTED:
+        return mode
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        raise BadImage("transparency (flatten it onto a background first)")
+    if mode.startswith(("I", "F")):
+        raise BadImage("more than 8 bits per channel")
+    raise BadImage(f"colour mode {mode} (convert it to RGB first)")
+
+
+def check_file(path: Path) -> tuple:
+    """``check_header`` of a file, reading little of it."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - 1024))
+        tail = file.read()
+        if head.startswith(PNG_SIGNATURE):
+            return check_header(head, tail, size)
+        file.seek(0)
+        return check_header(head, tail, size, file.read())
+
+
+def decode(data: bytes, preprocess: Preprocess) -> np.ndarray:
+    """uint8 (H, W, 3) of an encoded image; grey and palette images become RGB."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            check_mode(image.mode)
+            image.load()
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            return np.asarray(preprocess(rgb))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, BadImage):
+            raise
+        raise BadImage(f"truncated or damaged ({error})") from error

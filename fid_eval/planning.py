@@ -1,0 +1,74 @@
+"""What can be measured on which sets, and what to know about the numbers."""
+
+from collections.abc import Sequence
+
+from .catalogue import METRICS
+from .errors import EvaluationError
+from .extractors import Extractor
+from .readers import ImageSet
+from .text import nearest_name
+
+PUBLISHED_SAMPLES, PUBLISHED_REFERENCE = 50_000, 10_000  # ADM's convention
+
+
+def check_metrics(names: Sequence[str]) -> list[str]:
+    for name in names:
+        if name not in METRICS:
+            raise EvaluationError(
+                f"metric {name!r}: {nearest_name(name, METRICS)}; known: {', '.join(METRICS)}"
+            )
+    return list(dict.fromkeys(names))
+
+
+def obstacle(opened: ImageSet, need: str, extractor: Extractor) -> str | None:
+    """Why a set cannot give what a metric needs, None if it can."""
+    layer = need.removeprefix("gaussian:")
+    images, features = opened.images is not None, opened.features
+    if layer == "spatial" and not extractor.has_spatial and "spatial" not in features:
+        return f"the extractor {extractor.name} has no spatial features"
+    if need.startswith("gaussian:"):
+        stored = {"pool": "mu", "spatial": "mu_s"}[layer] in opened.statistics
+        if stored or images or layer in features:
+            return None
+        return f"holds neither images nor statistics of {layer} features"
+    if need == "logits":
+        if not extractor.has_logits and "logits" not in features:
+            return f"the extractor {extractor.name} has no class logits"
+        return None if images or "pool" in features else "holds no images or features"
+    if need == "labels":
+        if "labels" in features or opened.kind == "iterable":
+            return None
+        if opened.images is None or opened.images.labels is None:
+            return (
+                "has no labels (arr_1 of an .npz, a folder per class, .cls files of a tar, "
+                "dataset.json)"
+            )
+        return None
+    return None if images or layer in features else "holds no images or features"
+
+
+def convention_warnings(
+    names: Sequence[str], count: int, used: str, reference_images: int | None
+) -> list[str]:
+    """What to know before the numbers are put beside published ones."""
+    warnings = []
+    if count != PUBLISHED_SAMPLES:
+        warnings.append(
+            f"{count:,} samples; papers use {PUBLISHED_SAMPLES:,}, and FID rises as they get fewer"
+        )
+    if used != "statistics" and {"fid", "sfid"} & set(names):
+        warnings.append(
+            "FID and sFID are against the reference's images; papers use statistics of the whole "
+            "training set"
+        )
+    if {"precision", "recall"} & set(names) and reference_images != PUBLISHED_REFERENCE:
+        warnings.append(
+            f"precision and recall are against {reference_images:,} reference images; papers use "
+            f"{PUBLISHED_REFERENCE:,}"
+        )
+    return warnings
+
+
+def looks_swapped(reference: ImageSet, samples: ImageSet) -> bool:
+    """A reference carries statistics of a training set; samples carry labels and no statistics."""
+    return bool(samples.statistics) and not reference.statistics and reference.images is not None

@@ -1,0 +1,336 @@
+"""Any set of images as one thing: ``open_set`` turns what a user names into an ``ImageSet``.
+
+An ImageSet may hold images (read in pieces by a reader), stored statistics, stored features, or
+several of them: an ADM reference file has both images and statistics.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import EvaluationError
+from .hashing import path_hash
+from .images import AS_IS, Preprocess
+
+CHUNK = 1024  # images of one cache file, one part of the sums, one process's turn
+READ_AHEAD = 1 << 30  # bytes of decoded images held in advance, at most
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+Batch = tuple[int, Tensor, Tensor | None]  # first index, uint8 (n, 3, H, W), labels (n,)
+
+
+class ImageReader:
+    """Images of one size in a fixed order. Subclasses give ``read``; labels are known at once."""
+
+    kind = "images"
+    count: int | None = None  # None: known only at the end
+    size: tuple[int, int] | None = None  # (height, width) after preprocessing
+    labels: np.ndarray | None = None  # int64 (count,)
+    max_workers: int | None = None  # 1 where order matters
+    is_share = False  # each process holds another part
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """uint8 (stop − start, H, W, 3)."""
+        raise NotImplementedError
+
+    def content_hash(self) -> str | None:
+        """sha256 of what the set holds, None where that cannot be known beforehand."""
+        return None
+
+    def batches(
+        self, batch_size: int, owned: Callable[[int], bool], workers: int, pin: bool = False
+    ) -> Iterator[Batch]:
+        """Batches of the chunks that ``owned(chunk)`` claims, in order, read ahead by threads."""
+        assert self.count is not None
+        spans = list(batch_spans(self.count, batch_size, owned))
+        if not spans:
+            return
+
+        def load(span: tuple[int, int]) -> Tensor:
+            images = torch.from_numpy(self.read(*span))
+            return images.pin_memory() if pin else images
+
+        height, width = self.size or (256, 256)
+        workers = min(workers, self.max_workers or workers)
+        window = READ_AHEAD // (batch_size * height * width * 3)
+        window = max(2, min(window, workers + 2))
+        for (start, stop), images in zip(
+            spans, prefetch(load, spans, workers, window), strict=True
+        ):
+            labels = None if self.labels is None else torch.from_numpy(self.labels[start:stop])
+            yield start, images.permute(0, 3, 1, 2), labels
+
+
+def batch_spans(
+    count: int, batch_size: int, owned: Callable[[int], bool]
+) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each batch; none crosses a chunk, so batches are the same for any split."""
+    for chunk, first in enumerate(range(0, count, CHUNK)):
+        if owned(chunk):
+            last = min(first + CHUNK, count)
+            for start in range(first, last, batch_size):
+                yield start, min(start + batch_size, last)
+
+
+def prefetch(function: Callable, items: Iterable, workers: int, window: int) -> Iterator:
+    """``map(function, items)`` by threads, in order, at most ``window`` results ahead."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        iterator, pending = iter(items), []
+        try:
+            for item in iterator:
+                pending.append(pool.submit(function, item))
+                if len(pending) >= window:
+                    yield pending.pop(0).result()
+            while pending:
+                yield pending.pop(0).result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+class ArrayReader(ImageReader):
+    """A NumPy array, torch tensor or member of an .npz of uint8 images."""
+
+    def __init__(self, array: Any, name: str, preprocess: Preprocess, labels: Any = None) -> None:
+        self.kind = "npz" if hasattr(array, "read") else "array"
+        self.array, self.name, self.preprocess = array, name, preprocess
+        shape = tuple(array.shape)
+        dtype = str(array.dtype).removeprefix("torch.")
+        if dtype != "uint8":
+            hint = (
+                "scale to 0..255, round and cast to uint8"
+                if dtype.startswith(("float", "bfloat"))
+                else "convert it to 8 bits"
+            )
+            raise EvaluationError(f"{name}: images of dtype {dtype}, uint8 is needed: {hint}")
+        self.layout = image_layout(shape, name)
+        self.count = shape[0]
+        if self.count == 0:
+            raise EvaluationError(f"{name}: holds no images")
+        height, width = shape[2:4] if self.layout == "NCHW" else shape[1:3]
+        self.size = (height, width) if preprocess.size is None else (preprocess.size,) * 2
+        self.labels = check_labels(labels, self.count, name)
+        if getattr(array, "compressed", False):
+            self.max_workers = 1
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        if hasattr(self.array, "read"):
+            images = self.array.read(start, stop)
+        else:
+            images = self.array[start:stop]
+            if isinstance(images, Tensor):
+                images = images.detach().cpu().numpy()
+        return self.preprocess.arrays(to_nhwc(images, self.layout))
+
+    def content_hash(self) -> str | None:
+        if hasattr(self.array, "read"):
+            return None  # the file is hashed instead
+        digest = hashlib.sha256(repr((self.array.shape, self.preprocess)).encode())
+        assert self.count is not None
+        for start in range(0, self.count, CHUNK):
+            piece = self.array[start : start + CHUNK]
+            piece = piece.detach().cpu().numpy() if isinstance(piece, Tensor) else piece
+            digest.update(np.ascontiguousarray(piece).data)
+        return digest.hexdigest()
+
+
+class IterableReader(ImageReader):
+    """Batches as they come from a loader or a live model: uint8 images, or (images, labels).
+
+    They are cut anew into the batches of any other reader. In a run of several processes every
+    process must yield the same images (each takes its chunks), unless wrapped in ``Share``.
+    """
+
+    kind = "iterable"
+
+    def __init__(self, batches: Iterable, name: str, preprocess: Preprocess, share: bool) -> None:
+        self.source, self.name, self.preprocess = iter(batches), name, preprocess
+        self.is_share = share
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        raise NotImplementedError("batches only")
+
+    def batches(
+        self, batch_size: int, owned: Callable[[int], bool], workers: int, pin: bool = False
+    ) -> Iterator[Batch]:
+        held: list[tuple[Tensor, Tensor | None]] = []
+        position = available = 0
+
+        def take(n: int) -> tuple[Tensor, Tensor | None]:
+            nonlocal available
+            images = torch.cat([item[0] for item in held])
+            label_parts = [item[1] for item in held if item[1] is not None]
+            labels = torch.cat(label_parts) if label_parts else None
+            rest = (images[n:], None if labels is None else labels[n:])
+            held[:] = [rest] if len(images) > n else []
+            available -= n
+            return images[:n], None if labels is None else labels[:n]
+
+        def length() -> int:
+            return min(batch_size, CHUNK - position % CHUNK)
+
+        for item in self.source:
+            images, labels = self._convert(item)
+            held.append((images, labels))
+            available += len(images)
+            while available >= length():
+                n = length()
+                piece = take(n)
+                if owned(position // CHUNK):
+                    yield position, *piece
+                position += n
+        if available:
+            piece = take(available)
+            if owned(position // CHUNK):
+                yield position, *piece
+            position += len(piece[0])
+        if position == 0:
+            raise EvaluationError(f"{self.name}: the iterable gave no images")
+        self.count = position
+
+    def _convert(self, item: Any) -> tuple[Tensor, Tensor | None]:
+        images, labels = item if isinstance(item, tuple | list) else (item, None)
+        images = torch.as_tensor(images).detach()
+        if images.dtype != torch.uint8:
+            raise EvaluationError(
+                f"{self.name}: a batch of dtype {images.dtype}, uint8 is needed: scale to 0..255, "
+                "round and cast to uint8"
+            )
+        if image_layout(tuple(images.shape), self.name) != "NCHW":
+            images = torch.from_numpy(to_nhwc(images.cpu().numpy(), "NHWC")).permute(0, 3, 1, 2)
+        if self.preprocess.size is not None:
+            array = self.preprocess.arrays(images.permute(0, 2, 3, 1).cpu().numpy())
+            images = torch.from_numpy(array).permute(0, 3, 1, 2)
+        size = (images.shape[2], images.shape[3])
+        if self.size is not None and size != self.size:
+            raise EvaluationError(
+                f"{self.name}: images of {self.size} and of {size}; give one size, or ask for a "
+                "resize"
+            )
+        self.size = size
+        if labels is not None:
+            labels = torch.as_tensor(labels).detach().cpu().long().reshape(-1)
+            if len(labels) != len(images):
+                raise EvaluationError(
+                    f"{self.name}: a batch of {len(images)} images with {len(labels)} labels"
+                )
+        return images, labels
+
+
+@dataclass
+class Share:
+    """Wraps an iterable that gives this process's own part of the set, other on each process."""
+
+    batches: Iterable
+
+
+def image_layout(shape: tuple[int, ...], name: str) -> str:
+    """ "NHWC", "NCHW" or "NHW" of an array of images; refuses what is neither grey nor RGB."""
+    if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
+        return "NHW"
+    if len(shape) == 4 and shape[3] == 3:
+        return "NHWC"
+    if len(shape) == 4 and shape[1] == 3:
+        return "NCHW"
+    if len(shape) == 4 and 4 in (shape[1], shape[3]):
+        raise EvaluationError(f"{name}: 4 channels {shape}: flatten the transparency first")
+    raise EvaluationError(
+        f"{name}: an array of shape {shape}; images are (N, H, W, 3), (N, 3, H, W) or "
+        "grey (N, H, W)"
+    )
+
+
+def to_nhwc(images: np.ndarray, layout: str) -> np.ndarray:
+    if images.ndim == 4 and images.shape[3] == 1:
+        images = images[..., 0]
+    if images.ndim == 3:
+        return np.repeat(images[..., None], 3, axis=3)
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1)) if layout == "NCHW" else images
+
+
+def check_labels(labels: Any, count: int, name: str) -> np.ndarray | None:
+    if labels is None:
+        return None
+    labels = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    if labels.shape not in ((count,), (count, 1)):
+        raise EvaluationError(f"{name}: {count} images, but labels of shape {labels.shape}")
+    return labels.reshape(count).astype(np.int64)
+
+
+@dataclass
+class ImageSet:
+    """A reference or a sample set as opened: what is there, before anything is computed."""
+
+    name: str
+    kind: str
+    images: ImageReader | None = None
+    statistics: dict[str, np.ndarray] = field(default_factory=dict)  # mu, sigma, mu_s, sigma_s
+    features: dict[str, Tensor] = field(default_factory=dict)  # pool, spatial, labels …
+    metadata: dict[str, Any] = field(default_factory=dict)  # of a fid-eval reference
+    path: Path | None = None
+    _hash: "Future[str | None] | None" = field(default=None, repr=False)
+
+    def hash_ahead(self) -> None:
+        """Start hashing in the background, while the images are being read anyway."""
+        if self._hash is None:
+            self._hash = Future()
+            Thread(target=self._compute_hash, args=(self._hash,), daemon=True).start()
+
+    def content_hash(self) -> str | None:
+        """sha256 over the content, computed once; None for an iterable."""
+        self.hash_ahead()
+        assert self._hash is not None
+        return self._hash.result()
+
+    def adopt_hash(self, value: str | None) -> None:
+        """Take the hash that another process computed."""
+        self._hash = Future()
+        self._hash.set_result(value)
+
+    def _compute_hash(self, future: "Future[str | None]") -> None:
+        try:
+            value = self.images.content_hash() if self.images is not None else None
+            if value is None and self.path is not None:
+                value = path_hash(self.path)
+            future.set_result(value)
+        except Exception as error:
+            future.set_exception(error)
+
+
+def open_set(source: Any, preprocess: Preprocess = AS_IS, name: str | None = None) -> ImageSet:
+    """Open a path, array, tensor, Hugging Face dataset or iterable of batches as an ImageSet.
+
+    Everything that can be known without decoding every image is checked here: raises
+    EvaluationError for a missing, empty, truncated or mixed set.
+    """
+    if isinstance(source, ImageSet):
+        return source
+    if isinstance(source, str | Path):
+        from .files import open_path
+
+        return open_path(str(source), preprocess, name)
+    name = name or "samples"
+    if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "shape"):
+        images, labels = source
+        return ImageSet(name, "array", ArrayReader(images, name, preprocess, labels))
+    if isinstance(source, np.ndarray | Tensor):
+        return ImageSet(name, "array", ArrayReader(source, name, preprocess))
+    if hasattr(source, "features") and hasattr(source, "column_names"):
+        from .hub import open_dataset
+
+        return open_dataset(source, preprocess, name)
+    share = isinstance(source, Share)
+    batches = source.batches if isinstance(source, Share) else source
+    if isinstance(batches, Iterable):
+        return ImageSet(name, "iterable", IterableReader(batches, name, preprocess, share))
+    raise EvaluationError(
+        f"{name}: a {type(source).__name__} is no set of images: give a path, an array "
+        "(N, H, W, 3) of uint8, or an iterable of such batches"
+    )

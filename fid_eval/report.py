@@ -1,0 +1,231 @@
+"""Results as a table, JSON, CSV and a plot."""
+
+import csv
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+from .errors import EvaluationError
+
+Document = dict[str, Any]  # versions, settings, reference, extractors, sets: see jobs.py
+
+
+def versions() -> dict[str, str]:
+    from . import __version__
+
+    found = {
+        "fid_eval": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Whole or not at all, so that a kill leaves the last complete file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def write_json(document: Document, path: Path) -> None:
+    write_atomically(path, json.dumps(document, indent=1) + "\n")
+
+
+def metric_keys(document: Document) -> list[str]:
+    return list(
+        dict.fromkeys(key for entry in document["sets"] for key in entry.get("metrics", {}))
+    )
+
+
+def format_value(value: float | None, interval: list[float] | None = None) -> str:
+    if value is None:
+        return "–"
+    text = f"{value:.4f}" if abs(value) < 100 else f"{value:.2f}"
+    if interval:
+        text += f" ± {(interval[1] - interval[0]) / 2:.2g}"
+    return text
+
+
+def table(document: Document) -> str:
+    """A table of sets × metrics for people, with what qualifies the numbers below it."""
+    keys = metric_keys(document)
+    rows = [["set", "images", *keys]]
+    for entry in document["sets"]:
+        if "error" in entry:
+            rows.append([entry["name"], "failed", *["–"] * len(keys)])
+            continue
+        intervals = entry.get("intervals", {})
+        values = [format_value(entry["metrics"].get(key), intervals.get(key)) for key in keys]
+        rows.append([entry["name"], f"{entry['samples']['count']:,}", *values])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * max(len(line) for line in lines))
+    return "\n".join(lines + _notes(document))
+
+
+def _notes(document: Document) -> list[str]:
+    reference, lines = document["reference"], [""]
+    if reference:
+        images = f", {reference['image_count']:,} images" if reference.get("image_count") else ""
+        over = reference.get("statistics_count")
+        of = f" of {over:,} images" if over else ""
+        stored = f"stored statistics{of}" if reference["frechet_from"] == "statistics" else "them"
+        lines.append(
+            f"reference: {reference['name']} ({reference['kind']}{images}; "
+            f"Fréchet distance from {stored})"
+        )
+    for name, extractor in document["extractors"].items():
+        digits = (extractor.get("sha256") or "unknown")[:12]
+        lines.append(f"extractor: {name}, weights {digits}, {extractor['network_precision']}")
+    distances = {
+        detail["distances"]
+        for entry in document["sets"]
+        for detail in entry.get("details", {}).values()
+        if "distances" in detail
+    }
+    lines += [f"precision and recall: {mode} distances" for mode in sorted(distances)]
+    found: dict[str, list[str]] = {}
+    for entry in document["sets"]:
+        for warning in entry.get("warnings", []):
+            found.setdefault(warning, []).append(entry["name"])
+    return lines + [f"note: {warning}" for warning in found]
+
+
+def write_csv(document: Document, path: Path) -> None:
+    """One row per set: name, images, metrics, interval bounds, qualifying columns, error."""
+    keys = metric_keys(document)
+    with_interval = [
+        key for key in keys if any(key in e.get("intervals", {}) for e in document["sets"])
+    ]
+    bounds = [f"{key}_{end}" for key in with_interval for end in ("low", "high")]
+    columns = [
+        "name",
+        "images",
+        *keys,
+        *bounds,
+        "distances",
+        "network_precision",
+        "extractor",
+        "extractor_sha256",
+        "reference",
+        "reference_sha256",
+        "frechet_from",
+        "samples_sha256",
+        "fid_eval",
+        "torch",
+        "error",
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    extractors = document["extractors"]
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        for entry in document["sets"]:
+            row = {
+                "name": entry["name"],
+                "images": entry.get("samples", {}).get("count", ""),
+                **entry.get("metrics", {}),
+                "distances": " ".join(
+                    sorted(
+                        {
+                            d["distances"]
+                            for d in entry.get("details", {}).values()
+                            if "distances" in d
+                        }
+                    )
+                ),
+                "network_precision": " ".join(
+                    sorted({e["network_precision"] for e in extractors.values()})
+                ),
+                "extractor": " ".join(extractors),
+                "extractor_sha256": " ".join(e.get("sha256") or "-" for e in extractors.values()),
+                "reference": document["reference"].get("name", ""),
+                "reference_sha256": document["reference"].get("sha256", ""),
+                "frechet_from": document["reference"].get("frechet_from", ""),
+                "samples_sha256": entry.get("samples", {}).get("sha256", ""),
+                "fid_eval": document["versions"]["fid_eval"],
+                "torch": document["versions"]["torch"],
+                "error": entry.get("error", ""),
+            }
+            for key, (low, high) in entry.get("intervals", {}).items():
+                row[f"{key}_low"], row[f"{key}_high"] = low, high
+            writer.writerow(row)
+    partial.replace(path)
+
+
+def plot_positions(document: Document) -> tuple[list[float], bool]:
+    """x of each measured set: given, else the last number in its name, else its place in line."""
+    entries = [entry for entry in document["sets"] if "error" not in entry]
+    given = [entry.get("x") for entry in entries]
+    if all(value is not None for value in given):
+        return [float(value) for value in given], True  # type: ignore[arg-type]
+    numbers = [re.findall(r"\d+(?:\.\d+)?", Path(entry["name"]).name) for entry in entries]
+    if all(numbers):
+        found = [float(number[-1]) for number in numbers]
+        if len(set(found)) == len(found):
+            return found, True
+    return [float(index) for index in range(len(entries))], False
+
+
+def write_plot(document: Document, path: Path, metrics: list[str] | None = None) -> None:
+    """PNG of metrics over the sets: a run's checkpoints, a sweep of the guidance scale."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    keys = metric_keys(document)
+    wanted = metrics or keys
+    unknown = [key for key in wanted if key not in keys]
+    if unknown:
+        raise EvaluationError(f"plot: no results of {unknown[0]!r}; there are {', '.join(keys)}")
+    entries = [entry for entry in document["sets"] if "error" not in entry]
+    if not entries:
+        raise EvaluationError("plot: no set was measured")
+    x, numeric = plot_positions(document)
+    order = sorted(range(len(x)), key=x.__getitem__)
+    figure, axes = plt.subplots(
+        len(wanted), 1, figsize=(7, 2.4 * len(wanted) + 0.6), squeeze=False, sharex=True
+    )
+    for axis, key in zip(axes[:, 0], wanted, strict=True):
+        shown = [i for i in order if key in entries[i]["metrics"]]
+        values = [entries[i]["metrics"][key] for i in shown]
+        bounds = [entries[i].get("intervals", {}).get(key) for i in shown]
+        positions = [x[i] for i in shown]
+        if values and all(bounds):
+            errors = [(high - low) / 2 for low, high in bounds]  # type: ignore[misc]
+            axis.errorbar(positions, values, errors, marker="o", capsize=3)
+        else:
+            axis.plot(positions, values, marker="o")
+        axis.set_ylabel(key)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    if not numeric:
+        names = [Path(entry["name"]).name for entry in entries]
+        axes[-1, 0].set_xticks(x, names, rotation=30, ha="right")
+    axes[0, 0].set_title(f"against {document['reference'].get('name', '')}", fontsize=10)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    figure.savefig(partial, dpi=150)
+    plt.close(figure)
+    partial.replace(path)
