@@ -20,6 +20,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL, DDPMScheduler
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from .errors import UserError
 from .pipeline import MoHDiTPipeline
@@ -107,23 +108,30 @@ def load_transformer(checkpoint: Path, weights: str = "transformer") -> MoHDiTTr
 
 
 def load_weights(model: MoHDiTTransformer2DModel, file: Path) -> None:
-    """Load a safetensors file into a model, in place.
+    """Load a safetensors file into a model, in place; see the two steps for the errors."""
+    apply_weights(model, read_weights(file), file)
 
-    Raises:
-        UserError: not safetensors, or keys and shapes that differ (the first few are named).
-    """
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The state dict in a safetensors file; a ``UserError`` where it is missing or is no such."""
+    if not file.is_file():
+        raise UserError(f"weights {file} do not exist")
     if file.suffix in PICKLES:
         raise UserError(f"{file} is a pickle; weights are expected as .safetensors")
     try:
-        state = load_file(file)
+        return load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read as safetensors: {error}") from None
+
+
+def apply_weights(model: MoHDiTTransformer2DModel, state: dict[str, Tensor], file: Path) -> None:
+    """Load a state dict, or raise a ``UserError`` naming the keys and shapes that differ."""
     if difference := state_difference(model, state):
         raise UserError(f"{file} does not match the model: {difference}")
     model.load_state_dict(state)
 
 
-def state_difference(model: MoHDiTTransformer2DModel, state: dict) -> str:
+def state_difference(model: MoHDiTTransformer2DModel, state: dict[str, Tensor]) -> str:
     """In words, how a state dict differs from what the model expects; empty when it does not."""
     expected = model.state_dict()
     shapes = [

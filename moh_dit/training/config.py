@@ -99,6 +99,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    init_from: str | None = None
+    """Start from these weights: a run, checkpoint or model folder, or a .safetensors file."""
     num_steps: int = 400_000
     """Optimizer steps of the whole run."""
     batch_size: int = 256

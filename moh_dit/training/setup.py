@@ -14,6 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from ..checkpoints import WEIGHTS, apply_weights, read_weights, resolve_checkpoint
 from ..errors import UserError
 from ..transformer import MoHDiTTransformer2DModel
 from .config import OptimizerConfig, TrainConfig
@@ -63,7 +64,29 @@ def build_model(
             f"data.image_size {config.data.image_size} gives latents of {size}×{size}, which "
             f"model.patch_size {patch_size} does not divide; use a multiple of {pixels} pixels"
         )
-    return MoHDiTTransformer2DModel(**arguments)
+    model = MoHDiTTransformer2DModel(**arguments)
+    if config.init_from is not None:
+        initialise_from(model, Path(config.init_from))
+    return model
+
+
+def initialise_from(model: MoHDiTTransformer2DModel, path: Path) -> None:
+    """Load weights to fine-tune. A label table for other classes is left as initialised.
+
+    Raises:
+        UserError: nothing readable there, or any other weight that differs (the keys are named).
+    """
+    if path.is_dir() and not list(path.glob("*.safetensors")):
+        is_pipeline = (path / "model_index.json").is_file()
+        path = (path if is_pipeline else resolve_checkpoint(path)[1]) / "transformer" / WEIGHTS
+    elif path.is_dir():
+        path = path / WEIGHTS
+    state = read_weights(path)
+    table, own = "y_embedder.embedding_table.weight", model.state_dict()
+    if table in state and state[table].shape != own[table].shape:
+        print(f"{path}: made for {len(state[table]) - 1} classes; the label table starts afresh")
+        state[table] = own[table]
+    apply_weights(model, state, path)
 
 
 def weight_decay_groups(

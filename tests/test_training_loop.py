@@ -1,0 +1,297 @@
+"""Whole runs: resume after a kill, other numbers of processes, watchfulness, bad input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference import relative_error
+from safetensors.torch import load_file
+
+import train_dit
+from moh_dit.checkpoints import list_checkpoints, load_pipeline
+from moh_dit.errors import UserError
+from moh_dit.training.config import ModelConfig, OptimizerConfig, TrainConfig
+from moh_dit.training.loop import PREEMPTED, Trainer
+from moh_dit.training.record import read_log
+
+ROOT = Path(__file__).parent.parent
+MODEL = dict(hidden_size=32, depth=2, num_heads=4, num_shared_heads=[4, 1],
+             num_active_routed_heads=[0, 2])  # fmt: skip
+NUM_STEPS = 12
+
+
+def tiny(run_dir, **options):
+    options = dict(num_steps=NUM_STEPS, batch_size=8, checkpoint_every=3, log_every=2) | options
+    return TrainConfig(
+        run_dir=str(run_dir),
+        model=ModelConfig(**(MODEL | options.pop("model", {}))),
+        optimizer=OptimizerConfig(learning_rate=1e-2, max_grad_norm=1.0),
+        ema_decays=[0.9, 0.5],
+        **options,
+    )
+
+
+def command(run_dir, *extra, processes=1):
+    """The command line of ``tiny``."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    f"--nproc_per_node={processes}"]  # fmt: skip
+    model = [f"--model.{key}={value}" for key, value in MODEL.items()]
+    return [*launcher, str(ROOT / "train_dit.py"), f"--run_dir={run_dir}", *model,
+            f"--num_steps={NUM_STEPS}", "--batch_size=8", "--checkpoint_every=3", "--log_every=2",
+            "--optimizer.learning_rate=1e-2", "--optimizer.max_grad_norm=1",
+            "--ema_decays=[0.9, 0.5]", "--keep_checkpoints=3", *extra]  # fmt: skip
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        command(*arguments, **options), env=environment(), capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the subprocesses: sums in the same order
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never interrupted."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    Trainer(tiny(run_dir)).train()
+    return run_dir
+
+
+def assert_identical(a, b):
+    """Weights, averages and optimizer of the last checkpoints, bit for bit."""
+    last_a, last_b = list_checkpoints(a)[-1], list_checkpoints(b)[-1]
+    assert last_a.name == last_b.name
+    files = {p.relative_to(last_a) for p in last_a.rglob("*.safetensors")}
+    assert len(files) == 3
+    for file in files:
+        x, y = load_file(last_a / file), load_file(last_b / file)
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[key], y[key]) for key in x), file
+    states = [torch.load(p / "state" / "optimizer.bin", weights_only=True)["state"]
+              for p in (last_a, last_b)]  # fmt: skip
+    for key, state in states[0].items():
+        assert all(torch.equal(state[name], states[1][key][name]) for name in state)
+
+
+def test_run_folder_explains_itself(whole):
+    assert [p.name for p in list_checkpoints(whole)] == [f"step-{s:08d}" for s in (6, 9, 12)]
+    entries = read_log(whole / "log.jsonl")
+    assert [entry["step"] for entry in entries] == [2, 4, 6, 8, 10, 12]
+    for entry in entries:
+        assert entry["loss"] == pytest.approx(entry["mse"] + entry["vlb"])
+        assert sum(entry["head_load"]["1"]) == pytest.approx(2, abs=1e-4)  # Σf = k
+    assert json.loads((whole / "classes.json").read_text()) == [str(i) for i in range(10)]
+    start = json.loads((whole / "environment.jsonl").read_text())
+    assert start["packages"]["torch"] == torch.__version__.split("+")[0] or start["packages"]
+    assert (whole / "curves.png").stat().st_size > 5000
+    pipeline = load_pipeline(whole)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline([3], num_inference_steps=2).images[0].size == (32, 32)
+
+
+def test_weights_to_sample_with_can_be_chosen(whole):
+    states = [load_pipeline(whole, w).transformer.state_dict()
+              for w in ("transformer", "ema-0.5", "raw")]  # fmt: skip
+    key = "final_layer.linear.weight"
+    assert not torch.equal(states[0][key], states[1][key])
+    assert not torch.equal(states[1][key], states[2][key])
+    with pytest.raises(UserError, match="it has ema-0.5, transformer, raw"):
+        load_pipeline(whole, "ema-0.7")
+
+
+def test_killed_at_a_random_moment_and_resumed_is_identical(whole, tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path / "run"), env=environment(), stderr=subprocess.DEVNULL
+    )
+    until = random.randrange(3, NUM_STEPS)
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and read_log(log)[-1:] and
+                                          read_log(log)[-1]["step"] >= until - 2):  # fmt: skip
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = run(tmp_path / "run", "--resume=true")
+    assert finished.returncode == 0, finished.stderr
+    assert_identical(whole, tmp_path / "run")
+    steps = [entry["step"] for entry in read_log(log)]
+    assert steps == sorted(set(steps))
+
+
+def test_sigterm_saves_and_asks_to_be_requeued(whole, tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path / "run", "--log_every=1"), env=environment(), stderr=subprocess.DEVNULL
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and read_log(log)):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == PREEMPTED
+    stopped = int(list_checkpoints(tmp_path / "run")[-1].name[5:])
+    assert 1 <= stopped < NUM_STEPS
+    assert run(tmp_path / "run", "--resume=true", "--log_every=1").returncode == 0
+    assert_identical(whole, tmp_path / "run")
+
+
+def test_two_processes_compute_the_same_run_and_one_can_finish_it(whole, tmp_path):
+    first = run(tmp_path / "run", "--num_steps=6", processes=2)
+    assert first.returncode == 0, first.stderr
+    second = run(tmp_path / "run", "--resume=true", "--gradient_accumulation_steps=2")
+    assert second.returncode == 0, second.stderr
+    a, b = (load_file(list_checkpoints(d)[-1] / "state" / "model.safetensors")
+            for d in (whole, tmp_path / "run"))  # fmt: skip
+    assert all(relative_error(b[key], a[key]) < 1e-3 for key in a if a[key].any())
+    log_a, log_b = (read_log(d / "log.jsonl") for d in (whole, tmp_path / "run"))
+    assert [e["mse"] for e in log_b] == pytest.approx([e["mse"] for e in log_a], rel=1e-3)
+
+
+def test_a_value_that_is_not_finite_is_caught_where_it_happens(tmp_path, monkeypatch):
+    trainer = Trainer(tiny(tmp_path / "run"))
+    loss, calls = trainer._loss, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        value, parts = loss(*arguments)
+        return value * (float("nan") if len(calls) == 5 else 1), parts
+
+    monkeypatch.setattr(trainer, "_loss", poisoned)
+    with pytest.raises(UserError, match=r"step 5: .*blocks\.0.* held back.*step-00000003"):
+        trainer.train()
+    assert all(p.isfinite().all() for p in trainer.raw_model.parameters())
+
+
+def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path, monkeypatch, capsys):
+    trainer = Trainer(tiny(tmp_path / "run", num_steps=4, on_nonfinite="skip"))
+    loss, calls, weights = trainer._loss, [], []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        weights.append(trainer.raw_model.final_layer.linear.weight.detach().clone())
+        value, parts = loss(*arguments)
+        return value * (float("inf") if len(calls) == 3 else 1), parts
+
+    monkeypatch.setattr(trainer, "_loss", poisoned)
+    trainer.train()
+    assert not torch.equal(weights[1], weights[2])
+    assert torch.equal(weights[2], weights[3])
+    assert "skipped step 3" in capsys.readouterr().out
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    trainer = Trainer(tiny(tmp_path / "run"))
+    save, calls = trainer.accelerator.save_state, []
+
+    def full(folder):
+        calls.append(folder)
+        save(folder)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer.accelerator, "save_state", full)
+    with pytest.raises(UserError, match="No space left.*resume from .*step-00000003"):
+        trainer.train()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def images(folder, classes=2):
+    for label in range(classes):
+        (folder / f"c{label}").mkdir(parents=True)
+        for i in range(2):
+            pixels = np.random.default_rng(i).integers(255, size=(40, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"c{label}" / f"{i}.png")
+    return folder
+
+
+def test_an_image_folder_trains(tmp_path):
+    config = tiny(tmp_path / "run", num_steps=2)
+    config.data.source, config.data.horizontal_flip = str(images(tmp_path / "data")), True
+    Trainer(config).train()
+    assert load_pipeline(tmp_path / "run").label_ids(["c1"]) == [1]
+
+
+def test_fine_tuning_starts_from_given_weights_with_a_fresh_label_table(whole, tmp_path, capsys):
+    config = tiny(tmp_path / "run", init_from=str(whole))
+    config.data.source = str(images(tmp_path / "data"))
+    model = Trainer(config).raw_model
+    expected = load_pipeline(whole).transformer
+    torch.testing.assert_close(model.blocks[1].attn.wg.weight, expected.blocks[1].attn.wg.weight)
+    assert model.y_embedder.embedding_table.weight.shape[0] == 3
+    assert "label table starts afresh" in capsys.readouterr().out
+
+
+@pytest.fixture
+def bad_inputs(tmp_path):
+    """Names used below → paths."""
+    (tmp_path / "empty").mkdir()
+    images(tmp_path / "hollow")
+    for file in (tmp_path / "hollow" / "c1").iterdir():
+        file.unlink()
+    images(tmp_path / "torn")
+    torn = tmp_path / "torn" / "c0" / "1.png"
+    torn.write_bytes(torn.read_bytes()[:60])
+    images(tmp_path / "good", classes=3)
+    torch.save({}, tmp_path / "weights.pt")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--data.source={}/missing", ["missing", "not exist"]),
+        ("--data.source={}/empty", ["empty"]),
+        ("--data.source={}/hollow", ["hollow/c1", "no images"]),
+        ("--data.source={}/torn", ["torn/c0/1.png"]),
+        ("--data.source={}/good --model.num_classes=2", ["3 classes", "num_classes is 2"]),
+        ("--data.image_size=30", ["30", "divisible"]),
+        ("--data.image_size=36", ["36", "patch_size 2", "multiple of 8"]),
+        ("--model.num_shared_heads=[4]", ["num_shared_heads", "1 layers", "depth is 2"]),
+        ("--model.num_active_routed_heads=[0,4]", ["layer 1", "leave 3"]),
+        ("--model.num_shared_heads=[5,1]", ["layer 0", "num_shared_heads is 5"]),
+        ("--model.preset=MoH-DiT-S/2-80", ["MoH-DiT-S/2-80", "MoH-DiT-S/2-90"]),
+        ("--init_from={}/weights.pt", ["weights.pt", "pickle", "safetensors"]),
+        ("--init_from={whole} --model.hidden_size=64", ["does not match", "x_embedder"]),
+        ("--run_dir={whole}", ["exists", "--resume"]),
+        ("--run_dir={whole} --resume=true --seed=1", ["seed is 1, was 0"]),
+        ("--run_dir={whole} --resume=true --model.hidden_size=64", ["model.hidden_size"]),
+        ("--data.autoencoder={}/empty", ["empty", "config.json"]),
+        ("--batch_size=9 --gradient_accumulation_steps=2", ["batch_size 9"]),
+        ("--optimizer.learning_rat=1", ["optimizer.learning_rate?"]),
+        ("--trackers=[nothing]", ["nothing"]),
+    ],
+)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(
+    arguments, words, bad_inputs, whole, monkeypatch, capsys
+):
+    before = sorted(p for p in (*bad_inputs.rglob("*"), *whole.rglob("*")))
+    argv = command(bad_inputs / "run", *arguments.format(bad_inputs, whole=whole).split())[2:]
+    monkeypatch.setattr(sys, "argv", ["train_dit.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        train_dit.main()
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()
+    assert len(message) == 1
+    assert message[0].startswith("train_dit.py: error: ")
+    for word in words:
+        assert word in message[0]
+    assert sorted(p for p in (*bad_inputs.rglob("*"), *whole.rglob("*"))) == before
