@@ -15,7 +15,7 @@ from .extractors import Extractor, NetworkPrecision, get_extractor, wrap_extract
 from .features import Features, Runtime, extract
 from .images import Preprocess
 from .neighbours import Precision
-from .planning import check_metrics, convention_warnings, looks_swapped, obstacle
+from .planning import check_count, check_metrics, convention_warnings, looks_swapped, obstacle
 from .readers import ImageSet, open_set
 from .references import check_reference, open_reference
 
@@ -140,6 +140,8 @@ class Evaluator:
         """(metrics that can be measured, why others cannot); raises if one was asked for."""
         possible, missing = [], []
         names = list(names)
+        for opened in (self.reference, samples):
+            check_count(opened, self.k if {"precision", "recall"} & set(names) else None)
         if not explicit and self.default.knows_labels:
             names.append("accuracy")
         for name in names:
@@ -168,12 +170,6 @@ class Evaluator:
                 reason = obstacle(opened, need, extractor)
                 if reason is not None:
                     return f"{side} {opened.name}: {reason}"
-            count = opened.images.count if opened.images is not None else None
-            if name in ("precision", "recall") and count is not None and count < self.k + 1:
-                return (
-                    f"{side} {opened.name}: {count} images, the {self.k} nearest neighbours of "
-                    f"each need at least {self.k + 1}"
-                )
         return None
 
     def __call__(

@@ -20,6 +20,24 @@ def check_metrics(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def check_count(opened: ImageSet, k: int | None) -> None:
+    """Raise for a set of one image, or of too few for its k nearest neighbours."""
+    count = opened.images.count if opened.images is not None else None
+    if "pool" in opened.features:
+        count = len(opened.features["pool"])
+    if opened.statistics and opened.images is None or count is None:
+        return
+    if count < 2:
+        raise EvaluationError(
+            f"{opened.name}: {count} image; a distribution needs at least 2, papers use 50,000"
+        )
+    if k is not None and count < k + 1:
+        raise EvaluationError(
+            f"{opened.name}: {count} images, but precision and recall look at the {k} nearest "
+            f"neighbours of each: at least {k + 1} are needed"
+        )
+
+
 def obstacle(opened: ImageSet, need: str, extractor: Extractor) -> str | None:
     """Why a set cannot give what a metric needs, None if it can."""
     layer = need.removeprefix("gaussian:")

@@ -1,0 +1,209 @@
+"""The command ``fid-eval``: many sets, jobs files, resuming, reports, several processes."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fid_eval import report
+from fid_eval.__main__ import main
+from fid_eval.evaluator import Evaluator
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """ref.npz and samples step-100.npz, step-200.npz of blobs that the digit extractor takes."""
+    path = tmp_path_factory.mktemp("sets")
+    generator = np.random.default_rng(0)
+    for name, count in (("ref", 60), ("step-100", 50), ("step-200", 40)):
+        coarse = generator.integers(0, 256, (count, 4, 4, 1)).astype(np.uint8)
+        images = coarse.repeat(8, 1).repeat(8, 2).repeat(3, 3)
+        np.savez(path / f"{name}.npz", images, generator.integers(0, 10, count))
+    return path
+
+
+def run(*arguments):
+    return main([*map(str, arguments), "--extractor", "digits", "--device", "cpu", "--quiet"])
+
+
+def document(path):
+    return json.loads(Path(path).read_text())
+
+
+def test_several_sets_make_a_table_json_csv_and_plot(folder, tmp_path, capsys):
+    sets = [folder / "step-200.npz", folder / "step-100.npz"]
+    outputs = [tmp_path / f"out/r.{end}" for end in ("json", "csv", "png")]
+    code = run(folder / "ref.npz", *sets, "--output", outputs[0], "--csv", outputs[1], "--plot",
+               outputs[2], "--bootstrap", 3)  # fmt: skip
+    assert code == 0
+    printed = capsys.readouterr().out
+    for word in ("step-100.npz", "fd_digits", "accuracy_digits", "fp32 distances", "weights "):
+        assert word in printed
+    results = document(outputs[0])
+    assert [entry["name"] for entry in results["sets"]] == list(map(str, sets))
+    entry = results["sets"][0]
+    assert entry["samples"]["count"] == 40
+    assert len(entry["samples"]["sha256"]) == 64
+    assert results["extractors"]["digits"]["network_precision"] == "float32"
+    assert results["reference"]["frechet_from"] == "images"
+    assert results["versions"]["torch"]
+    rows = list(csv.DictReader(outputs[1].open()))
+    assert float(rows[1]["fd_digits"]) == results["sets"][1]["metrics"]["fd_digits"]
+    assert float(rows[0]["fd_digits_low"]) < float(rows[0]["fd_digits"])
+    assert Image.open(outputs[2]).width > 500
+    assert report.plot_positions(results) == ([200.0, 100.0], True)
+
+
+def test_a_broken_set_is_reported_at_the_end_with_exit_code_1(folder, tmp_path, capsys):
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes((folder / "ref.npz").read_bytes()[:5000])
+    output = tmp_path / "r.json"
+    assert run(folder / "ref.npz", broken, folder / "step-100.npz", "--output", output) == 1
+    captured = capsys.readouterr()
+    assert captured.err.strip() == f"error: {document(output)['sets'][0]['error']}"
+    assert "not a complete .npz" in captured.err
+    assert document(output)["sets"][1]["metrics"]["fd_digits"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ref.npz", "none.npz"], "none.npz: no such file or folder"),
+        (["none.npz", "step-100.npz"], "no such file or folder, and no saved reference"),
+        (["ref.npz"], "no samples to compare"),
+        (["ref.npz", "step-100.npz", "--metrics", "fjd"], "did you mean 'fid'"),
+        (["ref.npz", "step-100.npz", "--batch-size", "0"], "at least 1"),
+        (["ref.npz", "step-100.npz", "--no-such-option"], "unrecognized arguments"),
+        (["stats", "ref.npz", "--output", "ref.npz"], "exists and is not overwritten"),
+        (["stats", "none", "--name", "a"], "none: no such file"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("FID_EVAL_HOME", str(folder / "home"))
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ")
+    assert not captured.out
+
+
+def test_a_jobs_file_names_sets_options_and_metrics(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    jobs = tmp_path / "jobs.yaml"
+    jobs.write_text(
+        f"""
+reference: ref.npz
+metrics: [fid, precision]
+batch-size: 16
+output: {tmp_path / "r.json"}
+sets:
+  - step-100.npz
+  - path: step-200.npz
+    name: last
+    metrics: [fid]
+    x: 2
+"""
+    )
+    assert run(jobs) == 0
+    first, last = document(tmp_path / "r.json")["sets"]
+    assert list(first["metrics"]) == ["fd_digits", "precision_digits"]
+    assert (last["name"], last["x"], list(last["metrics"])) == ("last", 2, ["fd_digits"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("reference: a\nsets: [b]\nmetric: [fid]", "unknown key 'metric'; did you mean 'metrics'"),
+        (
+            "reference: a\nsets: [{path: b, nam: c}]",
+            "unknown key 'nam' of a set; did you mean 'name'",
+        ),
+        ("reference: a", "'sets' is missing"),
+        ("reference: a\nsets: [{name: c}]", "a set has no 'path'"),
+        ("reference: [", "cannot be read"),
+    ],
+)
+def test_mistakes_in_a_jobs_file_are_errors(text, message, tmp_path, capsys):
+    (tmp_path / "jobs.yaml").write_text(text)
+    assert run(tmp_path / "jobs.yaml") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_same_command_goes_on_where_it_was_killed(folder, tmp_path, monkeypatch):
+    sets = [folder / "step-100.npz", folder / "step-200.npz"]
+    output = tmp_path / "r.json"
+    measured = []
+    call = Evaluator.__call__
+
+    def counted(self, samples, **more):
+        measured.append(Path(samples.name).name)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return call(self, samples, **more)
+
+    monkeypatch.setattr(Evaluator, "__call__", counted)
+    assert run(folder / "ref.npz", *sets, "--output", output) == 130
+    assert len(document(output)["sets"]) == 1
+    assert run(folder / "ref.npz", *sets, "--output", output) == 0
+    assert measured == ["step-100.npz", "step-200.npz", "step-200.npz"]
+    assert len(document(output)["sets"]) == 2
+
+
+def test_results_of_other_settings_are_not_overwritten_unless_asked(folder, tmp_path, capsys):
+    output = tmp_path / "r.json"
+    command = [folder / "ref.npz", folder / "step-100.npz", "--output", output]
+    assert run(*command) == 0
+    before = output.read_text()
+    assert run(*command, "--k", 5) == 2
+    assert "holds results of another k" in capsys.readouterr().err
+    assert output.read_text() == before
+    assert run(*command, "--k", 5, "--overwrite") == 0
+    output.write_text("{}")
+    assert run(*command) == 2
+    assert "no results file" in capsys.readouterr().err
+
+
+def test_stats_then_evaluation_by_name(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FID_EVAL_HOME", str(tmp_path))
+    assert run("stats", folder / "ref.npz", "--name", "blobs", "--images", 20) == 0
+    assert main(["references"]) == 0
+    assert "blobs\t" in capsys.readouterr().out
+    assert run("blobs", folder / "step-100.npz", "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["reference"]["statistics_count"] == 60
+    assert results["reference"]["image_count"] == 20
+
+
+def test_two_processes_give_the_results_of_one(folder, tmp_path):
+    """float64 sums merged exactly: not one bit differs. A broken set must not make either wait."""
+    generator = np.random.default_rng(1)
+    images = generator.integers(0, 256, (2300, 32, 32, 3)).astype(np.uint8)
+    np.savez(tmp_path / "many.npz", images)
+    np.savez(tmp_path / "broken.npz", images[:1])
+    command = [folder / "ref.npz", tmp_path / "many.npz", tmp_path / "broken.npz", "--extractor",
+               "digits", "--device", "cpu", "--metrics", "fid,sfid,is,precision,recall"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    results = []
+    for number, launcher in enumerate(
+        ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])
+    ):
+        output = tmp_path / f"{number}.json"
+        done = subprocess.run(
+            [sys.executable, *launcher, "-m", "fid_eval", *map(str, command), "--output", output],
+            env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 1, done.stderr
+        assert "broken.npz: 1 image" in done.stderr
+        results.append(document(output))
+    one, two = results
+    assert two["sets"][0]["metrics"] == one["sets"][0]["metrics"]
+    assert two["sets"][1] == one["sets"][1]
+    assert two["reference"] == one["reference"]
