@@ -127,7 +127,7 @@ def train_autoencoder(config: AutoencoderTraining) -> dict[str, float]:
     set_seed(config.seed)  # the same first weights in every process
     vae = load_autoencoder(config.initial) if config.initial else _new_autoencoder(config)
     vae = vae.train().requires_grad_(True)
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     if min(config.num_steps, config.batch_size) < 1 or config.num_held_out < 0:
         raise UserError("num_steps and batch_size must be at least 1, num_held_out at least 0")
     if config.batch_size % accelerator.num_processes:

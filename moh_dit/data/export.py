@@ -57,11 +57,11 @@ def export_npz(config: Export) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.chmod(0o644)
-        os.link(aside, output)  # unlike a rename, fails when the name was taken meanwhile
-    except FileExistsError:
-        raise UserError(f"output {output} appeared meanwhile: give a new name") from None
+        if output.exists():
+            raise UserError(f"output {output} appeared meanwhile: give a new name")
+        aside.rename(output)
     finally:
-        aside.unlink()
+        aside.unlink(missing_ok=True)
     print(f"wrote {output}: {len(images)} images of {len(images.class_names)} classes")
 
 

@@ -3,6 +3,7 @@
 Random flips are not done here: whoever trains draws them per batch, so that resume is exact.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -38,6 +39,9 @@ class ImageSet(Protocol):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """Return image ``index`` as uint8 (image_size, image_size, 3), and its label."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 over what tells this data set from another: changes when the data does."""
 
 
 def open_images(
@@ -80,6 +84,9 @@ class DigitImages:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self._images[index], int(self.labels[index])
+
+    def fingerprint(self) -> str:
+        return _sha256(self._images, self.labels)
 
 
 class ImageFolder:
@@ -130,6 +137,11 @@ class ImageFolder:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"image {path} cannot be read: {error}") from None
         return pixels, int(self.labels[index])
+
+    def fingerprint(self) -> str:
+        """Over the classes, and the path and size of every image."""
+        sizes = [os.stat(self.root / os.fsdecode(path)).st_size for path in self._paths]
+        return _sha256(json.dumps(self.class_names).encode(), self._paths, np.array(sizes))
 
     def _check(self, paths: list[str], skip_unreadable: bool, progress: bool) -> dict[str, str]:
         """Return why, for each image that cannot be read."""
@@ -300,6 +312,13 @@ def _images_under(folder: Path) -> Iterator[str]:
         for name in files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
                 yield os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
+
+
+def _sha256(*parts: bytes | np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else part)
+    return digest.hexdigest()
 
 
 def _fault(path: Path) -> str | None:
