@@ -1,12 +1,14 @@
 """MoHDiTPipeline: class labels in, images out, through any diffusers scheduler that fits."""
 
+import contextlib
 import difflib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -16,28 +18,64 @@ from torch import Tensor
 from .autoencoder import decode_latents
 from .diffusion import LearnedVarianceDDPMScheduler
 from .errors import UserError
+from .noise import ImageNoise
+from .schedulers import check_scheduler, check_steps, prepare_scheduler
+from .schedulers import prediction_type as predicted_by
 from .transformer import MoHDiTTransformer2DModel
+
+Noise: TypeAlias = torch.Generator | list[torch.Generator] | ImageNoise | None
+StepCallback: TypeAlias = Callable[[Any, int, int, dict], dict | None]
 
 
 @dataclass
 class Guidance:
-    """Classifier-free guidance: ε̂ = ε_null + scale (ε_cond - ε_null).
+    """ε̂ = ε_weak + scale (ε_cond - ε_weak).
 
-    ``num_channels``: how many latent channels are guided, from the first; ``None`` for all. The
-    papers' samples guide 3 of 4, a slip kept here for comparison only.
+    Classifier-free guidance (arXiv 2207.12598) with the null class as the weak prediction, or
+    autoguidance (arXiv 2406.02070) with a weaker model given the same class.
+
+    Attributes:
+        scale: the weight w; 1 for no guidance.
+        num_channels: how many latent channels are guided, from the first; ``None`` for all. The
+            papers' samples guide 3 of 4, a slip kept here for comparison only.
+        interval: guide where the timestep, as a share of the process (1 is pure noise), lies in
+            it; elsewhere one evaluation suffices (limited interval, arXiv 2404.07724).
+        model: the weaker model of autoguidance; ``None`` for the null class.
     """
 
     scale: float = 4.0
     num_channels: int | None = None
+    interval: tuple[float, float] = (0.0, 1.0)
+    model: MoHDiTTransformer2DModel | None = None
 
-    @property
-    def active(self) -> bool:
-        return self.scale != 1.0
+    def check(self, transformer: MoHDiTTransformer2DModel) -> None:
+        """Raise ``UserError`` for values that mean nothing with this model."""
+        channels = transformer.config.in_channels
+        if self.num_channels is not None and not 1 <= self.num_channels <= channels:
+            raise UserError(
+                f"guidance_channels is {self.num_channels}; the latent has {channels} channels"
+            )
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise UserError(
+                f"guidance_interval is {low}, {high}; give two shares of the process, "
+                "0 ≤ low ≤ high ≤ 1 (1 is pure noise)"
+            )
+        if self.model is not None:
+            for key in ("in_channels", "out_channels", "sample_size", "num_classes"):
+                weak, main = self.model.config[key], transformer.config[key]
+                if weak != main:
+                    raise UserError(f"the guidance model has {key} {weak}, the model has {main}")
 
-    def __call__(self, conditional: Tensor, null: Tensor, latent_channels: int) -> Tensor:
+    def active_at(self, timestep: Tensor, num_train_timesteps: int) -> bool:
+        """Whether a step at this timestep is guided."""
+        low, high = self.interval
+        return self.scale != 1.0 and low <= float(timestep) / num_train_timesteps <= high
+
+    def __call__(self, conditional: Tensor, weak: Tensor, latent_channels: int) -> Tensor:
         """Combine two predictions (B, C or 2C, H, W); variance values stay the conditional ones."""
         guided = self.num_channels or latent_channels
-        epsilon = null[:, :guided] + self.scale * (conditional[:, :guided] - null[:, :guided])
+        epsilon = weak[:, :guided] + self.scale * (conditional[:, :guided] - weak[:, :guided])
         return torch.cat([epsilon, conditional[:, guided:]], dim=1)
 
 
@@ -50,6 +88,9 @@ class MoHDiTPipeline(DiffusionPipeline):
         vae: the autoencoder whose latents the transformer was trained on.
         scheduler: a diffusers scheduler of the process the transformer was trained on.
         class_names: a name per class, so that labels can be given by name; ``None`` for none.
+        prediction_type: what the transformer predicts, in diffusers' terms (``"epsilon"``,
+            ``"v_prediction"``, ``"sample"``, ``"flow_prediction"``); ``None`` for what the
+            scheduler steps. Saved, and any scheduler put in later must fit it.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -60,10 +101,12 @@ class MoHDiTPipeline(DiffusionPipeline):
         vae: AutoencoderKL,
         scheduler: KarrasDiffusionSchedulers,
         class_names: list[str] | None = None,
+        prediction_type: str | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        self.register_to_config(class_names=class_names)
+        prediction_type = prediction_type or predicted_by(scheduler)
+        self.register_to_config(class_names=class_names, prediction_type=prediction_type)
 
     def label_ids(self, class_labels: int | str | Sequence[int | str] | Tensor) -> list[int]:
         """Class ids from ids, names, or a mixture.
@@ -93,23 +136,28 @@ class MoHDiTPipeline(DiffusionPipeline):
         self,
         class_labels: int | str | Sequence[int | str] | Tensor,
         guidance_scale: float = 4.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_channels: int | None = None,
+        guidance_model: MoHDiTTransformer2DModel | None = None,
         num_inference_steps: int = 250,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Noise = None,
         latents: Tensor | None = None,
         decode_batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end: StepCallback | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate one image per label.
 
         Args:
             class_labels: ids or names, B of them.
-            guidance_scale: weight w of classifier-free guidance; 1 turns it off.
+            guidance_scale: weight w of guidance; 1 turns it off.
+            guidance_interval: guide from the first to the second share of the process only.
             guidance_channels: guide the first so many latent channels; ``None`` for all.
+            guidance_model: guide away from this weaker model instead of the null class.
             num_inference_steps: denoising steps, at most the length of the trained process.
-            generator: one, or a list of B, which makes an image independent of its batch.
+            generator: one; a list of B, which makes an image independent of its batch; or an
+                :class:`~moh_dit.noise.ImageNoise`, the same without B generators to walk.
             latents: initial noise (B, C, h, w) instead of the generator's.
             decode_batch_size: images decoded at once; ``None`` for all.
             output_type: ``"pil"``, ``"np"`` (float32 B×H×W×3 in 0 … 1), ``"pt"`` (float32 B×3×H×W
@@ -119,36 +167,48 @@ class MoHDiTPipeline(DiffusionPipeline):
                 may return a dictionary with new ``latents``.
 
         Raises:
-            UserError: for labels, step counts or output types that do not fit.
+            UserError: for labels, steps, guidance, schedulers or output types that do not fit.
         """
         labels = torch.tensor(self.label_ids(class_labels), device=self._execution_device)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise UserError(f"output_type {output_type!r} is none of pil, np, pt, latent")
-        self._check_steps(num_inference_steps)
-        guidance = Guidance(guidance_scale, guidance_channels)
+        guidance = Guidance(guidance_scale, guidance_channels, guidance_interval, guidance_model)
+        self.check(guidance, num_inference_steps)
         latents = self.prepare_latents(len(labels), generator, latents)
-        latents = self.denoise(
-            latents, labels, guidance, num_inference_steps, generator, callback_on_step_end
-        )
+        with self.progress_bar(total=num_inference_steps) as bar:
+
+            def on_step(pipeline: Any, step: int, timestep: int, tensors: dict) -> dict | None:
+                bar.update(min(step + 1, num_inference_steps) - bar.n)  # Heun evaluates twice
+                if callback_on_step_end is None:
+                    return None
+                return callback_on_step_end(pipeline, step, timestep, tensors)
+
+            latents = self.denoise(
+                latents, labels, guidance, num_inference_steps, generator, on_step
+            )
         images = latents if output_type == "latent" else self.decode(latents, decode_batch_size)
         if output_type != "latent":
             images = VaeImageProcessor().postprocess(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def check(self, guidance: Guidance, num_inference_steps: int) -> None:
+        """Raise ``UserError`` unless scheduler, steps and guidance fit the model."""
+        check_scheduler(self.scheduler, self.config.prediction_type)
+        check_steps(self.scheduler, num_inference_steps)
+        guidance.check(self.transformer)
+
     def prepare_latents(
-        self,
-        batch_size: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | None = None,
+        self, batch_size: int, generator: Noise = None, latents: Tensor | None = None
     ) -> Tensor:
-        """Initial noise (B, C, h, w), at least float32 whatever the model runs in."""
+        """Standard normal noise (B, C, h, w), at least float32 whatever the model runs in."""
         config, dtype = self.transformer.config, self.transformer.dtype
         dtype = torch.promote_types(dtype, torch.float32)
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+        if latents is None and isinstance(generator, ImageNoise):
+            return generator.draw(shape, dtype)
         if latents is None:
-            latents = randn_tensor(shape, generator, self._execution_device, dtype)
-            return cast(Tensor, latents) * self.scheduler.init_noise_sigma
+            return cast(Tensor, randn_tensor(shape, generator, self._execution_device, dtype))
         if latents.shape != shape:
             raise UserError(f"latents are {tuple(latents.shape)}, expected {shape}")
         return latents.to(self._execution_device, dtype)
@@ -159,50 +219,67 @@ class MoHDiTPipeline(DiffusionPipeline):
         labels: Tensor,
         guidance: Guidance,
         num_inference_steps: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        generator: Noise = None,
+        callback_on_step_end: StepCallback | None = None,
     ) -> Tensor:
-        """Run the reverse process on initial noise (B, C, h, w) for int64 labels (B,)."""
-        scheduler = self.scheduler
-        learned_variance = scheduler.config.get("variance_type") == "learned_range"
-        if learned_variance and type(scheduler) is DDPMScheduler:
-            scheduler = LearnedVarianceDDPMScheduler.from_config(scheduler.config)
-        scheduler.set_timesteps(num_inference_steps)
-        channels = self.transformer.config.in_channels
-        step_options = {"generator": generator} if isinstance(scheduler, DDPMScheduler) else {}
-        null = torch.full_like(labels, self.transformer.config.num_classes)
+        """Run the reverse process on initial noise (B, C, h, w) for int64 labels (B,).
 
-        for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
-            scaled = scheduler.scale_model_input(latents, timestep)
-            if guidance.active:
-                both = self.predict(torch.cat([scaled] * 2), timestep, torch.cat([labels, null]))
-                conditional, unconditional = both.chunk(2)
-                prediction = guidance(conditional, unconditional, channels)
-            else:
-                prediction = self.predict(scaled, timestep, labels)
+        The pipeline's scheduler stays as it is: each call steps a fresh one of its configuration,
+        so several threads may sample from one pipeline.
+        """
+        scheduler = prepare_scheduler(self.scheduler, num_inference_steps)
+        learned_variance = isinstance(scheduler, LearnedVarianceDDPMScheduler)
+        channels = self.transformer.config.in_channels
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        options = {"generator": generator} if takes_generator else {}
+        noise: Any = contextlib.nullcontext()
+        if isinstance(generator, ImageNoise):
+            noise, options = generator, {}
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+        on_device = scheduler.timesteps.to(latents.device)  # once: a copy each step would wait
+
+        for step, timestep in enumerate(scheduler.timesteps):
+            scaled = latents
+            if hasattr(scheduler, "scale_model_input"):
+                scaled = scheduler.scale_model_input(latents, timestep)
+            active = guidance.active_at(timestep, scheduler.config.num_train_timesteps)
+            prediction = self.predict(scaled, on_device[step], labels, guidance if active else None)
             if not learned_variance:
                 prediction = prediction[:, :channels]
-            prediction = prediction.to(latents.dtype)
-            latents = scheduler.step(prediction, timestep, latents, **step_options).prev_sample
+            with noise:
+                latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
             if callback_on_step_end is not None:
                 changed = callback_on_step_end(self, step, timestep, {"latents": latents})
                 latents = (changed or {}).get("latents", latents)
         return latents
 
-    def predict(self, latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        """The transformer's raw output for a batch at one timestep."""
-        timesteps = timestep.to(latents.device).expand(len(latents))
-        return self.transformer(latents.to(self.transformer.dtype), timesteps, labels).sample
+    def predict(
+        self, latents: Tensor, timestep: Tensor, labels: Tensor, guidance: Guidance | None
+    ) -> Tensor:
+        """Prediction (B, out_channels, h, w) for a batch at one timestep, guided or not."""
+        channels = self.transformer.config.in_channels
+        if guidance is None:
+            return self.run_model(self.transformer, latents, timestep, labels)
+        if guidance.model is not None:
+            conditional = self.run_model(self.transformer, latents, timestep, labels)
+            weaker = self.run_model(guidance.model, latents, timestep, labels)
+            return guidance(conditional, weaker, channels)
+        null = torch.full_like(labels, self.transformer.config.num_classes)
+        both = self.run_model(
+            self.transformer, torch.cat([latents] * 2), timestep, torch.cat([labels, null])
+        )
+        conditional, unconditional = both.chunk(2)
+        return guidance(conditional, unconditional, channels)
+
+    def run_model(
+        self, model: MoHDiTTransformer2DModel, latents: Tensor, timestep: Tensor, labels: Tensor
+    ) -> Tensor:
+        """A model's raw output for a batch at one timestep, in the dtype of the latents."""
+        output = model(latents.to(model.dtype), timestep.expand(len(latents)), labels).sample
+        # A copy: with CUDA graphs the next call overwrites the output.
+        return output.to(latents.dtype, copy=True)
 
     def decode(self, latents: Tensor, batch_size: int | None = None) -> Tensor:
         """Latents (B, C, h, w) → images (B, 3, H, W) in -1 … 1, ``batch_size`` at once."""
         chunks = latents.split(batch_size or len(latents))
         return torch.cat([decode_latents(self.vae, chunk) for chunk in chunks])
-
-    def _check_steps(self, num_inference_steps: int) -> None:
-        limit = self.scheduler.config.num_train_timesteps
-        if not 1 <= num_inference_steps <= limit:
-            raise UserError(
-                f"num_inference_steps is {num_inference_steps}; the model was trained on {limit} "
-                f"steps, so give 1 … {limit}"
-            )

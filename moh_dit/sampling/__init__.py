@@ -1,0 +1,1 @@
+"""Grids for people, exact sets for evaluation."""

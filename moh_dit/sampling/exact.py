@@ -1,0 +1,273 @@
+"""Exactly so many images, over any number of processes, finished after any interruption.
+
+    samples.npz.partial/           while it is being made, beside the output
+      settings.json                what the images depend on; another run must agree to finish it
+      images-START-STOP.npy        uint8 (STOP-START, H, W, 3), written aside and renamed when whole
+
+Image i has the same bytes whoever makes it, so nothing else has to be remembered.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from ..data.progress import progress_bar
+from ..errors import UserError
+from ..noise import WORD, philox
+from ..pipeline import MoHDiTPipeline
+from .config import SamplingSettings
+from .engine import generate, use_settings
+from .formats import FORMATS, format_of
+
+SPARE_BYTES = 64 << 20
+
+
+def set_labels(
+    num_samples: int, classes: Sequence[int], how: Literal["balanced", "drawn"], seed: int
+) -> np.ndarray:
+    """Class ids of a set, int64 (N,): in turn, or drawn evenly at random by (seed, index)."""
+    index = torch.arange(num_samples)
+    if how == "drawn":
+        zero = torch.zeros_like(index)
+        # This draw number is no image's: noise counts its draws from 0.
+        word = philox((zero, zero + WORD, index & WORD, index >> 32), seed)[0]
+        choice = word * len(classes) >> 32
+    else:
+        choice = index % len(classes)
+    return np.asarray(classes, np.int64)[choice.numpy()]
+
+
+def sample_set(
+    pipeline: MoHDiTPipeline,
+    settings: SamplingSettings,
+    output: Path,
+    labels: np.ndarray,
+    *,
+    batch_size: int = 64,
+    decode_batch_size: int | None = None,
+    record: str | None = None,
+    state: PartialState | None = None,
+    quiet: bool = False,
+) -> None:
+    """Write the images of int64 ``labels`` (N,) to ``output``; image i has index i.
+
+    Called by every process. A half-finished output of the same settings is finished.
+
+    Args:
+        pipeline: what to sample from; left as it is.
+        settings: steps, guidance, scheduler and seed.
+        output: ``.npz`` (ADM: ``arr_0`` uint8 (N, H, W, 3), ``arr_1`` int64 (N,)).
+        labels: class ids.
+        batch_size: images per batch and process; also the images that an interruption can cost.
+        decode_batch_size: images decoded at once.
+        record: the settings as YAML, written beside the output.
+        state: the processes; found out unless given.
+        quiet: no progress.
+
+    Raises:
+        UserError: before any work: the output exists, a half-finished one was made with other
+            settings, the disk is too full, or settings do not fit the model.
+    """
+    state = state or PartialState()
+    chosen, _ = use_settings(pipeline, settings)
+    described = describe(chosen, settings, labels)
+    partial = output.with_name(output.name + ".partial")
+    check_output(output, partial, described)
+    config = chosen.transformer.config
+    side = config.sample_size * 2 ** (len(chosen.vae.config.block_out_channels) - 1)
+    image_bytes = side * side * 3
+    check_disk_space(output, (2 * len(labels) - images_done(partial)) * image_bytes)
+    state.wait_for_everyone()  # every process has looked before the first one writes
+
+    if state.is_main_process:
+        partial.mkdir(parents=True, exist_ok=True)
+        write_aside(partial / "settings.json", json.dumps(described, indent=1).encode())
+    state.wait_for_everyone()
+    batches = missing_batches(partial, len(labels), batch_size)
+    state.wait_for_everyone()  # every process has the same list before it changes
+
+    show = state.is_main_process and not quiet
+    with Progress(partial, len(labels), batch_size * state.num_processes, show) as progress:
+        for start, stop in batches[state.process_index :: state.num_processes]:
+            ((_, images),) = generate(
+                pipeline,
+                labels[start:stop].tolist(),
+                settings,
+                indices=range(start, stop),
+                batch_size=stop - start,
+                decode_batch_size=decode_batch_size,
+            )
+            write_shard(partial, start, images)
+            progress.update()
+        state.wait_for_everyone()
+        progress.update()
+    if state.is_main_process:
+        finish(partial, output, labels, chosen.config.class_names, record)
+    state.wait_for_everyone()
+
+
+def describe(
+    pipeline: MoHDiTPipeline, settings: SamplingSettings, labels: np.ndarray
+) -> dict[str, Any]:
+    """What the images of a set depend on, as JSON knows it."""
+    scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+    described = {
+        **asdict(settings),
+        "scheduler": {"class": type(pipeline.scheduler).__name__, **scheduler},
+        "num_samples": len(labels),
+        "labels": hashlib.sha256(labels.tobytes()).hexdigest(),
+        "transformer": weights_digest(pipeline.transformer),
+        "vae": weights_digest(pipeline.vae),
+        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+    }
+    return json.loads(json.dumps(described, default=str))
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 over names and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_output(output: Path, partial: Path, described: dict[str, Any]) -> None:
+    """Raise ``UserError`` where something already produced would be lost."""
+    format_of(output)
+    if output.exists():
+        raise UserError(f"output {output} exists; give another name")
+    if not (partial / "settings.json").is_file():
+        if partial.exists() and any(partial.iterdir()):
+            raise UserError(f"{partial} is in the way: it is not a half-finished output")
+        return
+    before = json.loads((partial / "settings.json").read_text())
+    differing = [
+        f"{key} {before.get(key)!r}, now {described.get(key)!r}"
+        for key in sorted(before.keys() | described.keys())
+        if before.get(key) != described.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{partial} was begun with other settings: {'; '.join(differing)}; finish it with "
+            "those, delete it, or give another output"
+        )
+
+
+def check_disk_space(output: Path, needed: int) -> None:
+    """Raise ``UserError`` unless the images fit on the disk of ``output``."""
+    folder = output.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed + SPARE_BYTES > free:
+        raise UserError(
+            f"output {output} needs {needed / 2**30:.1f} GiB until it is finished, "
+            f"{folder} has {free / 2**30:.1f} GiB free"
+        )
+
+
+def shards(partial: Path) -> list[tuple[int, int, Path]]:
+    """``(start, stop, file)`` of what is done, in order."""
+    found = []
+    for file in partial.glob("images-*-*.npy"):
+        start, stop = file.stem.split("-")[1:]
+        found.append((int(start), int(stop), file))
+    return sorted(found)
+
+
+def images_done(partial: Path) -> int:
+    """How many images a half-finished output has."""
+    return sum(stop - start for start, stop, _ in shards(partial))
+
+
+def missing_batches(partial: Path, num_samples: int, batch_size: int) -> list[tuple[int, int]]:
+    """Ranges of images still to make, none longer than ``batch_size``."""
+    batches = []
+    position = 0
+    for start, stop, _ in [*shards(partial), (num_samples, num_samples, partial)]:
+        cuts = range(position, start, batch_size)
+        batches += [(cut, min(cut + batch_size, start)) for cut in cuts]
+        position = stop
+    return batches
+
+
+def write_shard(partial: Path, start: int, images: np.ndarray) -> None:
+    """Keep finished images, whole or not at all."""
+    name = f"images-{start:09d}-{start + len(images):09d}.npy"
+    aside = partial / f".{name}.{os.getpid()}"
+    with aside.open("wb") as file:
+        np.save(file, images)
+    aside.replace(partial / name)
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(content)
+    aside.replace(path)
+
+
+def finish(
+    partial: Path,
+    output: Path,
+    labels: np.ndarray,
+    class_names: Sequence[str] | None,
+    record: str | None,
+) -> None:
+    """Join the shards into ``output`` and remove them."""
+    found = shards(partial)
+    assert images_done(partial) == len(labels)
+    assert [start for start, _, _ in found] == [0, *(stop for _, stop, _ in found[:-1])]
+    arrays = (np.load(file, mmap_mode="r") for _, _, file in found)
+    aside = partial / "joined"
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    FORMATS[format_of(output)](aside, arrays, labels, class_names)
+    if record is not None:
+        write_aside(output.with_name(output.name + ".yaml"), record.encode())
+    aside.replace(output)
+    shutil.rmtree(partial)
+
+
+class Progress:
+    """A bar over the images of all processes; its rate leaves out the first batch."""
+
+    def __init__(self, partial: Path, total: int, first: int, enabled: bool):
+        self.partial, self.total, self.enabled = partial, total, enabled
+        self.bar: Any = None
+        if enabled:
+            done = images_done(partial)
+            known = f", {done} of them made before" if done else ""
+            print(f"{total} images{known}; the first {min(first, total - done)} warm up")
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def update(self) -> None:
+        if not self.enabled:
+            return
+        done = images_done(self.partial)
+        if self.bar is None:
+            self.bar = progress_bar(self.total, desc="images", unit="image", initial=done)
+            self.began, self.before = time.monotonic(), done
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is None:
+            return
+        self.bar.close()
+        if (made := self.bar.n - self.before) > 0:
+            rate = made / (time.monotonic() - self.began)
+            print(f"{rate:.2f} images/s, warm-up left out")

@@ -1,0 +1,135 @@
+"""Images by (seed, index, class): noise known by its published values, bytes free of the batch."""
+
+import numpy as np
+import pytest
+import torch
+from test_pipeline import tiny_pipeline
+
+from moh_dit.errors import UserError
+from moh_dit.noise import ImageNoise, philox, philox_normal
+from moh_dit.sampling.config import SamplingSettings
+from moh_dit.sampling.engine import generate, images_per_unit, plan_units
+
+WORD = 0xFFFFFFFF
+STEPS = 3
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # known answers that come with the authors' Random123 library
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((WORD,) * 4, WORD << 32 | WORD, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0 << 32 | 0xA4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_published_words(counter, key, expected):
+    words = philox([torch.tensor(word) for word in counter], key)
+    assert tuple(int(word) for word in words) == expected
+
+
+def test_noise_is_standard_normal_and_independent():
+    values = philox_normal(3, torch.arange(64), 0, 8, 1024)
+    assert abs(values.mean()) < 0.01
+    assert abs(values.square().mean() - 1) < 0.01
+    assert abs(values.pow(4).mean() - 3) < 0.05
+    rows = values.reshape(512, 1024)
+    correlation = (rows @ rows.T / 1024).fill_diagonal_(0)
+    assert correlation.abs().max() < 0.2  # 6 standard deviations of 1 / √1024
+
+
+def test_noise_depends_on_seed_index_and_draw_alone():
+    noise = ImageNoise(7, [0, 5, 2**40], "cpu")
+    draws = [noise.draw((3, 2, 4, 4)) for _ in range(70)]
+    alone = ImageNoise(7, [2**40], "cpu")
+    assert all(torch.equal(alone.draw((1, 2, 4, 4))[0], draw[2]) for draw in draws)
+    other = ImageNoise(8, [2**40], "cpu").draw((1, 2, 4, 4))
+    assert len({float(draw[i, 0, 0, 0]) for draw in [*draws, other.expand(3, -1, -1, -1)]
+                for i in range(3)}) == 211  # fmt: skip
+
+
+def test_schedulers_draw_from_it():
+    noise = ImageNoise(1, [4, 9], "cpu")
+    with noise:
+        inside = torch.randn((2, 3, 2, 2), generator=None, dtype=torch.float64)
+    assert torch.equal(inside, ImageNoise(1, [4, 9], "cpu").draw((2, 3, 2, 2), torch.float64))
+
+
+def sampled(pipeline, labels, indices, batch_size, **settings):
+    images = np.zeros((len(labels), 16, 16, 3), np.uint8)
+    chosen = SamplingSettings(**{"num_inference_steps": STEPS, **settings})
+    for positions, part in generate(
+        pipeline, labels, chosen, indices=indices, batch_size=batch_size
+    ):
+        images[positions] = part
+    return images
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "sde-dpmsolver++", "euler-ancestral"])
+def test_bytes_do_not_depend_on_batch_or_neighbours(scheduler):
+    pipeline = tiny_pipeline()
+    unit = images_per_unit(pipeline.transformer)
+    assert unit > 2  # else nothing below shares a unit
+    labels = [index % 5 for index in range(37)]
+    whole = sampled(pipeline, labels, None, 37, scheduler=scheduler)
+    for batch_size in (1, 5, 16):
+        again = sampled(pipeline, labels[:10], None, batch_size, scheduler=scheduler)
+        assert np.array_equal(again, whole[:10])
+    # In any order, and beside other classes.
+    few = sampled(pipeline, [labels[30], 4, labels[3]], [30, 14, 3], 3, scheduler=scheduler)
+    assert np.array_equal(few[[0, 2]], whole[[30, 3]])
+    assert not np.array_equal(few[1], few[2])
+
+
+def test_threads_do_not_change_bytes():
+    pipeline, threads = tiny_pipeline(), torch.get_num_threads()
+    labels = [index % 5 for index in range(40)]
+    images = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            images.append(sampled(pipeline, labels, None, 40))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert np.array_equal(images[0], images[1])
+    assert np.array_equal(images[0], images[2])
+
+
+def test_units_give_every_image_its_place():
+    indices = np.array([0, 3, 4, 8, 1, 4])
+    units = plan_units(indices, 4)
+    assert [unit.tolist() for unit in units] == [[0, 4, -1, 1], [2, -1, -1, -1],
+                                                 [3, -1, -1, -1], [5, -1, -1, -1]]  # fmt: skip
+    placed = np.concatenate([unit[unit >= 0] for unit in units])
+    assert sorted(placed) == list(range(6))
+
+
+def test_a_live_model_is_left_in_its_mode():
+    pipeline = tiny_pipeline()
+    pipeline.transformer.train()
+    scheduler = pipeline.scheduler
+    first = sampled(pipeline, [1, 2], None, 2, scheduler="ddim")
+    assert pipeline.transformer.training
+    assert pipeline.scheduler is scheduler
+    pipeline.transformer.eval()
+    assert np.array_equal(first, sampled(pipeline, [1, 2], None, 2, scheduler="ddim"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scheduler": "flow-euler"}, "those that fit are ddpm, ddim, dpmsolver"),
+        ({"scheduler": "magic"}, "unknown; those that fit are ddpm"),
+        ({"num_inference_steps": 1001}, "1 … 1000"),
+        ({"guidance_interval": (0.8, 0.2)}, "low ≤ high"),
+        ({"guidance_channels": 5}, "4 channels"),
+    ],
+)
+def test_settings_that_do_not_fit_are_errors(settings, message):
+    chosen = SamplingSettings(**settings)
+    with pytest.raises(UserError, match=message):
+        generate(tiny_pipeline(), [0], chosen)
