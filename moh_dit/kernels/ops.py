@@ -1,0 +1,247 @@
+"""The Triton kernels as two torch operators, one forward and one backward, with shapes for tracing.
+
+One tensor goes in: ``projected`` (B, N, 3·h·d + router columns), contiguous: queries, keys, values,
+then the router logits of shared heads (s), routed heads (E) and the two stages (2, where both kinds
+exist), then padding that nobody reads. Its gradient has the same layout, so a single matrix product
+makes all of it and a single one takes its gradient back.
+"""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import triton_backward, triton_forward, triton_routing
+from .table import launch_configuration
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def head_split(head_dim: int) -> tuple[int, int]:
+    """``(D0, D1)``: a power of two and the padded rest, D1 0 or at least 16 (matrix units' k)."""
+    main = max(16, 1 << (head_dim.bit_length() - 1))
+    rest = head_dim - main
+    return main, max(16, _power_of_2(rest)) if rest > 0 else 0
+
+
+def _launch(kernel, projected, heads, shared, head_dim, config) -> tuple[dict, dict]:
+    """Launch configuration (the table's, unless given) and the other compile-time constants."""
+    tokens = projected.shape[1]
+    d0, d1 = head_split(head_dim)
+    config = dict(config or launch_configuration(kernel, projected, head_dim))
+    # The copy engine wants every stride, those of (B, h, N) float32 too, to be 16 bytes' multiple.
+    size = projected.element_size()
+    aligned = not (head_dim * size % 16 or projected.shape[2] * size % 16 or tokens % 4)
+    config["TMA"] = config["TMA"] and aligned and projected.data_ptr() % 16 == 0
+    tf32 = projected.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    constants = dict(
+        H=heads, S=shared, D=head_dim, D0=d0, D1=d1, STRIDE=projected.shape[2],
+        EVEN_KEYS=tokens % config["BN"] == 0, EVEN_QUERIES=tokens % config["BM"] == 0,
+        PRECISION="tf32" if tf32 else "ieee",
+        scale_log2=math.log2(math.e) / math.sqrt(head_dim),
+    )  # fmt: skip
+    return config, constants
+
+
+def _query_tiles(tokens: int, heads: int, shared: int, config: dict) -> int:
+    routed_tiles = triton.cdiv(tokens, config["BM_ROUTED"])
+    return shared * triton.cdiv(tokens, config["BM"]) + (heads - shared) * routed_tiles
+
+
+def _blocks(tensor: Tensor, heads: int, head_dim: int, block: int, tma: bool) -> tuple:
+    """Copy-engine views (B, N, heads, d) of both parts of a head; rows lie a token apart."""
+    if not tma:
+        return None, None
+    batch, tokens, stride = tensor.shape
+    shape, strides = [batch, tokens, heads, head_dim], [tokens * stride, stride, head_dim, 1]
+    return tuple(
+        TensorDescriptor(tensor, shape, strides, [1, block, 1, width]) if width else None
+        for width in head_split(head_dim)
+    )
+
+
+def _row_blocks(rows: Tensor, block: int, tma: bool) -> TensorDescriptor | None:
+    return TensorDescriptor.from_tensor(rows, [1, 1, block]) if tma else None
+
+
+def run_route(projected, heads, shared, active, head_dim, tile=32, num_warps=2):
+    """Gates (B, h, N) float32, index (B, E, N) int32, count (B, E) int32, stats (B, 2, E)."""
+    batch, tokens, stride = projected.shape
+    routed = heads - shared
+    new = projected.new_empty
+    gates = new(batch, heads, tokens, dtype=torch.float32)
+    index = new(batch, routed, tokens, dtype=torch.int32)
+    count = new(batch, routed, dtype=torch.int32)
+    stats = new(batch, 2, routed, dtype=torch.float32)
+    tiles = triton.cdiv(tokens, tile)
+    score_sums = new(batch, tiles, routed, dtype=torch.float32)
+    triton_routing.route[(tiles, batch)](
+        projected, gates, score_sums, tokens, H=heads, S=shared, K=active, D=head_dim,
+        STRIDE=stride, H_PAD=_power_of_2(heads), TOKENS=tile, num_warps=num_warps,
+    )  # fmt: skip
+    if routed:
+        triton_routing.list_tokens[(routed, batch)](
+            gates, score_sums, index, count, stats, tokens, tiles, H=heads, S=shared,
+            CHUNK=min(1024, max(16, _power_of_2(tokens))), num_warps=4,
+        )  # fmt: skip
+    return gates, index, count, stats
+
+
+def run_attend(projected, gates, index, count, out, shared, head_dim, config=None):
+    """Write ``out`` (B, N, h·d); return lse (B, h, N), base 2, defined where selected."""
+    batch, tokens, _ = projected.shape
+    heads = gates.shape[1]
+    lse = torch.empty_like(gates)
+    config, constants = _launch("attend", projected, heads, shared, head_dim, config)
+    tiles = _query_tiles(tokens, heads, shared, config)
+    triton_forward.attend[(tiles, batch)](
+        projected, *_blocks(projected, 3 * heads, head_dim, config["BN"], config["TMA"]),
+        gates, index, count, out, lse, tokens, constants.pop("scale_log2"),
+        **constants, **config,
+    )  # fmt: skip
+    return lse
+
+
+def run_query_gradient(
+    projected, grad_out, out, gates, lse, index, count, grad_projected, shared, head_dim,
+    config=None,
+):  # fmt: skip
+    """Write dq into ``grad_projected``; return δ (B, h, N), defined where selected."""
+    batch, tokens, _ = projected.shape
+    heads = gates.shape[1]
+    delta = torch.empty_like(gates)
+    config, constants = _launch("query_gradient", projected, heads, shared, head_dim, config)
+    triton_backward.query_gradient[(_query_tiles(tokens, heads, shared, config), batch)](
+        projected, *_blocks(projected, 3 * heads, head_dim, config["BN"], config["TMA"]),
+        grad_out, out, gates, lse, delta, index, count, grad_projected, tokens,
+        1 / math.sqrt(head_dim), constants.pop("scale_log2"), **constants, **config,
+    )  # fmt: skip
+    return delta
+
+
+def run_key_value_gradient(
+    projected, grad_out, lse, delta, index, count, grad_projected, shared, head_dim, config=None
+):
+    """Write dk and dv into ``grad_projected``."""
+    batch, tokens, _ = projected.shape
+    heads = lse.shape[1]
+    config, constants = _launch("key_value_gradient", projected, heads, shared, head_dim, config)
+    block, tma = config["BM"], config["TMA"]
+    tiles = heads * triton.cdiv(tokens, config["BN"])
+    triton_backward.key_value_gradient[(tiles, batch)](
+        projected, *_blocks(projected, 3 * heads, head_dim, block, tma),
+        *_blocks(grad_out, heads, head_dim, block, tma), _row_blocks(lse, block, tma),
+        _row_blocks(delta, block, tma), grad_out, lse, delta, index, count, grad_projected, tokens,
+        1 / math.sqrt(head_dim), constants.pop("scale_log2"), **constants, **config,
+    )  # fmt: skip
+
+
+def run_route_backward(
+    projected, gates, delta, grad_stats, grad_projected, shared, head_dim, tile=32, num_warps=2
+):
+    """Write the gradients of the router logits into ``grad_projected``."""
+    batch, tokens, stride = projected.shape
+    heads = gates.shape[1]
+    triton_routing.route_backward[(triton.cdiv(tokens, tile), batch)](
+        projected, gates, delta, grad_stats, grad_projected, tokens, H=heads, S=shared, D=head_dim,
+        STRIDE=stride, H_PAD=_power_of_2(heads),
+        TAIL=_power_of_2(max(1, stride - 3 * heads * head_dim - heads)),
+        TOKENS=tile, num_warps=num_warps,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("moh_dit::attention", mutates_args=())
+def attention_op(
+    projected: Tensor, heads: int, shared: int, active: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gated output (B, N, h·d), stats (B, 2, E) per image; gates, lse, index and count."""
+    projected = projected.contiguous()
+    out = projected.new_empty(*projected.shape[:2], heads * head_dim)
+    gates, index, count, stats = run_route(projected, heads, shared, active, head_dim)
+    lse = run_attend(projected, gates, index, count, out, shared, head_dim)
+    return out, stats, gates, lse, index, count
+
+
+@attention_op.register_fake
+def _(projected, heads, shared, active, head_dim):
+    batch, tokens, _ = projected.shape
+    routed = heads - shared
+    new = projected.new_empty
+    return (
+        new(batch, tokens, heads * head_dim),
+        new(batch, 2, routed, dtype=torch.float32),
+        new(batch, heads, tokens, dtype=torch.float32),
+        new(batch, heads, tokens, dtype=torch.float32),
+        new(batch, routed, tokens, dtype=torch.int32),
+        new(batch, routed, dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("moh_dit::attention_backward", mutates_args=())
+def attention_backward_op(
+    grad_out: Tensor,
+    grad_stats: Tensor,
+    projected: Tensor,
+    out: Tensor,
+    gates: Tensor,
+    lse: Tensor,
+    index: Tensor,
+    count: Tensor,
+    shared: int,
+    head_dim: int,
+) -> Tensor:
+    """Gradient of ``projected``; the same bits in every run (no atomic additions)."""
+    grad_out, grad_stats, projected = (
+        grad_out.contiguous(),
+        grad_stats.contiguous(),
+        projected.contiguous(),
+    )
+    grad_projected = torch.empty_like(projected)
+    delta = run_query_gradient(
+        projected, grad_out, out, gates, lse, index, count, grad_projected, shared, head_dim
+    )
+    run_key_value_gradient(
+        projected, grad_out, lse, delta, index, count, grad_projected, shared, head_dim
+    )
+    run_route_backward(projected, gates, delta, grad_stats, grad_projected, shared, head_dim)
+    return grad_projected
+
+
+@attention_backward_op.register_fake
+def _(grad_out, grad_stats, projected, out, gates, lse, index, count, shared, head_dim):
+    return torch.empty_like(projected, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output):
+    projected, _, ctx.shared, _, ctx.head_dim = inputs
+    out, stats, gates, lse, index, count = output
+    ctx.save_for_backward(projected, out, gates, lse, index, count)
+    ctx.mark_non_differentiable(gates, lse, index, count)
+    ctx.stats_shape = stats.shape
+
+
+def _backward(ctx, grad_out, grad_stats, *_):
+    projected, out, gates, lse, index, count = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    if grad_stats is None:
+        grad_stats = gates.new_zeros(ctx.stats_shape)
+    grad = attention_backward_op(
+        grad_out, grad_stats, projected, out, gates, lse, index, count, ctx.shared, ctx.head_dim
+    )
+    return grad, None, None, None, None
+
+
+attention_op.register_autograd(_backward, setup_context=_save)
+
+
+def moh_attention_triton(
+    projected: Tensor, heads: int, shared: int, active: int, head_dim: int
+) -> tuple[Tensor, Tensor | None]:
+    """The Triton backend of :func:`moh_dit.attention.moh_attention`."""
+    out, stats, *_ = attention_op(projected, heads, shared, active, head_dim)
+    return out, stats.mean(0) if active else None

@@ -1,0 +1,286 @@
+"""Triton kernels: softmax attention of the selected (token, head) queries alone.
+
+Tensors as in :mod:`.ops`. Queries, keys and values are read where the projection left them, rows
+``STRIDE`` apart; a head is ``D0 + D1`` columns, ``D0`` a power of two and ``D1`` the padded tail
+(72 = 64 + 8, not 128). Every stride is a compile-time constant: 72 is no multiple of 16, so as
+run-time arguments they would lose 16-byte loads. Exponentials are base 2,
+``scale_log2 = log2(e)/√d``.
+
+Shared heads take their queries in order, routed heads through the list that routing made. Nothing
+is added atomically: results are the same in every run. ``TMA`` loads consecutive rows through the
+copy engine (descriptors ``kv0`` … of the two column parts) instead of by pointers.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(
+    base,
+    rows,
+    valid,
+    STRIDE: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Columns FIRST … FIRST+WIDTH-1 of some rows; zero beyond column D and where not valid."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    pointers = base + rows[:, None] * STRIDE + columns[None, :]
+    if FIRST + WIDTH > D:
+        if MASKED:
+            return tl.load(pointers, mask=valid[:, None] & (columns < D)[None, :], other=0.0)
+        return tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+    if MASKED:
+        return tl.load(pointers, mask=valid[:, None], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(
+    base,
+    rows,
+    valid,
+    values,
+    STRIDE: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    columns = FIRST + tl.arange(0, WIDTH)
+    pointers = base + rows[:, None] * STRIDE + columns[None, :]
+    values = values.to(base.dtype.element_ty)
+    if FIRST + WIDTH > D:
+        if MASKED:
+            tl.store(pointers, values, mask=valid[:, None] & (columns < D)[None, :])
+        else:
+            tl.store(pointers, values, mask=(columns < D)[None, :])
+    elif MASKED:
+        tl.store(pointers, values, mask=valid[:, None])
+    else:
+        tl.store(pointers, values)
+
+
+@triton.jit
+def load_block(
+    descriptor,
+    base,
+    b,
+    start,
+    head,
+    rows,
+    valid,
+    STRIDE: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Rows of one head, through the copy engine (zeros out of bounds) or by pointers."""
+    if TMA:
+        return descriptor.load([b, start, head, FIRST]).reshape(BLOCK, WIDTH)
+    return load_rows(base + start * STRIDE, rows, valid, STRIDE, FIRST, WIDTH, D, MASKED)
+
+
+@triton.jit
+def zero_unselected(
+    gates,
+    target,
+    tile,
+    N,
+    STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Zeros for the tokens tile·BM … of one head that did not select it."""
+    tokens = tile * BM + tl.arange(0, BM)
+    empty = tl.load(gates + tokens, mask=tokens < N, other=1.0) == 0.0
+    store_rows(target, tokens, empty, tl.zeros([BM, D0], tl.float32), STRIDE, 0, D0, D, True)
+    if D1 > 0:
+        store_rows(target, tokens, empty, tl.zeros([BM, D1], tl.float32), STRIDE, D0, D1, D, True)
+
+
+@triton.jit
+def _attend_tile(
+    projected,
+    kv0,
+    kv1,
+    gates,
+    index,
+    out,
+    lse,
+    limit,
+    tile,
+    b,
+    head,
+    N,
+    scale_log2,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    STRIDE: tl.constexpr,
+    EVEN_KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    GATHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """One tile of BM queries of one head over all keys: online softmax, gate, store."""
+    slots = tile * BM + tl.arange(0, BM)
+    valid = slots < limit
+    rows = tl.load(index + slots, mask=valid, other=0) if GATHER else slots
+    query = projected + b.to(tl.int64) * N * STRIDE + head * D
+    q0 = load_rows(query, rows, valid, STRIDE, 0, D0, D, MASKED)
+    if D1 > 0:
+        q1 = load_rows(query, rows, valid, STRIDE, D0, D1, D, MASKED)
+
+    m = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc0 = tl.zeros([BM, D0], tl.float32)
+    if D1 > 0:
+        acc1 = tl.zeros([BM, D1], tl.float32)
+    keys = tl.arange(0, BN)
+    key = query + H * D
+    value = key + H * D
+    for start in tl.range(0, N, BN):
+        inside = start + keys < N
+        k0 = load_block(
+            kv0, key, b, start, H + head, keys, inside, STRIDE, 0, D0, D, BN, not EVEN_KEYS, TMA
+        )
+        s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+        if D1 > 0:
+            k1 = load_block(
+                kv1,
+                key,
+                b,
+                start,
+                H + head,
+                keys,
+                inside,
+                STRIDE,
+                D0,
+                D1,
+                D,
+                BN,
+                not EVEN_KEYS,
+                TMA,
+            )
+            s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+        if not EVEN_KEYS:
+            s = tl.where(inside[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - m_new[:, None])
+        rescale = tl.exp2(m - m_new)
+        total = total * rescale + tl.sum(p, 1)
+        m = m_new
+        p = p.to(projected.dtype.element_ty)
+        v0 = load_block(
+            kv0,
+            value,
+            b,
+            start,
+            2 * H + head,
+            keys,
+            inside,
+            STRIDE,
+            0,
+            D0,
+            D,
+            BN,
+            not EVEN_KEYS,
+            TMA,
+        )
+        acc0 = tl.dot(p, v0, acc0 * rescale[:, None], input_precision=PRECISION)
+        if D1 > 0:
+            v1 = load_block(
+                kv1,
+                value,
+                b,
+                start,
+                2 * H + head,
+                keys,
+                inside,
+                STRIDE,
+                D0,
+                D1,
+                D,
+                BN,
+                not EVEN_KEYS,
+                TMA,
+            )
+            acc1 = tl.dot(p, v1, acc1 * rescale[:, None], input_precision=PRECISION)
+
+    row_of = (b * H + head).to(tl.int64) * N
+    gate = tl.load(gates + row_of + rows, mask=valid, other=0.0)
+    # The gate joins the normaliser: exp2(s - lse) is g·p, all that the backward pass needs.
+    tl.store(lse + row_of + rows, m + tl.log2(total) - tl.log2(gate), mask=valid)
+    gate = gate / total
+    target = out + b.to(tl.int64) * N * (H * D) + head * D
+    store_rows(target, rows, valid, acc0 * gate[:, None], H * D, 0, D0, D, MASKED)
+    if D1 > 0:
+        store_rows(target, rows, valid, acc1 * gate[:, None], H * D, D0, D1, D, MASKED)
+
+
+@triton.jit
+def attend(
+    projected,
+    kv0,
+    kv1,
+    gates,
+    index,
+    count,
+    out,
+    lse,
+    N,
+    scale_log2,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    STRIDE: tl.constexpr,
+    EVEN_KEYS: tl.constexpr,
+    EVEN_QUERIES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    BM: tl.constexpr,
+    BM_ROUTED: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Gated attention. Grid (S·⌈N/BM⌉ + E·⌈N/BM_ROUTED⌉, B)."""
+    pid = tl.program_id(0)
+    b = tl.program_id(1)
+    tiles = tl.cdiv(N, BM)
+    if pid < S * tiles:
+        _attend_tile(
+            projected, kv0, kv1, gates, index, out, lse, N, pid % tiles, b, pid // tiles, N,
+            scale_log2,
+            H, D, D0, D1, STRIDE, EVEN_KEYS, not EVEN_QUERIES, False, PRECISION, TMA, BM, BN,
+        )  # fmt: skip
+    elif S < H:
+        routed_tiles = tl.cdiv(N, BM_ROUTED)
+        routed = (pid - S * tiles) // routed_tiles
+        tile = (pid - S * tiles) % routed_tiles
+        list_of = b * (H - S) + routed
+        limit = tl.load(count + list_of)
+        zero_unselected(
+            gates + (b * H + S + routed).to(tl.int64) * N,
+            out + b.to(tl.int64) * N * (H * D) + (S + routed) * D, tile, N,
+            H * D, D, D0, D1, BM_ROUTED,
+        )  # fmt: skip
+        if tile * BM_ROUTED < limit:
+            _attend_tile(
+                projected, kv0, kv1, gates, index + list_of.to(tl.int64) * N, out, lse, limit,
+                tile, b, S + routed, N, scale_log2,
+                H, D, D0, D1, STRIDE, EVEN_KEYS, True, True, PRECISION, TMA, BM_ROUTED, BN,
+            )  # fmt: skip

@@ -1,0 +1,211 @@
+"""Triton kernels: gates, lists of selected tokens and balance statistics, and their gradients.
+
+Tensors as in :mod:`.ops`. The router logits of a token stand behind its queries, keys and values:
+shared heads, routed heads, then the two of the two-stage weights.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _router_logits(
+    logits,
+    tokens,
+    valid,
+    H: tl.constexpr,
+    STRIDE: tl.constexpr,
+    H_PAD: tl.constexpr,
+):
+    """Logits (tokens, H_PAD) of shared and routed heads; zeros where there are none."""
+    heads = tl.arange(0, H_PAD)
+    return tl.load(
+        logits + tokens[:, None] * STRIDE + heads[None, :],
+        mask=valid[:, None] & (heads < H)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+
+
+@triton.jit
+def _group_softmax(raw, group):
+    """Softmax over the columns of a group, zero elsewhere."""
+    raw = tl.where(group, raw, float("-inf"))
+    weights = tl.exp(raw - tl.max(raw, 1)[:, None])
+    return weights / tl.sum(weights, 1)[:, None]
+
+
+@triton.jit
+def _first_stage(logits, tokens, valid, H: tl.constexpr, STRIDE: tl.constexpr):
+    """α₀/2, the shared heads' part of the two-stage softmax."""
+    l0 = tl.load(logits + tokens * STRIDE + H, mask=valid, other=0.0).to(tl.float32)
+    l1 = tl.load(logits + tokens * STRIDE + H + 1, mask=valid, other=0.0).to(tl.float32)
+    return 1.0 / (1.0 + tl.exp(l1 - l0)), 1.0 / (1.0 + tl.exp(l0 - l1))
+
+
+@triton.jit
+def route(
+    projected,
+    gates,
+    score_sums,
+    N,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    H_PAD: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Gates of a tile of tokens (MoH eq. 5–7) and its ΣP. Grid (⌈N/TOKENS⌉, B)."""
+    E: tl.constexpr = H - S
+    tile = tl.program_id(0)
+    b = tl.program_id(1)
+    tokens = tile * TOKENS + tl.arange(0, TOKENS)
+    valid = tokens < N
+    heads = tl.arange(0, H_PAD)
+    logits = projected + b.to(tl.int64) * N * STRIDE + 3 * H * D
+    raw = _router_logits(logits, tokens, valid, H, STRIDE, H_PAD)
+    gate = tl.zeros([TOKENS, H_PAD], tl.float32)
+    if S > 0:
+        gate = S * _group_softmax(raw, (heads < S)[None, :])
+    if E > 0:
+        is_routed = ((heads >= S) & (heads < H))[None, :]
+        scores = _group_softmax(raw, is_routed)
+        # Top K by repeated maximum; of equal logits the lowest head wins.
+        chosen = tl.zeros([TOKENS, H_PAD], tl.int1)
+        left = tl.where(is_routed, raw, float("-inf"))
+        for _ in tl.static_range(K):
+            best = heads[None, :] == tl.argmax(left, 1)[:, None]
+            chosen = chosen | best
+            left = tl.where(best, float("-inf"), left)
+        kept = tl.where(chosen, scores, 0.0)
+        routed_gate = K * kept / tl.sum(kept, 1)[:, None]
+        if S > 0:
+            first, second = _first_stage(logits, tokens, valid, H, STRIDE)
+            gate = gate * (2 * first)[:, None]
+            routed_gate = routed_gate * (2 * second)[:, None]
+        # "Selected" is gate != 0 from here on: keep it so if a weight underflows.
+        gate += tl.where(chosen, tl.maximum(routed_gate, 1e-37), 0.0)
+        tl.store(
+            score_sums + (b * tl.num_programs(0) + tile) * E + heads - S,
+            tl.sum(tl.where(valid[:, None], scores, 0.0), 0),
+            mask=(heads >= S) & (heads < H),
+        )
+    tl.store(
+        gates + b.to(tl.int64) * H * N + heads[None, :] * N + tokens[:, None],
+        gate,
+        mask=valid[:, None] & (heads < H)[None, :],
+    )
+
+
+@triton.jit
+def list_tokens(
+    gates,
+    score_sums,
+    index,
+    count,
+    stats,
+    N,
+    tiles,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Tokens that selected a routed head, in order, hence no atomics; f and P̄. Grid (E, B)."""
+    E: tl.constexpr = H - S
+    routed = tl.program_id(0)
+    b = tl.program_id(1)
+    row = gates + (b * H + S + routed).to(tl.int64) * N
+    target = index + (b * E + routed).to(tl.int64) * N
+    offsets = tl.arange(0, CHUNK)
+    length = tl.zeros([], tl.int32)
+    score_sum = tl.zeros([], tl.float32)
+    for start in range(0, N, CHUNK):
+        tokens = start + offsets
+        selected = tl.load(row + tokens, mask=tokens < N, other=0.0) != 0.0
+        ones = selected.to(tl.int32)
+        tl.store(target + length + tl.cumsum(ones, 0) - 1, tokens, mask=selected)
+        length += tl.sum(ones, 0)
+    for start in range(0, tiles, CHUNK):
+        tile = start + offsets
+        sums = tl.load(score_sums + (b * tiles + tile) * E + routed, mask=tile < tiles, other=0.0)
+        score_sum += tl.sum(sums, 0)
+    tl.store(count + b * E + routed, length)
+    tl.store(stats + (b * 2) * E + routed, length.to(tl.float32) / N)
+    tl.store(stats + (b * 2 + 1) * E + routed, score_sum / N)
+
+
+@triton.jit
+def route_backward(
+    projected,
+    gates,
+    delta,
+    grad_stats,
+    grad_projected,
+    N,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    H_PAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Gradients of the router logits from δ = ∂L/∂g. Grid (⌈N/TOKENS⌉, B).
+
+    With ``t_i = g_i δ_i`` and w the weights of a softmax group (shared; selected routed):
+    ``dl_i = t_i - w_i Σ_group t``; for the two stages ``dl_0 = Σ_shared t - a_0 Σ_all t = -dl_1``.
+    P̄ adds ``P_i (c_i - Σ P c)/N`` with c its upstream gradient.
+    """
+    E: tl.constexpr = H - S
+    b = tl.program_id(1)
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    valid = tokens < N
+    heads = tl.arange(0, H_PAD)
+    inside = valid[:, None] & (heads < H)[None, :]
+    slots = b.to(tl.int64) * H * N + heads[None, :] * N + tokens[:, None]
+    gate = tl.load(gates + slots, mask=inside, other=0.0)
+    t = gate * tl.load(delta + slots, mask=inside & (gate != 0.0), other=0.0)
+
+    logits = projected + b.to(tl.int64) * N * STRIDE + 3 * H * D
+    target = grad_projected + b.to(tl.int64) * N * STRIDE + 3 * H * D
+    raw = _router_logits(logits, tokens, valid, H, STRIDE, H_PAD)
+    grad = tl.zeros([TOKENS, H_PAD], tl.float32)
+    shared_sum = tl.zeros([TOKENS], tl.float32)
+    if S > 0:
+        is_shared = (heads < S)[None, :]
+        shared_sum = tl.sum(tl.where(is_shared, t, 0.0), 1)
+        weights = _group_softmax(raw, is_shared)
+        grad += tl.where(is_shared, t - weights * shared_sum[:, None], 0.0)
+    if E > 0:
+        is_routed = ((heads >= S) & (heads < H))[None, :]
+        routed_gate = tl.where(is_routed, gate, 0.0)
+        weights = routed_gate / tl.maximum(tl.sum(routed_gate, 1), 1e-37)[:, None]
+        routed_sum = tl.sum(tl.where(is_routed, t, 0.0), 1)
+        grad += tl.where(is_routed, t - weights * routed_sum[:, None], 0.0)
+        scores = _group_softmax(raw, is_routed)
+        pull = tl.load(
+            grad_stats + (b * 2 + 1) * E + heads - S, mask=(heads >= S) & (heads < H), other=0.0
+        )
+        pull = pull[None, :] / N
+        grad += scores * (pull - tl.sum(scores * pull, 1)[:, None])
+        if S > 0:
+            first, _ = _first_stage(logits, tokens, valid, H, STRIDE)
+            stage = shared_sum - first * (shared_sum + routed_sum)
+            slot = target + tokens * STRIDE + H
+            tl.store(slot, stage.to(target.dtype.element_ty), mask=valid)
+            tl.store(slot + 1, (-stage).to(target.dtype.element_ty), mask=valid)
+    tl.store(
+        target + tokens[:, None] * STRIDE + heads[None, :],
+        grad.to(target.dtype.element_ty),
+        mask=inside,
+    )
+    USED: tl.constexpr = H + 2 if (S > 0 and E > 0) else H
+    PAD: tl.constexpr = STRIDE - 3 * H * D - USED
+    if PAD > 0:
+        pad = tl.arange(0, TAIL)
+        tl.store(
+            target + tokens[:, None] * STRIDE + (USED + pad)[None, :],
+            tl.zeros([TOKENS, TAIL], target.dtype.element_ty),
+            mask=valid[:, None] & (pad < PAD)[None, :],
+        )

@@ -1,0 +1,91 @@
+"""The fast attention backends against the definition: Triton interpreted, gathered as it is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from interpreted_kernels import CASES, make_input, outcome
+from reference import relative_error
+
+from moh_dit.attention import MoHAttention, moh_attention
+from moh_dit.errors import UserError
+from moh_dit.kernels import choose_backend
+from moh_dit.kernels.table import auto_backend
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    program = Path(__file__).with_name("interpreted_kernels.py")
+    run = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_triton_kernels_match_float64(interpreted, case):
+    result = interpreted["cases"][case]
+    tolerance = 1e-3 if CASES[case][6] == torch.float16 else 2e-6
+    assert result["output"] < tolerance
+    assert result["unselected_are_zero"]
+    assert result["gradient"] < tolerance
+    assert result["router_gradient"] < tolerance
+    assert result["padding_gradient"] == 0
+    assert result.get("stats", 0) < 1e-6
+    assert result["repeats"]
+
+
+def test_operators_trace_into_one_graph(interpreted):
+    assert interpreted["compiled"] < 1e-6
+    assert interpreted["operator_checks"] == ["SUCCESS"]
+
+
+@pytest.mark.parametrize(
+    "plan", [(6, 3, 2, 8), (4, 0, 2, 8), (3, 3, 0, 8)], ids=["both", "routed", "shared"]
+)
+def test_gathered_equals_reference(plan):
+    heads, shared, active, width = plan
+    projected = make_input(2, 40, heads, shared, active, width, torch.float64).nan_to_num_()
+    upstream = torch.randn(2, 40, plan[0] * plan[3])
+    pull = torch.randn(2, plan[0] - plan[1])
+    actual = outcome(projected, plan, "gathered", upstream, pull)
+    expected = outcome(projected, plan, "reference", upstream, pull)
+    for a, b in zip(actual, expected, strict=True):
+        if b is not None:
+            assert relative_error(a, b) < 1e-12
+
+
+def test_equal_scores_go_to_the_lowest_head():
+    layer = MoHAttention(16, 4, num_shared_heads=0, num_active_routed_heads=2)
+    gates, _ = layer.route(torch.zeros(1, 3, 16))
+    assert gates[0].tolist() == [[1.0, 1.0, 0.0, 0.0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (((9, 0), torch.bfloat16, 256, 24, 14, 2, 72), "triton"),
+        (((9, 0), torch.float32, 256, 24, 14, 2, 72), "reference"),
+        (((9, 0), torch.bfloat16, 256, 24, 14, 2, 40), "reference"),
+        (((8, 0), torch.bfloat16, 256, 24, 14, 2, 72), "reference"),
+        ((None, torch.float32, 256, 24, 14, 2, 72), "gathered"),
+        ((None, torch.float32, 64, 24, 14, 2, 72), "reference"),
+        ((None, torch.float32, 256, 8, 8, 0, 72), "reference"),
+    ],
+)
+def test_auto_takes_what_was_measured(case, expected):
+    assert auto_backend(*case) == expected
+
+
+def test_backends_that_cannot_run_are_refused():
+    projected = torch.zeros(1, 4, 3 * 16 + 16)
+    with pytest.raises(UserError, match="choose one of auto"):
+        moh_attention(projected, 2, 2, 0, 8, "flash")
+    with pytest.raises(UserError, match="needs a GPU"):
+        choose_backend("triton", projected, 2, 2, 0, 8)
+    with pytest.raises(UserError, match=r"no kernels for torch\.float64"):
+        choose_backend("triton", projected.double(), 2, 2, 0, 8)
+    with pytest.raises(UserError, match="choose one of auto"):
+        MoHAttention(16, 2, 2, 0, attention_backend="flash")
