@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+import torch
+
 from .catalogue import DEFAULT_METRICS, METRICS
-from .distributed import default_device, world
+from .distributed import default_device, leave, world
 from .errors import EvaluationError
 from .evaluator import Evaluator, ReferenceKind
 from .extractors import EXTRACTORS, NetworkPrecision, get_extractor
@@ -81,7 +83,9 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
     group.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
-    group.add_argument("--batch-size", type=positive, default=64)
+    group.add_argument(
+        "--batch-size", type=positive, help="images at a time (default: 64, 128 on a GPU)"
+    )
     group.add_argument("--workers", type=positive, help="decoding threads (default: all cores)")
     group.add_argument("--cache", metavar="DIR", help="keep features there, by content hash")
     group.add_argument("--quiet", action="store_true", help="no progress")
@@ -247,19 +251,14 @@ def stats(argv: list[str]) -> int:
     sha256 = by_name(options.weights_sha256, options.extractor).get(options.extractor)
     extractor = get_extractor(options.extractor, weights, sha256)
     runtime = Runtime(
-        default_device(),
-        options.batch_size,
+        torch.device(options.device) if options.device else default_device(),
+        options.batch_size or 0,
+        options.workers or 0,
         precision=options.precision,
         quiet=options.quiet,
         compile=options.compile,
         cache=Path(options.cache) if options.cache else None,
     )
-    if options.device:
-        import torch
-
-        runtime.device = torch.device(options.device)
-    if options.workers:
-        runtime.workers = options.workers
     output = options.output or home() / "references" / f"{options.name}.npz"
     written = save_reference(
         options.source,
@@ -291,13 +290,18 @@ def main(argv: list[str] | None = None) -> int:
         if argv and argv[0] in COMMANDS:
             return COMMANDS[argv[0]](argv[1:])
         return evaluation(argv)
-    except EvaluationError as error:
+    except (EvaluationError, OSError) as error:
         if world()[0] == 0:
             print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory; try a smaller --batch-size ({error})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        leave()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -10,20 +11,31 @@ import torch.distributed as dist
 from .errors import EvaluationError
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # one process may measure for hours while the others wait
 _group: Any = None
+_joined = False
 
 
 def world() -> tuple[int, int]:
     """(rank, number of processes); joins the launcher's group if that is not done yet."""
-    global _group
+    global _group, _joined
     if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         if not (dist.is_available() and dist.is_initialized()):
             return 0, 1
     elif not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
+        _joined = True
     if _group is None:  # features travel through the CPU, whatever the caller's own group uses
-        _group = dist.new_group(backend="gloo")
+        _group = dist.new_group(backend="gloo", timeout=PATIENCE)
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave() -> None:
+    """Leave the group again, if ``world`` joined it."""
+    global _group, _joined
+    if _joined:
+        dist.destroy_process_group()
+        _group, _joined = None, False
 
 
 def default_device() -> torch.device:

@@ -15,7 +15,14 @@ from .extractors import Extractor, NetworkPrecision, get_extractor, wrap_extract
 from .features import Features, Runtime, extract
 from .images import Preprocess
 from .neighbours import Precision
-from .planning import check_count, check_metrics, convention_warnings, looks_swapped, obstacle
+from .planning import (
+    check_count,
+    check_metrics,
+    convention_warnings,
+    identity_warnings,
+    looks_swapped,
+    obstacle,
+)
 from .readers import ImageSet, open_set
 from .references import check_reference, open_reference
 
@@ -76,7 +83,7 @@ class Evaluator:
         resize: int | None = None,
         crop: bool = False,
         device: str | torch.device | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         workers: int | None = None,
         precision: NetworkPrecision = "float32",
         compile: bool = False,
@@ -91,14 +98,13 @@ class Evaluator:
         self.names = check_metrics(metrics or DEFAULT_METRICS)
         self.runtime = Runtime(
             torch.device(device) if device is not None else default_device(),
-            batch_size=batch_size,
+            batch_size=batch_size or 0,
+            workers=workers or 0,
             precision=precision,
             compile=compile,
             cache=Path(cache).expanduser() if cache else None,
             quiet=quiet,
         )
-        if workers is not None:
-            self.runtime.workers = workers
         self.distances, self.k, self.bootstrap = distances, k, bootstrap
         self.reference_kind = reference_kind
         self.weights, self.weights_sha256 = weights, weights_sha256
@@ -190,6 +196,9 @@ class Evaluator:
             extractor = self.extractors[extractor_name]
             reference = self._features_of_reference(extractor, group)
             features = self._features(opened, extractor, group, "samples")
+            check_reference(
+                self.reference, opened, extractor, self.preprocess
+            )  # an iterable's size
             count, computed = features.count, computed + features.computed
             seconds += features.seconds
             if on_first(lambda: features.labels is None):  # noqa: B023  (known now of an iterable)
@@ -317,6 +326,7 @@ class Evaluator:
         )
         if self.default.label is None:
             result.warnings += convention_warnings(names, count, used, images or features)
+        result.warnings += identity_warnings((ref, opened), self.runtime.precision)
         if looks_swapped(ref, opened):
             result.warnings.append(
                 f"{ref.name} looks like samples and {opened.name} like a reference: swapped? The "

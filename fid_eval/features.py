@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,12 +33,16 @@ class Runtime:
     """How the network is run; none of it changes what is computed beyond rounding."""
 
     device: torch.device
-    batch_size: int = 64
-    workers: int = min(16, os.cpu_count() or 1)
+    batch_size: int = 0  # 0: 64, 128 on a GPU
+    workers: int = 0  # decoding threads; 0: a thread a core, 16 at most
     precision: NetworkPrecision = "float32"
     compile: bool = False
     cache: Path | None = None
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        self.workers = self.workers or min(16, os.cpu_count() or 1)
+        self.batch_size = self.batch_size or (128 if self.device.type == "cuda" else 64)
 
 
 @dataclass
@@ -219,7 +224,11 @@ def _computed_chunks(
             torch.inference_mode(),
             network_precision(runtime.precision, runtime.device.type),
         ):
-            values = dict(extractor(batch.to(runtime.device, non_blocking=True)))
+            images_in = batch.to(runtime.device, non_blocking=True)
+            if runtime.compile:  # one shape: a short last batch would be compiled anew
+                missing = runtime.batch_size - len(batch)
+                images_in = F.pad(images_in, (0, 0, 0, 0, 0, 0, 0, missing))
+            values = {key: value[: len(batch)] for key, value in extractor(images_in).items()}
         if len(values["pool"]) != len(batch):
             raise EvaluationError(
                 f"extractor {extractor.name}: {len(values['pool'])} features for a batch of "

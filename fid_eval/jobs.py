@@ -118,7 +118,7 @@ def _attempt(function: Any) -> Any:
     """The result, or the EvaluationError as a value."""
     try:
         return together(function)
-    except EvaluationError as error:
+    except (EvaluationError, OSError) as error:
         return error
 
 
@@ -126,10 +126,10 @@ def _measured(evaluator: Evaluator, job: Job, found: Any, document: Document) ->
     if isinstance(found, ImageSet):
         try:
             result = evaluator(found, metrics=job.metrics)
-        except EvaluationError as error:
+        except (EvaluationError, OSError) as error:
             found = error
         else:
-            entry = result.to_dict()
+            entry = {**result.to_dict(), "asked": job.metrics}
             document["reference"] = entry.pop("reference")
             document["extractors"].update(entry.pop("extractors"))
             return json.loads(json.dumps(entry))
@@ -181,7 +181,7 @@ def _earlier(output: Path | None, settings: dict[str, Any], overwrite: bool) -> 
 
 def _reusable(earlier: Document | None, job: Job, found: ImageSet) -> dict[str, Any] | None:
     for entry in earlier["sets"] if earlier else []:
-        if entry["name"] != job.name or "error" in entry or job.metrics is not None:
+        if entry["name"] != job.name or "error" in entry or entry["asked"] != job.metrics:
             continue
         if entry["samples"]["sha256"] == found.content_hash():
             return entry

@@ -25,7 +25,7 @@ def check_count(opened: ImageSet, k: int | None) -> None:
     count = opened.images.count if opened.images is not None else None
     if "pool" in opened.features:
         count = len(opened.features["pool"])
-    if opened.statistics and opened.images is None or count is None:
+    if (opened.statistics and opened.images is None) or count is None:
         return
     if count < 2:
         raise EvaluationError(
@@ -84,6 +84,21 @@ def convention_warnings(
             f"precision and recall are against {reference_images:,} reference images; papers use "
             f"{PUBLISHED_REFERENCE:,}"
         )
+    return warnings
+
+
+def identity_warnings(sets: Sequence[ImageSet], precision: str) -> list[str]:
+    """Stored features whose origin the file does not tell, or tells to be of other precision."""
+    warnings = []
+    for opened in sets:
+        stored = bool(opened.features) or bool(opened.statistics)
+        if stored and opened.kind == "safetensors" and "extractor" not in opened.metadata:
+            warnings.append(
+                f"{opened.name} does not say which extractor made its features; taken on trust"
+            )
+        made = opened.metadata.get("network_precision", precision)
+        if stored and made != precision:
+            warnings.append(f"{opened.name} was made at {made}, this run is at {precision}")
     return warnings
 
 

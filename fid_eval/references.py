@@ -164,7 +164,11 @@ def save_reference(
     subset = _Subset(images, seed)
     features = extract(opened, extractor, set(), layers, runtime, subset.tap)
     parts = gather(subset.heap)
-    on_first(lambda: _write(output, opened, extractor, preprocess, features, parts or [], images))
+    on_first(
+        lambda: _write(
+            output, opened, extractor, preprocess, features, parts or [], images, runtime.precision
+        )
+    )
     return output
 
 
@@ -176,6 +180,7 @@ def _write(
     features: Any,
     parts: list[list],
     images: int,
+    precision: str,
 ) -> None:
     chosen = sorted((item for part in parts for item in part), key=lambda item: (-item[0], item[1]))
     chosen = sorted(chosen[:images], key=lambda item: item[1])
@@ -192,6 +197,7 @@ def _write(
     metadata = {
         "count": features.count,
         "extractor": extractor.identity(),
+        "network_precision": precision,
         "resize": str(preprocess),
         "image_size": list(arrays["arr_0"].shape[1:3]),
         "source": opened.name,

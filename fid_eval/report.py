@@ -5,12 +5,12 @@ import json
 import os
 import platform
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 
 from .errors import EvaluationError
 
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
         "fid_eval": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torch_fidelity": version("torch-fidelity"),
         "numpy": np.__version__,
         "machine": platform.machine(),
     }

@@ -9,10 +9,11 @@ from safetensors.torch import save_file
 
 from fid_eval import EvaluationError, Evaluator, evaluate
 from fid_eval.catalogue import METRICS
-from fid_eval.extractors import EXTRACTORS, network_precision, wrap_extractor
+from fid_eval.extractors import EXTRACTORS, get_extractor, network_precision, wrap_extractor
 from fid_eval.features import Runtime
 from fid_eval.metrics import frechet_distance_of_features, precision_recall
 from fid_eval.moments import Moments
+from fid_eval.planning import convention_warnings
 from fid_eval.readers import CHUNK
 from fid_eval.references import save_reference
 
@@ -191,7 +192,7 @@ def test_features_and_statistics_from_safetensors(sets, tmp_path):
     assert result["fd_projection"] == pytest.approx(expected["fd_projection"], rel=1e-9)
     assert "precision_projection" not in result.metrics
     assert any("precision not measured" in warning for warning in result.warnings)
-    with pytest.raises(EvaluationError, match="precision cannot be measured: reference .*a.safe"):
+    with pytest.raises(EvaluationError, match=r"precision cannot be measured: reference .*a.safe"):
         evaluate(str(tmp_path / "a.safetensors"), b, **options(metrics=["precision"]))
 
 
@@ -333,3 +334,45 @@ def test_global_switches_and_random_numbers_are_left_as_they_were(sets):
     evaluate(*sets, bootstrap=2, metrics=["fid", "kid", "fid_infinity"], **options())
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.backends.cudnn.conv.fp32_precision == before[1]
+
+
+def test_what_departs_from_the_papers_convention_is_said():
+    five = ["fid", "sfid", "is", "precision", "recall"]
+    assert convention_warnings(five, 50_000, "statistics", 10_000) == []
+    said = " ".join(convention_warnings(five, 5_000, "images", 5_000))
+    for words in ("5,000 samples; papers use 50,000", "statistics of the whole training set",
+                  "5,000 reference images; papers use 10,000"):  # fmt: skip
+        assert words in said
+
+
+def test_features_of_unknown_origin_are_said_to_be(sets, tmp_path):
+    save_file({"pool": features_of(sets[0][0])}, tmp_path / "a.safetensors")
+    result = evaluate(str(tmp_path / "a.safetensors"), sets[1], **options(metrics=["fid"]))
+    assert any("does not say which extractor" in warning for warning in result.warnings)
+
+
+def test_dinov2_from_a_local_repository_and_weights(tmp_path, monkeypatch):
+    repository = tmp_path / "hub" / "facebookresearch_dinov2_main"
+    repository.mkdir(parents=True)
+    (repository / "hubconf.py").write_text(
+        "import torch\n"
+        "def dinov2_vitl14(pretrained=True):\n"
+        "    assert not pretrained\n"
+        "    return torch.nn.Sequential(torch.nn.AvgPool2d(56), torch.nn.Flatten(),\n"
+        "                               torch.nn.Linear(48, 6))\n"
+    )
+    state = {"2.weight": torch.randn(6, 48), "2.bias": torch.zeros(6)}
+    save_file(state, tmp_path / "dino.safetensors")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    extractor = get_extractor("dinov2", tmp_path / "dino.safetensors")
+    extractor.load(torch.device("cpu"))
+    images = torch.full((2, 3, 300, 300), 255, dtype=torch.uint8)
+    white = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    expected = white.repeat_interleave(16) @ state["2.weight"].T
+    torch.testing.assert_close(extractor(images)["pool"][0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_clip_archives_are_run_only_if_their_hash_is_known(tmp_path):
+    (tmp_path / "clip.pt").write_bytes(b"something else")
+    with pytest.raises(EvaluationError, match="the published weights have 3035c92b"):
+        get_extractor("clip", tmp_path / "clip.pt")

@@ -98,7 +98,7 @@ def sources(path, images, labels):
         "folder": write_folder(path / "folder", images, labels),
         "zip": write_zip(path / "images.zip", images, labels),
         "tar": str(path / "part-{00..01}.tar"),
-        "tar pattern": str(path / "part-*.tar"),
+        "tar-pattern": str(path / "part-*.tar"),
         "dataset": Dataset(images, labels),
         "array": (images, labels),
         "tensor": (nchw, torch.from_numpy(labels)),
@@ -108,8 +108,10 @@ def sources(path, images, labels):
     }
 
 
-KINDS = ["stored", "compressed", "folder", "zip", "tar", "tar pattern", "dataset", "array", "tensor",
-         "iterable", "generator", "share"]  # fmt: skip
+KINDS = [
+    "stored", "compressed", "folder", "zip", "tar", "tar-pattern",
+    "dataset", "array", "tensor", "iterable", "generator", "share",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,7 +131,7 @@ def test_batches_of_all_processes_are_those_of_one():
     count = 2 * CHUNK + 5
     alone = list(batch_spans(count, 100, lambda chunk: True))
     shared = [list(batch_spans(count, 100, lambda c, r=rank: c % 3 == r)) for rank in range(3)]
-    assert sorted(sum(shared, [])) == alone
+    assert sorted(span for spans in shared for span in spans) == alone
     assert alone[-1] == (2 * CHUNK, count)
 
 
