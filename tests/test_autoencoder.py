@@ -32,7 +32,7 @@ from moh_dit.data.autoencoder_training import (
     train_autoencoder,
 )
 from moh_dit.data.digits import load_digit_images
-from moh_dit.data.images import to_float
+from moh_dit.data.pixels import to_float
 from moh_dit.errors import UserError
 
 TINY = AutoencoderConfig(

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from moh_dit.autoencoder import autoencoder_identity, encode_moments, load_autoencoder
 from moh_dit.data import encoding
 from moh_dit.data.encoding import Encoding, encode_data
-from moh_dit.data.images import load_batch, open_images, to_float
+from moh_dit.data.images import load_batch, open_images
 from moh_dit.data.latents import LatentMoments, LatentStore, encode_images, open_latents
+from moh_dit.data.pixels import to_float
 from moh_dit.errors import UserError
 
 

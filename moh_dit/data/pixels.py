@@ -1,0 +1,106 @@
+"""From whatever Pillow opens to square RGB pixels, and between pixels and the model's range."""
+
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp"),
+    *(".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff"),
+)
+PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Reduce to ``size`` along the shorter side and crop the centre: uint8 (size, size, 3).
+
+    As in training ADM and DiT: halved with a box filter while at least twice too large, then
+    bicubic, then the crop. A smaller image is enlarged by the same bicubic step.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert whatever Pillow opened to RGB, upright.
+
+    The EXIF orientation is applied, so that a photo is seen as its viewer shows it. Transparency
+    is laid on white. 16-bit grey is scaled to 8 bits (65535 → 255). Of an animation, the first
+    frame counts.
+
+    Raises:
+        ValueError: pixel values of unknown range (floats, or integers beyond 16 bits).
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; store it as 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow may open as 32-bit integers
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("integer pixels beyond 16 bits have no known range")
+        image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def to_float(images: np.ndarray | Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) in 0 … 255 → float32 (B, 3, H, W) in −1 … 1."""
+    pixels = torch.as_tensor(images).permute(0, 3, 1, 2).to(torch.float32)
+    return pixels / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float (B, 3, H, W), −1 … 1, clipped and rounded → uint8 (B, H, W, 3) on the CPU."""
+    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def read_pixels(file: IO[bytes], size: int) -> np.ndarray:
+    """Decode an image file and preprocess it: uint8 (size, size, 3).
+
+    Raises:
+        ValueError: the file cannot be read, or its pixel values have no known range.
+    """
+    try:
+        with Image.open(file) as image:
+            return center_crop(to_rgb(image), size)
+    except PILLOW_ERRORS as error:
+        raise ValueError(_reason(error)) from None
+
+
+def find_fault(file: IO[bytes]) -> str | None:
+    """Why an image cannot be read, or None. Cheap for PNG and JPEG, a whole decode otherwise."""
+    try:
+        with Image.open(file) as image:
+            if image.format == "PNG" and not image.mode.startswith(("I", "F")):
+                image.verify()  # reads the whole file and compares its checksums
+            elif image.format != "JPEG" or not _has_jpeg_end(file):
+                to_rgb(image)
+    except PILLOW_ERRORS as error:
+        return _reason(error)
+    return None
+
+
+def _has_jpeg_end(file: IO[bytes]) -> bool:
+    """Whether the end-of-image marker is near the end, as in any file that was not cut off."""
+    position = file.tell()
+    size = file.seek(0, 2)
+    file.seek(max(0, size - 65536))
+    found = b"\xff\xd9" in file.read()
+    file.seek(position)
+    return found
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return "not an image" if "cannot identify" in text else text or type(error).__name__
