@@ -197,6 +197,12 @@ class MoHDiTPipeline(DiffusionPipeline):
         check_scheduler(self.scheduler, self.config.prediction_type)
         check_steps(self.scheduler, num_inference_steps)
         guidance.check(self.transformer)
+        latent, expected = self.vae.config.latent_channels, self.transformer.config.in_channels
+        if latent != expected:
+            raise UserError(
+                f"the autoencoder has {latent} latent channels, the transformer {expected}: they "
+                "do not belong together"
+            )
 
     def prepare_latents(
         self, batch_size: int, generator: Noise = None, latents: Tensor | None = None
@@ -235,6 +241,9 @@ class MoHDiTPipeline(DiffusionPipeline):
         noise: Any = contextlib.nullcontext()
         if isinstance(generator, ImageNoise):
             noise, options = generator, {}
+        for model in filter(None, (self.transformer, guidance.model)):
+            if model.is_cache_enabled:
+                model._reset_stateful_cache()  # of the images before
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         on_device = scheduler.timesteps.to(latents.device)  # once: a copy each step would wait
 
@@ -275,7 +284,12 @@ class MoHDiTPipeline(DiffusionPipeline):
         self, model: MoHDiTTransformer2DModel, latents: Tensor, timestep: Tensor, labels: Tensor
     ) -> Tensor:
         """A model's raw output for a batch at one timestep, in the dtype of the latents."""
-        output = model(latents.to(model.dtype), timestep.expand(len(latents)), labels).sample
+        # Guided and unguided steps differ in batch size, so caches keep them apart.
+        caching: Any = contextlib.nullcontext()
+        if model.is_cache_enabled:
+            caching = model.cache_context(f"batch of {len(latents)}")
+        with caching:
+            output = model(latents.to(model.dtype), timestep.expand(len(latents)), labels).sample
         # A copy: with CUDA graphs the next call overwrites the output.
         return output.to(latents.dtype, copy=True)
 

@@ -11,6 +11,8 @@ from typing import ClassVar, cast
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -38,7 +40,7 @@ class MoHDiTOutput(BaseOutput):
     router_stats: tuple[Tensor, ...] | None = None
 
 
-class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin):
+class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
     """Diffusion Transformer whose layers each have their own head plan.
 
     Args:
@@ -172,11 +174,10 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin):
         router_stats = []
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states, stats = self._gradient_checkpointing_func(
-                    block, hidden_states, condition
-                )
+                output = self._gradient_checkpointing_func(block, hidden_states, condition)
             else:
-                hidden_states, stats = block(hidden_states, condition)
+                output = block(hidden_states, condition)
+            hidden_states, stats = output if self.training else (output, None)
             if stats is not None:
                 router_stats.append(stats)
 
@@ -197,7 +198,11 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin):
 
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero block (DiT §3.2): attention and MLP, each shifted, scaled and gated by (t, y)."""
+    """adaLN-Zero block (DiT §3.2): attention and MLP, each shifted, scaled and gated by (t, y).
+
+    Returns (B, N, C) alone in evaluation mode, which is what diffusers' caches can replay, and
+    with the attention's ``router_stats`` in training.
+    """
 
     def __init__(
         self,
@@ -217,14 +222,21 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, hidden_states: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, condition: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         # The statistics leave as a plain output: checkpointing, re-entrant or not, keeps gradients.
         modulation = self.adaLN_modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (B, 1, C) each
         attended, router_stats = self.attn(modulate(self.norm1(hidden_states), shift1, scale1))
         hidden_states = hidden_states + gate1 * attended
         mixed = self.mlp(modulate(self.norm2(hidden_states), shift2, scale2))
-        return hidden_states + gate2 * mixed, router_stats
+        hidden_states = hidden_states + gate2 * mixed
+        return (hidden_states, router_stats) if self.training else hidden_states
+
+
+# What diffusers' caches (first-block, MagCache) need to know of a block.
+TransformerBlockRegistry.register(DiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
 class Mlp(nn.Module):

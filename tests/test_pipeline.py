@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FirstBlockCacheConfig
 from reference import relative_error
 from test_transformer import ROUTED, randomized, reference_model
 
@@ -124,3 +124,31 @@ def test_generators_make_an_image_independent_of_its_batch():
 def test_bad_input_is_said_in_words(labels, options, message):
     with pytest.raises(UserError, match=message):
         tiny_pipeline(["cat", "dog", "eel", "fox", "gnu"])(labels, **options)
+
+
+def test_caches_of_diffusers_skip_blocks_and_start_afresh():
+    pipeline = tiny_pipeline()
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    runs = []
+    pipeline.transformer.blocks[1].register_forward_hook(lambda *arguments: runs.append(1))
+
+    def sample():
+        runs.clear()
+        generator = torch.Generator().manual_seed(0)
+        latents = pipeline([1, 2], latents=noise, num_inference_steps=10, generator=generator,
+                           guidance_interval=(0.3, 0.8), output_type="latent").images  # fmt: skip
+        return latents, len(runs)
+
+    plain, blocks_run = sample()
+    assert blocks_run == 10
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    assert torch.equal(sample()[0], plain)
+    pipeline.transformer.disable_cache()
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    computed = []
+    pipeline.transformer.blocks[2].mlp.register_forward_hook(lambda *a: computed.append(1))
+    cached = sample()[0]
+    assert len(computed) == 2  # the first guided and the first unguided step
+    assert torch.equal(sample()[0], cached)
+    pipeline.transformer.disable_cache()
+    assert torch.equal(sample()[0], plain)
