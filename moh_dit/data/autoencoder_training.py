@@ -62,7 +62,7 @@ class AutoencoderTraining:
     output: str
     """Folder to write; must not exist."""
     data: str = "digits"
-    """"digits" or a folder with one sub-folder for each class."""
+    """"digits", a folder with one sub-folder for each class, tar shards, or hf:NAME."""
     image_size: int = 32
     """Side of the training images in pixels."""
     skip_unreadable: bool = False

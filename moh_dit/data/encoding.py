@@ -51,7 +51,7 @@ class Encoding:
     output: str
     """Folder to write; must not exist, unless resumed."""
     data: str = "digits"
-    """"digits" or a folder with one sub-folder for each class."""
+    """"digits", a folder with one sub-folder for each class, tar shards, or hf:NAME."""
     image_size: int = 32
     """Side of the images in pixels."""
     autoencoder: str = "digits"

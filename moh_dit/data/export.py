@@ -27,7 +27,7 @@ class Export:
     output: str
     """File to write, ending in .npz; must not exist."""
     data: str = "digits"
-    """"digits" or a folder with one sub-folder for each class."""
+    """"digits", a folder with one sub-folder for each class, tar shards, or hf:NAME."""
     image_size: int = 32
     """Side of the images in pixels."""
     skip_unreadable: bool = False

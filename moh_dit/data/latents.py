@@ -261,7 +261,7 @@ def _advise(data: mmap.mmap, name: str, *where: int) -> None:
 
 def encode_both(vae: AutoencoderKL, pixels: np.ndarray, flip: bool) -> Tensor:
     """uint8 (B, S, S, 3) → moments on the CPU, (1 or 2, B, 2C, h, w): as they are, and mirrored."""
-    batch = to_float(pixels).to(vae.device)
+    batch = to_float(torch.from_numpy(pixels).to(vae.device))
     views = [batch, batch.flip(-1)] if flip else [batch]
     return torch.stack([encode_moments(vae, view).cpu() for view in views])
 
