@@ -58,6 +58,8 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         head_dim: width d of a head in every layer; ``None`` means ``hidden_size / h``.
         mlp_ratio: hidden width of the MLP over C.
         num_classes: classes; the label ``num_classes`` is the null class of guidance.
+        label_init_std: standard deviation of the label table at the start. At the published 0.02
+            a model needs some thousands of steps to hear its labels; short runs want 0.5.
 
     Raises:
         UserError: when the head plan or the sizes do not add up.
@@ -82,6 +84,7 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         head_dim: int | None = None,
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
+        label_init_std: float = 0.02,
     ):
         super().__init__()
         if sample_size % patch_size:
@@ -114,7 +117,7 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Xavier-uniform linears, N(0, 0.02) label table and timestep MLP, zero modulation."""
+        """Xavier-uniform linears, normal label table and timestep MLP, zero modulation."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -123,7 +126,7 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         patches = self.x_embedder.proj
         nn.init.xavier_uniform_(patches.weight.flatten(1))
         nn.init.zeros_(cast(Tensor, patches.bias))
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.config.label_init_std)
         for name, parameter in self.t_embedder.named_parameters():
             if name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)

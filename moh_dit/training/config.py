@@ -27,6 +27,8 @@ class ModelConfig:
     """Width d of a head; C / h unless given."""
     mlp_ratio: float | None = None
     """Hidden width of the MLP over C."""
+    label_init_std: float | None = None
+    """Spread of the label table at the start: 0.02 as published, 0.5 for short runs."""
     num_classes: int | None = None
     """Classes; counted in the data unless given. May exceed those of the data, not fall short."""
 
@@ -73,17 +75,22 @@ class OptimizerConfig:
 @dataclass
 class EvaluationConfig:
     sample_every: int = 0
-    """Steps between grids of samples; 0 for none but the last."""
+    """Steps between grids of samples; 0 for one at the end."""
     fid_every: int = 0
-    """Steps between evaluations of generated samples against the data; 0 for none."""
+    """Steps between evaluations of generated samples, the last step included; 0 for none."""
     num_samples: int = 1000
     """Samples in an evaluation."""
     num_inference_steps: int = 50
     """Denoising steps of grids and evaluations."""
     guidance_scale: float = 1.5
     """Classifier-free guidance weight of grids and evaluations; 1 for none."""
+    metrics: list[str] = field(default_factory=lambda: ["fid"])
+    """Metrics of fid_eval to follow."""
     feature_extractor: str = "inception"
     """Feature extractor of the evaluation, a name or import path known to fid_eval."""
+    reference: str | None = None
+    """Reference of the evaluation: a file or saved name of fid_eval; the training images unless
+    given."""
 
 
 @dataclass

@@ -20,6 +20,7 @@ from .balance import BalanceLoss
 from .config import TrainConfig
 from .ema import Ema
 from .order import DataOrder, Share, StepRandom
+from .preview import Preview
 from .record import RunLog, Window, environment, plot_curves
 from .setup import (
     Preemption,
@@ -64,6 +65,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.raw_model = build_model(config, self.latent_shape, len(self.class_names))
         self._prepare()
+        self.preview = Preview(
+            config.evaluation, self.accelerator, self.emas[0].model, self.vae, images
+        )
         self.latents = encode_images(
             images,
             self.vae.to(self.accelerator.device),
@@ -129,17 +133,19 @@ class Trainer:
             stop = preemption.is_due(accelerator, step)
             if step % config.log_every == 0 or last or stop:
                 entry = window.close(step, self.optimizer.param_groups[0]["lr"])
-                if accelerator.is_main_process:
-                    self._log(entry)
+                self._log(entry)
                 bar.set_postfix(loss=f"{entry['loss']:.4f}")
-            if step % config.checkpoint_every == 0 or last or stop:
-                self._check_finite()
-                save_checkpoint(accelerator, self.run_dir, step, self.emas, config.keep_checkpoints)
-                if accelerator.is_main_process:
-                    plot_curves(self.run_dir / "log.jsonl", self.run_dir / "curves.png")
-                window.restart_clock()
-            if stop and not last:
-                break
+            with window.paused():
+                if step % config.checkpoint_every == 0 or last or stop:
+                    self._check_finite()
+                    keep = config.keep_checkpoints
+                    save_checkpoint(accelerator, self.run_dir, step, self.emas, keep)
+                    if accelerator.is_main_process:
+                        plot_curves(self.run_dir / "log.jsonl", self.run_dir / "curves.png")
+                if stop and not last:
+                    break
+                if metrics := self.preview.after(step, last, self.run_dir):
+                    self._log({"step": step, **metrics})
         bar.close()
         accelerator.end_training()
         if stop and not last:
@@ -241,6 +247,8 @@ class Trainer:
         )
 
     def _log(self, entry: dict) -> None:
+        if not self.accelerator.is_main_process:
+            return
         self.run_log.write(entry)
         numbers = {key: value for key, value in entry.items() if isinstance(value, float)}
         self.accelerator.log(numbers, step=entry["step"])

@@ -8,6 +8,8 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
@@ -130,7 +132,7 @@ class Window:
         self._reset()
 
     def _reset(self) -> None:
-        self.steps = self.timed_steps = 0
+        self.steps = 0
         self.sums: Tensor | None = None
         self.load: Tensor | None = None
         self.since = time.perf_counter()
@@ -142,12 +144,13 @@ class Window:
         if load is not None:
             self.load = load if self.load is None else self.load + load
         self.steps += 1
-        self.timed_steps += 1
 
-    def restart_clock(self) -> None:
-        """Leave the time since the last entry, spent on other than training, out of the rate."""
-        self.since = time.perf_counter()
-        self.timed_steps = 0
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the rate what is not training."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
 
     def close(self, step: int, learning_rate: float) -> dict[str, Any]:
         """The log entry of the steps so far, averaged over them and over the processes."""
@@ -163,7 +166,7 @@ class Window:
             "balance": balance,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "images_per_second": self.timed_steps * self.images_per_step / elapsed,
+            "images_per_second": self.steps * self.images_per_step / elapsed,
         }
         if self.load is not None:
             sizes = [a.num_heads - (a.num_shared_heads or 0) for a in self.layers.values()]
