@@ -155,6 +155,26 @@ def test_same_bits_whatever_the_batch_size(config, tmp_path, small_shards):
         assert contents(config.output) == expected
 
 
+def test_same_bits_whatever_the_number_of_threads(tmp_path, small_shards):
+    """With the embedded autoencoder, whose convolutions do depend on it."""
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i:02}.png")
+    before = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            output = str(tmp_path / f"threads{number}")
+            encode_data(Encoding(data=str(folder.parent), output=output))
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(before)
+    assert contents(tmp_path / "threads2") == contents(tmp_path / "threads1")
+    assert contents(tmp_path / "threads3") == contents(tmp_path / "threads1")
+
+
 def test_same_bits_whatever_the_number_of_processes(tmp_path):
     """The real command on two processes, against one process in here."""
     root = tmp_path / "images"

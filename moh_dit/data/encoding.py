@@ -3,9 +3,10 @@
 A shard is a ``.npy`` of the moments of consecutive images, (1 or 2, n, 2C, h, w); it is written
 aside, synced and renamed, so whatever has its name is whole. A process works on
 every n-th missing shard. The network always sees ``IMAGES_PER_PASS`` images, the same ones together
-whatever the number of processes and the batch size, so the bits come out the same.
+whatever the number of processes, the batch size and the threads, so the bits come out the same.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,16 +100,21 @@ def encode_data(config: Encoding) -> None:
     folder = Path(config.output)
     mine = missing[state.process_index :: state.num_processes]
     vae = vae.to(state.device)
-    with progress_bar(
-        sum(len(_members(plan, shard)) for shard in mine),
-        desc="encoding" if state.num_processes == 1 else f"encoding, 1 of {state.num_processes}",
-        unit="img",
-        enabled=state.is_main_process,
-    ) as bar:
+    with (
+        _encoding_threads(state.device) as pool,
+        progress_bar(
+            sum(len(_members(plan, shard)) for shard in mine),
+            desc="encoding"
+            if state.num_processes == 1
+            else f"encoding, 1 of {state.num_processes}",
+            unit="img",
+            enabled=state.is_main_process,
+        ) as bar,
+    ):
         for shard in mine:
             moments = np.empty(_shard_shape(plan, shard), plan["dtype"])
             start = 0
-            for part in _encode_shard(images, vae, plan, shard, config):
+            for part in _encode_shard(images, vae, plan, shard, config, pool):
                 moments[:, start : start + part.shape[1]] = part
                 start += part.shape[1]
                 bar.update(part.shape[1])
@@ -185,16 +192,45 @@ def _check_same_plan(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def _encode_shard(
-    images: ImageSet, vae: AutoencoderKL, plan: dict[str, Any], shard: int, config: Encoding
+    images: ImageSet,
+    vae: AutoencoderKL,
+    plan: dict[str, Any],
+    shard: int,
+    config: Encoding,
+    pool: ThreadPoolExecutor,
 ) -> Iterator[np.ndarray]:
     """Moments of a shard in order, (1 or 2, IMAGES_PER_PASS or fewer, 2C, h, w) at a time."""
+
+    def encode(part: np.ndarray) -> np.ndarray:
+        whole = np.resize(part, (IMAGES_PER_PASS, *part.shape[1:]))  # the last one is filled up
+        return encode_both(vae, whole, plan["flipped"])[:, : len(part)].numpy()
+
     passes = max(1, config.batch_size // IMAGES_PER_PASS)
     batches = index_batches(_members(plan, shard), passes * IMAGES_PER_PASS)
     for pixels, _ in read_batches(images, batches, config.num_workers):
-        for start in range(0, len(pixels), IMAGES_PER_PASS):
-            part = pixels[start : start + IMAGES_PER_PASS]
-            whole = np.resize(part, (IMAGES_PER_PASS, *part.shape[1:]))  # the last is filled up
-            yield encode_both(vae, whole, plan["flipped"])[:, : len(part)].numpy()
+        starts = range(0, len(pixels), IMAGES_PER_PASS)
+        yield from pool.map(encode, [pixels[i : i + IMAGES_PER_PASS] for i in starts])
+
+
+@contextlib.contextmanager
+def _encoding_threads(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each encode whole passes.
+
+    On a CPU the bits of a convolution depend on the number of threads that share it, and launchers
+    set that number by the number of processes: so a pass gets one thread, and passes run beside
+    each other.
+    """
+    num_threads = torch.get_num_threads()
+    on_cpu = device.type == "cpu"
+    try:
+        with ThreadPoolExecutor(
+            num_threads if on_cpu else 1,
+            initializer=torch.set_num_threads,
+            initargs=(1 if on_cpu else num_threads,),
+        ) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _members(plan: dict[str, Any], shard: int) -> range:
