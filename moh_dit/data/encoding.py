@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +81,9 @@ def encode_data(config: Encoding) -> None:
     Raises:
         UserError: bad data, an output that exists, or resuming with other settings or data.
     """
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    # The others wait while one process looks through the data, and for the last shard.
+    patience = timedelta(days=1)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=patience)
     vae = load_autoencoder(config.autoencoder)
     # The main process looks at the data and the folder; the others hear what it found.
     heard: list[Any] = [None]
@@ -104,9 +107,7 @@ def encode_data(config: Encoding) -> None:
         _encoding_threads(state.device) as pool,
         progress_bar(
             sum(len(_members(plan, shard)) for shard in mine),
-            desc="encoding"
-            if state.num_processes == 1
-            else f"encoding, 1 of {state.num_processes}",
+            desc="encoding" + (f", 1 of {n}" if (n := state.num_processes) > 1 else ""),
             unit="img",
             enabled=state.is_main_process,
         ) as bar,

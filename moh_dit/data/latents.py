@@ -140,6 +140,7 @@ class LatentStore(LatentSet):
         self.index = _read_index(folder)
         self.class_names: list[str] = self.index["class_names"]
         self.flipped: bool = self.index["flipped"]
+        self.image_size: int = self.index["image_size"]
         self.moments_shape: tuple[int, ...] = tuple(self.index["moments_shape"])
         self.dtype = np.dtype(self.index["dtype"])
         self.images_per_shard: int = self.index["images_per_shard"]
