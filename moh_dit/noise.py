@@ -103,3 +103,38 @@ class ImageNoise(TorchFunctionMode):
             return func(*args, **kwargs)
         shape = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
         return self.draw(shape, kwargs.get("dtype") or torch.get_default_dtype())
+
+
+class BlendedNoise(ImageNoise):
+    """Noise between two images' for each row: cos(πf/2) of the one and sin(πf/2) of the other.
+
+    Both being independent and standard normal, so is every blend: each is as likely an image as
+    its two ends.
+
+    Args:
+        seed, indices, device: as for :class:`ImageNoise`; the noise at fraction 0.
+        others: B integers, the images whose noise is met at fraction 1.
+        fractions: B numbers in 0 … 1.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        indices: Sequence[int] | Tensor,
+        device: torch.device | str,
+        others: Sequence[int] | Tensor,
+        fractions: Sequence[float] | Tensor,
+    ):
+        super().__init__(seed, indices, device)
+        self.other = ImageNoise(seed, others, device)
+        angle = torch.as_tensor(fractions, dtype=torch.float64) * (math.pi / 2)
+        # cos(π/2) is not quite 0 in floating point; the ends shall be the images themselves.
+        self.weights = (angle.cos().round(decimals=15), angle.sin().round(decimals=15))
+
+    def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        ends = super().draw(shape, dtype), self.other.draw(shape, dtype)
+        near, far = (
+            weight.to(self.device, dtype).view(-1, *[1] * (len(shape) - 1))
+            for weight in self.weights
+        )
+        return near * ends[0] + far * ends[1]

@@ -124,7 +124,10 @@ class MoHDiTPipeline(DiffusionPipeline):
                 label = names.index(label)
             elif isinstance(label, str) and not label.isdecimal():
                 nearest = difflib.get_close_matches(label, names, n=3)
+                nearest = nearest or [name for name in names if label.lower() in name.lower()][:3]
                 hint = f"the nearest are {', '.join(nearest)}" if nearest else "give an id"
+                if names and not nearest:
+                    hint += f", or a name such as {', '.join(names[:3])}"
                 raise UserError(f"no class is named {label!r}; {hint}")
             if not 0 <= (number := int(label)) < num_classes:
                 raise UserError(f"class label {number} is out of range 0 … {num_classes - 1}")

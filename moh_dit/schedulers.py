@@ -29,7 +29,7 @@ SAMPLERS = {
                                dict(solver_order=2, algorithm_type="sde-dpmsolver++")),
     "unipc": Sampler("UniPCMultistepScheduler", NOISE, {}),
     "euler": Sampler("EulerDiscreteScheduler", NOISE, {}),
-    "euler-ancestral": Sampler("EulerAncestralDiscreteScheduler", NOISE, {}),
+    "euler-ancestral": Sampler("EulerAncestralDiscreteScheduler", ("epsilon", "v_prediction"), {}),
     "heun": Sampler("HeunDiscreteScheduler", ("epsilon", "v_prediction"), {}),
     "flow-euler": Sampler("FlowMatchEulerDiscreteScheduler", FLOW, {}),
     "flow-heun": Sampler("FlowMatchHeunDiscreteScheduler", FLOW, {}),
@@ -62,15 +62,17 @@ def named_scheduler(name: str, trained: Any) -> Any:
     prediction = prediction_type(trained)
     fitting = samplers_for(prediction)
     if name not in fitting:
-        wrong = f"steps {' or '.join(SAMPLERS[name].predictions)}" if name in SAMPLERS else "?"
-        reason = f"the model predicts {prediction}, {name} {wrong}" if wrong != "?" else "unknown"
+        reason = "unknown"
+        if name in SAMPLERS:
+            steps = " or ".join(SAMPLERS[name].predictions)
+            reason = f"the model predicts {prediction}, {name} steps {steps}"
         raise UserError(f"scheduler {name!r}: {reason}; those that fit are {', '.join(fitting)}")
     sampler = SAMPLERS[name]
     config = dict(trained.config)
     if sampler.scheduler != "DDPMScheduler":
         config.pop("variance_type", None)
-    if prediction == "flow_prediction" and "shift" in config:
-        config["flow_shift"] = config["shift"]
+    if not sampler.scheduler.startswith("FlowMatch") and "shift" in config:
+        config["flow_shift"] = config["shift"]  # the same under the other classes' name
     return getattr(diffusers, sampler.scheduler).from_config(config, **sampler.options)
 
 

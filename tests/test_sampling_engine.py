@@ -8,7 +8,16 @@ from test_pipeline import tiny_pipeline
 from moh_dit.errors import UserError
 from moh_dit.noise import ImageNoise, philox, philox_normal
 from moh_dit.sampling.config import SamplingSettings
-from moh_dit.sampling.engine import generate, images_per_unit, plan_units
+from moh_dit.sampling.engine import (
+    REQUEST,
+    evaluation_mode,
+    generate,
+    images_per_unit,
+    plan_units,
+    run_units,
+    sample_latents,
+    use_settings,
+)
 
 WORD = 0xFFFFFFFF
 STEPS = 3
@@ -82,6 +91,20 @@ def test_bytes_do_not_depend_on_batch_or_neighbours(scheduler):
     few = sampled(pipeline, [labels[30], 4, labels[3]], [30, 14, 3], 3, scheduler=scheduler)
     assert np.array_equal(few[[0, 2]], whole[[30, 3]])
     assert not np.array_equal(few[1], few[2])
+
+
+def test_latents_agree_to_the_last_bit():
+    # Bytes of images forgive small differences; the latents behind them do not.
+    pipeline, settings = tiny_pipeline(), SamplingSettings(num_inference_steps=STEPS)
+    chosen, guidance = use_settings(pipeline, settings)
+    compute = lambda asked: sample_latents(chosen, guidance, settings, asked).numpy()  # noqa: E731
+    requests = np.zeros(40, REQUEST)
+    requests["index"], requests["label"] = np.arange(40), np.arange(40) % 5
+    with evaluation_mode(pipeline.transformer):
+        whole = run_units(pipeline.transformer, compute, requests)
+        for some in ([3], [39, 2, 18], list(range(5, 30))):
+            part = run_units(pipeline.transformer, compute, requests[some])
+            assert np.array_equal(part, whole[some])
 
 
 def test_threads_do_not_change_bytes():

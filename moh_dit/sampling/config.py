@@ -5,6 +5,8 @@ from typing import Literal
 
 from ..errors import UserError
 
+Precision = Literal["float32", "bfloat16", "float16"]
+
 
 @dataclass(kw_only=True)
 class SamplingSettings:
@@ -29,18 +31,32 @@ class SampleConfig(SamplingSettings):
     checkpoint: str
     """Run folder (its newest checkpoint), one of its checkpoints, or a saved pipeline folder."""
     output: str
-    """A grid for people: .png. A set for evaluation (with num_samples): .npz."""
-    num_samples: int | None = None
-    """Make an exact set of so many images instead of a grid."""
+    """A grid: .png. Its denoising: .gif, .webp, .mp4. A set: .npz, .tar (WebDataset), a folder."""
     weights: str = "transformer"
     """Averaged weights to use: transformer (the first), raw, or a folder such as ema-0.999."""
+    guidance_checkpoint: str | None = None
+    """Autoguidance: guide away from this weaker model instead of from the null class."""
+    guidance_weights: str = "transformer"
+    """Which weights of guidance_checkpoint."""
 
     class_labels: str | None = None
     """Classes by name or id, separated by commas; all of them unless given."""
     images_per_class: int = 8
     """Columns of a grid."""
+    rows: str | None = None
+    """Sweep down a contact sheet, e.g. "guidance_scale=1,2,4"; also class_labels, seed,
+    num_inference_steps, scheduler, weights. Every cell has the same index, so the same noise."""
+    columns: str | None = None
+    """Sweep across it, likewise; unless given, images_per_class different images."""
+    interpolate: int | None = None
+    """A strip per class instead, from its image 0 to its image 1 in so many images."""
+    frames: int = 24
+    """Frames of an animation."""
+
+    num_samples: int | None = None
+    """Make an exact set of so many images instead of a grid."""
     labels: Literal["balanced", "drawn"] = "balanced"
-    """Classes of a set: image i of class i mod number of classes, or drawn evenly at random."""
+    """Classes of a set: in turn, or drawn evenly at random."""
 
     batch_size: int = 64
     """Images per batch and process."""
@@ -48,13 +64,29 @@ class SampleConfig(SamplingSettings):
     """Images that the autoencoder decodes at once; batch_size unless given."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; a GPU if there is one unless given."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Precision = "float32"
     """What the transformer runs in; latents and scheduler stay float32."""
+    decode_dtype: Precision = "float32"
+    """What the autoencoder runs in."""
+    allow_tf32: bool = False
+    """Let CUDA matrix products round their float32 inputs to TF32."""
+    compile: bool = False
+    """torch.compile the transformer on a GPU; batches then have one size, the last one padded."""
+    cuda_graphs: bool = False
+    """Record the compiled transformer as CUDA graphs: for small models and batches."""
 
     def check(self) -> None:
         """Raise ``UserError`` for values that mean nothing, before any work."""
-        for name in ("num_samples", "images_per_class", "batch_size", "decode_batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
+        at_least = dict(num_samples=1, images_per_class=1, batch_size=1, decode_batch_size=1)
+        for name, least in dict(at_least, interpolate=2, frames=2).items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"{name} is {value}; it must be at least {least}")
         if not 0 <= self.seed < 1 << 64:
             raise UserError(f"seed is {self.seed}; give one in 0 … 2^64 - 1")
+        sweep = bool(self.rows or self.columns)
+        chosen = {"num_samples": self.num_samples, "interpolate": self.interpolate}
+        modes = [name for name, value in chosen.items() if value] + ["rows, columns"] * sweep
+        if len(modes) > 1:
+            raise UserError(f"{modes[0]} and {modes[1]} exclude each other; give one")
+        if self.cuda_graphs and not self.compile:
+            raise UserError("cuda_graphs needs compile: add --compile true")

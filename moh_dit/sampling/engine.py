@@ -10,14 +10,16 @@ run side by side. On other devices a unit is a batch.
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..noise import ImageNoise
+from ..attention import MoHAttention
+from ..noise import BlendedNoise, ImageNoise
 from ..pipeline import Guidance, MoHDiTPipeline
-from ..schedulers import named_scheduler
+from ..schedulers import named_scheduler, prepare_scheduler
 from ..transformer import MoHDiTTransformer2DModel
 from .config import SamplingSettings
 
@@ -25,7 +27,7 @@ from .config import SamplingSettings
 # empty places of its unit.
 TOKENS_PER_UNIT = 256
 
-StepObserver = Callable[[int, Tensor], None]
+REQUEST = np.dtype([("label", "i8"), ("index", "i8"), ("other", "i8"), ("fraction", "f8")])
 
 
 def use_settings(
@@ -59,8 +61,11 @@ def generate(
     class_labels: Sequence[int | str],
     settings: SamplingSettings,
     *,
-    indices: Sequence[int] | None = None,
+    indices: Sequence[int] | np.ndarray | None = None,
+    towards: tuple[Sequence[int], Sequence[float]] | None = None,
+    frames: int = 0,
     batch_size: int = 64,
+    pad: bool | None = None,
     decode_batch_size: int | None = None,
     guidance_model: MoHDiTTransformer2DModel | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -72,62 +77,99 @@ def generate(
         class_labels: ids or names, N of them.
         settings: steps, guidance, scheduler and seed.
         indices: image number of each label; ``0 … N-1`` unless given.
+        towards: N further image numbers and N fractions in 0 … 1: start from noise that far on
+            the way from the one image's to the other's.
+        frames: also show the way there, in so many frames with the image as the last.
         batch_size: images at once.
+        pad: fill up the last batch, so that all have one shape (not on the CPU); where there is
+            more than one batch unless given.
         decode_batch_size: images decoded at once; on the CPU always one.
         guidance_model: the weaker model of autoguidance.
 
     Yields:
-        ``(positions, images)``: int64 (B,), which of the N these are, and uint8 (B, H, W, 3).
+        ``(positions, images)``: int64 (B,), which of the N these are, and uint8 (B, H, W, 3), or
+        (B, frames, H, W, 3).
 
     Raises:
         UserError: before any work, for settings or labels that do not fit the model.
     """
     chosen, guidance = use_settings(pipeline, settings, guidance_model)
-    labels = np.array(chosen.label_ids(class_labels), np.int64)
-    numbers = np.arange(len(labels)) if indices is None else np.asarray(indices, np.int64)
-    if len(numbers) != len(labels):
-        raise ValueError(f"{len(numbers)} indices for {len(labels)} class labels")
-    return _batches(chosen, guidance, settings, labels, numbers, batch_size, decode_batch_size)
+    requests = np.zeros(len(class_labels), REQUEST)
+    requests["label"] = chosen.label_ids(class_labels)
+    requests["index"] = np.arange(len(requests)) if indices is None else indices
+    if towards is not None:
+        requests["other"], requests["fraction"] = towards
+    on_cpu = chosen.transformer.device.type == "cpu"
+    pad = len(requests) > batch_size if pad is None else pad
+
+    def images_of(requests: np.ndarray) -> np.ndarray:
+        return render(
+            chosen, guidance, settings, requests, frames, 1 if on_cpu else decode_batch_size
+        )
+
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(requests), batch_size):
+            batch = requests[start : start + batch_size]
+            with evaluation_mode(chosen.transformer, guidance_model), torch.no_grad():
+                if on_cpu:
+                    images = run_units(chosen.transformer, images_of, batch)
+                elif pad:
+                    filler = np.zeros(batch_size - len(batch), REQUEST)
+                    images = images_of(np.concatenate([batch, filler]))[: len(batch)]
+                else:
+                    images = images_of(batch)
+            yield np.arange(start, start + len(batch)), images
+
+    return batches()
 
 
-def _batches(
+def render(
     pipeline: MoHDiTPipeline,
     guidance: Guidance,
     settings: SamplingSettings,
-    labels: np.ndarray,
-    indices: np.ndarray,
-    batch_size: int,
-    decode_batch_size: int | None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    on_cpu = pipeline.transformer.device.type == "cpu"
+    requests: np.ndarray,
+    frames: int = 0,
+    decode_batch_size: int | None = None,
+) -> np.ndarray:
+    """One batch as it is: uint8 (B, H, W, 3), or (B, frames, H, W, 3)."""
+    shown: list[Tensor] = []
+    callback: Any = None
+    if frames:
+        steps = len(prepare_scheduler(pipeline.scheduler, settings.num_inference_steps).timesteps)
+        wanted = set(np.linspace(0, steps - 1, frames).round().astype(int).tolist())
 
-    def images_of(labels: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        latents = sample_latents(pipeline, guidance, settings, labels, indices)
-        return to_uint8(pipeline.decode(latents, 1 if on_cpu else decode_batch_size))
+        def callback(pipeline: Any, step: int, timestep: Tensor, tensors: dict) -> None:
+            if step in wanted:
+                shown.append(tensors["latents"])
 
-    for start in range(0, len(labels), batch_size):
-        positions = np.arange(start, min(start + batch_size, len(labels)))
-        with evaluation_mode(pipeline.transformer, guidance.model), torch.no_grad():
-            if on_cpu:
-                images = run_units(pipeline, images_of, labels[positions], indices[positions])
-            else:
-                images = images_of(labels[positions], indices[positions])
-        yield positions, images
+    latents = sample_latents(pipeline, guidance, settings, requests, callback)
+    if not frames:
+        return to_uint8(pipeline.decode(latents, decode_batch_size))
+    # Early states may be far larger than what the autoencoder knows.
+    scales = [state.std(dim=(1, 2, 3), keepdim=True).clamp(min=1) for state in shown[:-1]]
+    states = [state / scale for state, scale in zip(shown[:-1], scales, strict=True)] + [latents]
+    decoded = [to_uint8(pipeline.decode(state, decode_batch_size)) for state in states]
+    return np.stack(decoded, axis=1)
 
 
 def sample_latents(
     pipeline: MoHDiTPipeline,
     guidance: Guidance,
     settings: SamplingSettings,
-    labels: np.ndarray,
-    indices: np.ndarray,
+    requests: np.ndarray,
+    callback: Any = None,
 ) -> Tensor:
     """Latents (B, C, h, w) of one batch, as it is."""
-    device = pipeline.transformer.device
-    noise = ImageNoise(settings.seed, torch.as_tensor(indices), device)
-    latents = pipeline.prepare_latents(len(labels), noise)
-    classes = torch.as_tensor(labels, device=device)
-    return pipeline.denoise(latents, classes, guidance, settings.num_inference_steps, noise)
+    device, seed = pipeline.transformer.device, settings.seed
+    request = {name: torch.from_numpy(requests[name].copy()) for name in requests.dtype.names or ()}
+    noise = ImageNoise(seed, request["index"], device)
+    if request["fraction"].any():
+        noise = BlendedNoise(seed, request["index"], device, request["other"], request["fraction"])
+    latents = pipeline.prepare_latents(len(requests), noise)
+    labels = request["label"].to(device)
+    return pipeline.denoise(
+        latents, labels, guidance, settings.num_inference_steps, noise, callback
+    )
 
 
 def images_per_unit(transformer: MoHDiTTransformer2DModel) -> int:
@@ -154,34 +196,32 @@ def plan_units(indices: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def run_units(
-    pipeline: MoHDiTPipeline,
-    images_of: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    labels: np.ndarray,
-    indices: np.ndarray,
+    transformer: MoHDiTTransformer2DModel,
+    compute: Callable[[np.ndarray], np.ndarray],
+    requests: np.ndarray,
 ) -> np.ndarray:
-    """``images_of`` for a batch, unit by unit; uint8 (B, H, W, 3)."""
-    size = images_per_unit(pipeline.transformer)
+    """``compute`` for a batch, unit by unit on single threads: an array (B, …)."""
+    size = images_per_unit(transformer)
 
     @torch.no_grad()
     def run(unit: np.ndarray) -> np.ndarray:
         # An empty place computes image number ``place`` of class 0, and is thrown away.
         filled = unit >= 0
-        images = images_of(
-            np.where(filled, labels[unit], 0), np.where(filled, indices[unit], np.arange(size))
-        )
-        return images[filled]
+        asked = np.zeros(size, REQUEST)
+        asked["index"] = np.arange(size)
+        asked[filled] = requests[unit[filled]]
+        return compute(asked)[filled]
 
-    units, threads = plan_units(indices, size), torch.get_num_threads()
+    units, threads = plan_units(requests["index"], size), torch.get_num_threads()
+    # diffusers' caches live in the model: units that share them take turns.
+    workers = 1 if transformer.is_cache_enabled else min(threads, len(units))
     try:
-        workers = min(threads, len(units))
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            parts = list(pool.map(run, units))
+            parts = np.concatenate(list(pool.map(run, units)))
     finally:
         torch.set_num_threads(threads)  # the default of threads to come
-    images = np.concatenate(parts)
-    order = np.concatenate([unit[unit >= 0] for unit in units])
-    result = np.empty_like(images)
-    result[order] = images
+    result = np.empty_like(parts)
+    result[np.concatenate([unit[unit >= 0] for unit in units])] = parts
     return result
 
 
@@ -192,13 +232,29 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 @contextmanager
-def evaluation_mode(*models: torch.nn.Module | None) -> Iterator[None]:
-    """Put models in evaluation mode, and back."""
-    training = [model for model in models if model is not None and model.training]
+def evaluation_mode(*models: MoHDiTTransformer2DModel | None) -> Iterator[None]:
+    """Put models in evaluation mode, and back.
+
+    On the CPU also let every image attend alone: the gathered backend pads an image's lists of
+    queries to its neighbours', and products of other shapes round differently.
+    """
+    given = [model for model in models if model is not None]
+    training = [model for model in given if model.training]
+    layers = [
+        (layer, layer.attention_backend)
+        for model in given
+        for layer in model.modules()
+        if isinstance(layer, MoHAttention) and model.device.type == "cpu"
+        if images_per_unit(model) > 1
+    ]
     for model in training:
         model.eval()
+    for layer, _ in layers:
+        layer.attention_backend = "reference"
     try:
         yield
     finally:
         for model in training:
             model.train()
+        for layer, backend in layers:
+            layer.attention_backend = backend

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from ..data.progress import progress_bar
 from ..errors import UserError
 from ..noise import WORD, philox
 from ..pipeline import MoHDiTPipeline
+from ..transformer import MoHDiTTransformer2DModel
 from .config import SamplingSettings
 from .engine import generate, use_settings
 from .formats import FORMATS, format_of
@@ -58,6 +59,7 @@ def sample_set(
     decode_batch_size: int | None = None,
     record: str | None = None,
     state: PartialState | None = None,
+    guidance_model: MoHDiTTransformer2DModel | None = None,
     quiet: bool = False,
 ) -> None:
     """Write the images of int64 ``labels`` (N,) to ``output``; image i has index i.
@@ -67,12 +69,14 @@ def sample_set(
     Args:
         pipeline: what to sample from; left as it is.
         settings: steps, guidance, scheduler and seed.
-        output: ``.npz`` (ADM: ``arr_0`` uint8 (N, H, W, 3), ``arr_1`` int64 (N,)).
+        output: ``.npz`` (ADM: ``arr_0`` uint8 (N, H, W, 3), ``arr_1`` int64 (N,)), ``.tar``
+            (WebDataset) or, without a suffix, a folder of PNG files with ``labels.csv``.
         labels: class ids.
         batch_size: images per batch and process; also the images that an interruption can cost.
         decode_batch_size: images decoded at once.
         record: the settings as YAML, written beside the output.
-        state: the processes; found out unless given.
+        state: the processes, as accelerate knows them; those already started unless given.
+        guidance_model: the weaker model of autoguidance.
         quiet: no progress.
 
     Raises:
@@ -80,9 +84,9 @@ def sample_set(
             settings, the disk is too full, or settings do not fit the model.
     """
     state = state or PartialState()
-    chosen, _ = use_settings(pipeline, settings)
-    described = describe(chosen, settings, labels)
-    partial = output.with_name(output.name + ".partial")
+    chosen, _ = use_settings(pipeline, settings, guidance_model)
+    described = describe(chosen, settings, labels, guidance_model)
+    partial = partial_folder(output)
     check_output(output, partial, described)
     config = chosen.transformer.config
     side = config.sample_size * 2 ** (len(chosen.vae.config.block_out_channels) - 1)
@@ -105,8 +109,10 @@ def sample_set(
                 labels[start:stop].tolist(),
                 settings,
                 indices=range(start, stop),
-                batch_size=stop - start,
+                batch_size=batch_size,
+                pad=len(labels) > batch_size,
                 decode_batch_size=decode_batch_size,
+                guidance_model=guidance_model,
             )
             write_shard(partial, start, images)
             progress.update()
@@ -117,18 +123,28 @@ def sample_set(
     state.wait_for_everyone()
 
 
+def partial_folder(output: Path) -> Path:
+    """Where an output is while it is being made."""
+    return output.with_name(output.name + ".partial")
+
+
 def describe(
-    pipeline: MoHDiTPipeline, settings: SamplingSettings, labels: np.ndarray
+    pipeline: MoHDiTPipeline,
+    settings: SamplingSettings,
+    labels: np.ndarray,
+    guidance_model: MoHDiTTransformer2DModel | None = None,
 ) -> dict[str, Any]:
     """What the images of a set depend on, as JSON knows it."""
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     described = {
-        **asdict(settings),
+        **{field.name: getattr(settings, field.name) for field in fields(SamplingSettings)},
         "scheduler": {"class": type(pipeline.scheduler).__name__, **scheduler},
         "num_samples": len(labels),
         "labels": hashlib.sha256(labels.tobytes()).hexdigest(),
         "transformer": weights_digest(pipeline.transformer),
         "vae": weights_digest(pipeline.vae),
+        "guidance_model": weights_digest(guidance_model) if guidance_model is not None else None,
+        "decode_dtype": str(pipeline.vae.dtype).removeprefix("torch."),
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
     }
     return json.loads(json.dumps(described, default=str))
@@ -230,9 +246,9 @@ def finish(
     found = shards(partial)
     assert images_done(partial) == len(labels)
     assert [start for start, _, _ in found] == [0, *(stop for _, stop, _ in found[:-1])]
-    arrays = (np.load(file, mmap_mode="r") for _, _, file in found)
+    arrays = (np.load(file) for _, _, file in found)
     aside = partial / "joined"
-    if aside.is_dir():
+    if aside.is_dir():  # an interrupted folder; a file is written over
         shutil.rmtree(aside)
     FORMATS[format_of(output)](aside, arrays, labels, class_names)
     if record is not None:
@@ -259,10 +275,11 @@ class Progress:
         if not self.enabled:
             return
         done = images_done(self.partial)
-        if self.bar is None:
+        if self.bar is None and done < self.total:
             self.bar = progress_bar(self.total, desc="images", unit="image", initial=done)
             self.began, self.before = time.monotonic(), done
-        self.bar.update(done - self.bar.n)
+        elif self.bar is not None:
+            self.bar.update(done - self.bar.n)
 
     def __exit__(self, *exception: object) -> None:
         if self.bar is None:

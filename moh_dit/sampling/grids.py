@@ -1,10 +1,13 @@
-"""Sheets of images with labels."""
+"""Sheets of images with labels: a row per class, an interpolation strip, the denoising itself."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..errors import UserError
 from ..pipeline import MoHDiTPipeline
 from .config import SamplingSettings
 from .engine import generate
@@ -12,6 +15,7 @@ from .engine import generate
 SMALLEST_CELL = 64  # pixels; smaller images are enlarged by a whole factor
 GAP = 2
 BACKGROUND, INK = "white", "black"
+FRAME_MS, LAST_FRAME_MS = 120, 1500
 
 
 def sample_grid(
@@ -19,9 +23,7 @@ def sample_grid(
     settings: SamplingSettings,
     class_labels: Sequence[int | str] | None = None,
     images_per_class: int = 8,
-    *,
-    batch_size: int = 64,
-    decode_batch_size: int | None = None,
+    **options: Any,
 ) -> Image.Image:
     """A row of images for each class, labelled with its name.
 
@@ -31,25 +33,80 @@ def sample_grid(
         class_labels: ids or names; ``None`` for all classes.
         images_per_class: columns. The image in row r and column c has index
             ``r * images_per_class + c``.
-        batch_size: images at once.
-        decode_batch_size: images decoded at once.
+        options: ``batch_size``, ``decode_batch_size`` and ``guidance_model`` of
+            :func:`~moh_dit.sampling.engine.generate`.
 
     Raises:
         UserError: before any work, for settings or labels that do not fit the model.
     """
+    images, names = _class_rows(pipeline, settings, class_labels, images_per_class, options)
+    return draw_sheet(images, names)
+
+
+def sample_animation(
+    pipeline: MoHDiTPipeline,
+    settings: SamplingSettings,
+    class_labels: Sequence[int | str] | None = None,
+    images_per_class: int = 8,
+    *,
+    frames: int = 24,
+    **options: Any,
+) -> list[Image.Image]:
+    """The grid of :func:`sample_grid` emerging from noise, in at most ``frames`` sheets.
+
+    Frames are decoded states of the process, reduced to unit variance where theirs is larger; the
+    last one is the grid.
+    """
+    options = {**options, "frames": frames}
+    images, names = _class_rows(pipeline, settings, class_labels, images_per_class, options)
+    return [draw_sheet(images[:, :, frame], names) for frame in range(images.shape[2])]
+
+
+def _class_rows(
+    pipeline: MoHDiTPipeline,
+    settings: SamplingSettings,
+    class_labels: Sequence[int | str] | None,
+    columns: int,
+    options: dict[str, Any],
+) -> tuple[np.ndarray, list[str]]:
     if class_labels is None:
         class_labels = range(pipeline.transformer.config.num_classes)
     rows = pipeline.label_ids(class_labels)
+    batches = generate(pipeline, np.repeat(rows, columns).tolist(), settings, **options)
+    images = np.concatenate([images for _, images in batches])
+    names = [class_name(pipeline, label) for label in rows]
+    return images.reshape(len(rows), columns, *images.shape[1:]), names
+
+
+def sample_strip(
+    pipeline: MoHDiTPipeline,
+    settings: SamplingSettings,
+    class_labels: Sequence[int | str] | None = None,
+    steps: int = 9,
+    **options: Any,
+) -> Image.Image:
+    """For each class a row from its image of index 0 to its image of index 1.
+
+    All noise is interpolated on the arc between the two images' (see
+    :class:`~moh_dit.noise.BlendedNoise`), that of stochastic schedulers too.
+    """
+    if class_labels is None:
+        class_labels = range(pipeline.transformer.config.num_classes)
+    rows = pipeline.label_ids(class_labels)
+    count = len(rows) * steps
+    fractions = np.tile(np.linspace(0, 1, steps), len(rows))
     batches = generate(
         pipeline,
-        np.repeat(rows, images_per_class).tolist(),
+        np.repeat(rows, steps).tolist(),
         settings,
-        batch_size=batch_size,
-        decode_batch_size=decode_batch_size,
+        indices=np.zeros(count, np.int64),
+        towards=(np.ones(count, np.int64), fractions),  # type: ignore[arg-type]
+        **options,
     )
     images = np.concatenate([images for _, images in batches])
     names = [class_name(pipeline, label) for label in rows]
-    return draw_sheet(images.reshape(len(rows), images_per_class, *images.shape[1:]), names)
+    columns = [f"{100 * fraction:.0f} %" for fraction in fractions[:steps]]
+    return draw_sheet(images.reshape(len(rows), steps, *images.shape[1:]), names, columns)
 
 
 def class_name(pipeline: MoHDiTPipeline, label: int) -> str:
@@ -70,7 +127,7 @@ def draw_sheet(
     left = max((int(font.getlength(text)) for text in row_labels), default=0)
     left += 2 * margin if left else 0
     top = int(font.getbbox("Ag")[3]) + 2 * margin if column_labels else 0
-    wide = [max(width, int(font.getlength(text)) + margin) for text in column_labels]
+    wide = [int(font.getlength(text)) + margin for text in column_labels]
     step = max([width, *wide]) + GAP
 
     sheet = Image.new("RGB", (left + columns * step, top + rows * (height + GAP)), BACKGROUND)
@@ -88,3 +145,41 @@ def draw_sheet(
             image = image.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(image, (left + column * step + (step - width) // 2, y))
     return sheet
+
+
+ANIMATIONS = (".gif", ".webp", ".mp4")
+
+
+def check_animation(output: Path) -> None:
+    """Raise ``UserError`` where an animation cannot be written."""
+    if output.suffix == ".mp4":
+        try:
+            import imageio_ffmpeg  # noqa: F401
+        except ImportError:
+            raise UserError(
+                f"output {output}: MP4 needs pip install imageio imageio-ffmpeg; .gif and .webp "
+                "need nothing more"
+            ) from None
+
+
+def save_animation(frames: Sequence[Image.Image], path: Path, suffix: str) -> None:
+    """Write frames as ``.gif``, ``.webp`` or ``.mp4``; the last one stays longer."""
+    if suffix == ".mp4":
+        from imageio.v2 import mimwrite
+
+        stay = [frames[-1]] * (LAST_FRAME_MS // FRAME_MS)
+        # An even number of pixels a side, which the codec asks for.
+        even = [np.asarray(f)[: f.height // 2 * 2, : f.width // 2 * 2] for f in [*frames, *stay]]
+        mimwrite(path, even, format="mp4", fps=1000 / FRAME_MS, macro_block_size=2)  # type: ignore[arg-type]
+        return
+    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
+    options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
+    frames[0].save(
+        path,
+        format=suffix[1:].upper(),
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        loop=0,
+        **options,
+    )

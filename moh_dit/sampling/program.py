@@ -1,9 +1,13 @@
-"""The sampling program: a configuration in, a grid or a set and its settings out."""
+"""The sampling program: a configuration in, a sheet or a set and its settings out."""
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -16,63 +20,161 @@ from ..checkpoints import load_pipeline, resolve_checkpoint
 from ..errors import UserError
 from ..pipeline import MoHDiTPipeline
 from .config import SampleConfig
-from .exact import sample_set, set_labels, weights_digest
-from .grids import sample_grid
+from .exact import images_done, partial_folder, sample_set, set_labels, weights_digest
+from .formats import format_of
+from .grids import (
+    ANIMATIONS,
+    check_animation,
+    sample_animation,
+    sample_grid,
+    sample_strip,
+    save_animation,
+)
+from .sweeps import Axis, parse_axis, sample_sweep
 
 
 def sample(config: SampleConfig) -> None:
     """Make what ``config`` asks for; called by every process of a launch."""
     config.check()
     output = Path(config.output)
-    if output.exists():
-        raise UserError(f"output {output} exists; give another name")
-    if config.num_samples is None and output.suffix != ".png":
-        raise UserError(f"output {output}: a grid is a .png; for a set give num_samples")
-    config = replace(config, checkpoint=str(resolved(Path(config.checkpoint))))
-    pipeline = load_pipeline(config.checkpoint, config.weights)
+    check_output(output, config)
+    config = replace(config, checkpoint=resolved(config.checkpoint))
+    if config.guidance_checkpoint is not None:
+        config = replace(config, guidance_checkpoint=resolved(config.guidance_checkpoint))
+    state = start_processes(config.device)
+    load = partial(place, config, state.device)
+    pipeline = load(config.checkpoint, config.weights)
+    options: dict[str, Any] = dict(
+        batch_size=config.batch_size,
+        decode_batch_size=config.decode_batch_size or config.batch_size,
+    )
+    if config.guidance_checkpoint is not None:
+        weak = load(config.guidance_checkpoint, config.guidance_weights)
+        options["guidance_model"] = weak.transformer
     labels = parse_labels(pipeline, config.class_labels)
+    settings = record(config, pipeline)
+
+    if config.num_samples is not None:
+        classes = set_labels(config.num_samples, labels, config.labels, config.seed)
+        sample_set(pipeline, config, output, classes, record=settings, state=state, **options)
+    elif state.is_main_process:
+        save = draw(config, output.suffix, pipeline, load, labels, settings, options)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside = output.with_name(f".{output.name}.{os.getpid()}")
+        save(aside)
+        beside(output).write_text(settings)
+        aside.replace(output)
+    if state.num_processes > 1:
+        state.destroy_process_group()
+    if state.is_main_process:
+        print(f"wrote {output}; its settings are in {beside(output).name}")
+
+
+def start_processes(device: str) -> PartialState:
+    """The processes of this launch, on ``"cpu"``, ``"cuda"`` or, for ``"auto"``, what there is."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch finds no CUDA GPU; give auto or cpu")
+    # accelerate must be told: on a machine without GPU it starts no process group by itself.
+    cpu = device == "cpu" or not torch.accelerator.is_available()
     # One process may wait long for another's last batch.
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=7)).to_kwargs()
-    state = PartialState(cpu=config.device == "cpu", **waiting)
-    if config.dtype != "float32":
-        torch.nn.Module.to(pipeline.transformer, getattr(torch, config.dtype))
-    pipeline.to(state.device)
+    return PartialState(cpu=cpu, **waiting)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    settings = record(config, pipeline)
+
+def check_output(output: Path, config: SampleConfig) -> None:
+    """Raise ``UserError`` for an output that exists, or that cannot be what is asked for."""
+    if output.exists():
+        raise UserError(f"output {output} exists; give another name")
     if config.num_samples is not None:
-        sample_set(
-            pipeline,
-            config,
-            output,
-            set_labels(config.num_samples, labels, config.labels, config.seed),
-            batch_size=config.batch_size,
-            decode_batch_size=config.decode_batch_size,
-            record=settings,
-            state=state,
+        format_of(output)
+        begun = images_done(partial_folder(output))
+    elif output.suffix not in (".png", *ANIMATIONS):
+        raise UserError(
+            f"output {output}: a sheet is written as .png, {', '.join(ANIMATIONS)}; for a set "
+            "give num_samples"
         )
-    elif state.is_main_process:
-        sheet = sample_grid(
-            pipeline,
-            config,
-            labels,
-            config.images_per_class,
-            batch_size=config.batch_size,
-            decode_batch_size=config.decode_batch_size,
-        )
-        text = PngInfo()
-        text.add_itxt("settings", settings)
-        output.with_name(output.name + ".yaml").write_text(settings)
-        sheet.save(output, pnginfo=text)
-    if state.is_main_process:
-        print(f"wrote {output} and {output.name}.yaml")
+    else:
+        check_animation(output)
+        begun = 0
+    if output.suffix in ANIMATIONS and (config.rows or config.columns or config.interpolate):
+        raise UserError(f"output {output}: sweeps and strips are written as .png")
+    if beside(output).exists() and not begun:
+        raise UserError(f"{beside(output)} exists, but not its output; give another name")
 
 
-def resolved(path: Path) -> Path:
+def beside(output: Path) -> Path:
+    """Where the settings of an output are."""
+    return output.with_name(output.name + ".yaml")
+
+
+def draw(
+    config: SampleConfig,
+    suffix: str,
+    pipeline: MoHDiTPipeline,
+    load: Callable[[str, str], MoHDiTPipeline],
+    labels: list[int],
+    settings: str,
+    options: dict[str, Any],
+) -> Callable[[Path], None]:
+    """Sample what people look at; returns the function that writes it."""
+    per_class = config.images_per_class
+    if suffix in ANIMATIONS:
+        frames = sample_animation(
+            pipeline, config, labels, per_class, frames=config.frames, **options
+        )
+        return lambda path: save_animation(frames, path, suffix)
+    if config.interpolate:
+        sheet = sample_strip(pipeline, config, labels, config.interpolate, **options)
+    elif config.rows or config.columns:
+        parse = partial(parse_axis, parse_labels=partial(parse_labels, pipeline))
+        images = Axis("index", list(range(per_class)))
+        rows = parse(config.rows) if config.rows else images
+        columns = parse(config.columns) if config.columns else images
+        by_weights = cache(partial(load, config.checkpoint))
+        sheet = sample_sweep(
+            lambda name: pipeline if name == config.weights else by_weights(name),
+            config,
+            rows,
+            columns,
+            class_label=labels[0],
+            weights=config.weights,
+            **options,
+        )
+    else:
+        sheet = sample_grid(pipeline, config, labels, per_class, **options)
+    text = PngInfo()
+    text.add_itxt("settings", settings)
+    return lambda path: sheet.save(path, format="PNG", pnginfo=text)
+
+
+def place(
+    config: SampleConfig, device: torch.device, checkpoint: str, weights: str
+) -> MoHDiTPipeline:
+    """A pipeline of a checkpoint, in the asked precision, on the device, compiled if asked."""
+    if config.compile and device.type != "cuda":
+        raise UserError(f"compile is for GPUs, this runs on {device.type}; leave it out")
+    pipeline = load_pipeline(checkpoint, weights)
+    for module, dtype in (
+        (pipeline.transformer, config.dtype),
+        (pipeline.vae, config.decode_dtype),
+    ):
+        if dtype != "float32":
+            torch.nn.Module.to(module, getattr(torch, dtype))  # diffusers' own warns needlessly
+    if config.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    pipeline.to(device)
+    if config.compile:
+        # One batch size guided, one not: shapes as constants, two programs.
+        mode = "reduce-overhead" if config.cuda_graphs else "default"
+        pipeline.transformer.compile(mode=mode, dynamic=False)
+    return pipeline
+
+
+def resolved(path: str) -> str:
     """The very checkpoint that a run folder stands for now."""
-    if (path / "model_index.json").is_file():
+    if (Path(path) / "model_index.json").is_file():
         return path
-    return resolve_checkpoint(path)[1]
+    return str(resolve_checkpoint(Path(path))[1])
 
 
 def parse_labels(pipeline: MoHDiTPipeline, text: str | None) -> list[int]:
