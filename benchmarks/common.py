@@ -1,6 +1,8 @@
-"""What the benchmark scripts share: timing by graph replay, environment records, tables, JSON."""
+"""What the benchmark scripts share: inputs, timing, peers' settings, tables, JSON."""
 
+import contextlib
 import datetime
+import itertools
 import json
 import statistics
 
@@ -8,9 +10,50 @@ import torch
 import triton
 
 
+def environment():
+    return dict(
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        torch=torch.__version__,
+        triton=triton.__version__,
+        date=datetime.date.today().isoformat(),
+    )
+
+
 def relative_error(actual, expected):
     actual, expected = actual.double(), expected.double()
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+
+
+def make_projected(batch, tokens, heads, shared, active, width, dtype, routing="random"):
+    """Random q, k, v and router logits in one tensor, as the layer's projection makes them.
+
+    ``routing``: "random"; "skewed": some heads are chosen far more often than others; "extreme":
+    in image 0 every token picks the first routed head and none the last.
+    """
+    columns = 3 * heads * width
+    total = columns + heads + (2 if shared and active else 0)
+    projected = torch.randn(batch, tokens, total + -total % 64, device="cuda")
+    if active and routing == "skewed":
+        projected[..., columns + shared : columns + heads] += torch.linspace(
+            3, -3, heads - shared, device="cuda"
+        )
+    if active and routing == "extreme":
+        projected[0, :, columns + shared] = 20
+        projected[0, :, columns + heads - 1] = -20
+    return projected.to(dtype)
+
+
+@contextlib.contextmanager
+def fastest_dense():
+    """Dense attention through cuDNN, the fastest backend of torch on Hopper, where it can run."""
+    flags = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_flash_sdp(flags[0])
+        torch.backends.cuda.enable_mem_efficient_sdp(flags[1])
 
 
 def time_graph(call, target_ms=4.0, repeats=7):
@@ -48,16 +91,39 @@ def time_graph(call, target_ms=4.0, repeats=7):
     return statistics.median(times)
 
 
-def environment():
-    return dict(
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        torch=torch.__version__,
-        triton=triton.__version__,
-        date=datetime.date.today().isoformat(),
-    )
+def time_steps(call, seconds=2.0, warmup=3, minimum=5):
+    """Median milliseconds of ``call`` run back to back, timed with events."""
+    for _ in range(warmup):
+        call()
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    count = max(minimum, min(200, int(1000 * seconds / start.elapsed_time(end))))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
-def write_json(path, rows, **extra):
+def table(rows, columns):
+    def show(value):
+        if isinstance(value, float):
+            return f"{value:.2e}" if 0 < abs(value) < 1e-2 else f"{value:.4g}"
+        return str(value)
+
+    cells = [columns] + [[show(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def write_json(path, rows):
     if path:
         with open(path, "w") as file:
-            json.dump(dict(environment=environment(), **extra, rows=rows), file, indent=1)
+            json.dump(dict(environment=environment(), rows=rows), file, indent=1)

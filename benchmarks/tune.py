@@ -9,12 +9,11 @@ import argparse
 import contextlib
 import functools
 import itertools
-import json
 import math
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from common import relative_error, time_graph
+from common import environment, make_projected, relative_error, time_graph, write_json
 
 from moh_dit.kernels import ops
 
@@ -34,9 +33,9 @@ def configuration(bm, bm_routed, bn, warps, stages, tma, registers=None):
 
 SHAPES = {
     "attend": [
-        (128, 64, 64, 4, 3), (128, 64, 64, 4, 2), (64, 64, 64, 4, 2), (64, 64, 64, 4, 3),
-        (64, 64, 64, 4, 4), (64, 64, 32, 4, 3), (64, 64, 32, 4, 4), (128, 64, 32, 4, 3),
-        (128, 64, 32, 4, 4), (128, 128, 64, 4, 3), (64, 64, 128, 4, 2), (128, 64, 64, 8, 3),
+        (128, 64, 64, 4, 3), (128, 128, 64, 4, 3), (64, 64, 64, 4, 2), (64, 64, 64, 4, 3),
+        (64, 64, 32, 4, 3), (64, 64, 32, 4, 4), (128, 64, 32, 4, 3), (64, 64, 128, 4, 2),
+        (128, 64, 64, 8, 3), (128, 128, 64, 8, 2), (128, 128, 64, 8, 3), (128, 128, 128, 8, 2),
     ],
     "query_gradient": [
         (64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (64, 64, 32, 4, 2), (64, 64, 32, 4, 3),
@@ -47,25 +46,14 @@ SHAPES = {
         (32, 32, 64, 4, 3), (32, 32, 64, 4, 4), (64, 32, 64, 4, 3),
     ],
 }  # fmt: skip
-REGISTERS = {"attend": [(128, 64, 32, 4, 3)], "query_gradient": [],
+REGISTERS = {"attend": [], "query_gradient": [],
              "key_value_gradient": [(32, 32, 64, 4, 3), (32, 32, 64, 4, 2)]}  # fmt: skip
 
 
 def candidates(kind, head_dim):
     found = [configuration(*shape, tma) for shape in SHAPES[kind] for tma in (False, True)]
-    return found + [configuration(*s, tma, 168) for s in REGISTERS[kind] for tma in (False, True)]
-
-
-def make_inputs(batch, tokens, heads, shared, active, head_dim, ragged=False, dtype=torch.bfloat16):
-    torch.manual_seed(0)
-    columns = 3 * heads * head_dim
-    width = columns + math.ceil((heads + 2) / 16) * 16
-    projected = torch.randn(batch, tokens, width, device="cuda").to(dtype)
-    if ragged and active:  # in image 0 everybody picks the first routed head and nobody the second
-        projected[0, :, columns + shared] = 20
-        projected[0, :, columns + shared + 1] = -20
-    out = torch.empty(batch, tokens, heads * head_dim, device="cuda", dtype=dtype)
-    return projected, out, *ops.run_route(projected, heads, shared, active, head_dim)[:3]
+    found += [configuration(*s, tma, 168) for s in REGISTERS[kind] for tma in (False, True)]
+    return found
 
 
 class Bench:
@@ -73,9 +61,12 @@ class Bench:
 
     def __init__(self, kind, batch, tokens, heads, shared, active, head_dim, ragged=False):
         self.kind, self.sizes = kind, (shared, head_dim)
-        self.projected, self.out, self.gates, self.index, self.count = make_inputs(
-            batch, tokens, heads, shared, active, head_dim, ragged
+        plan = (heads, shared, active, head_dim)
+        self.projected = make_projected(
+            batch, tokens, *plan, torch.bfloat16, "extreme" if ragged else "random"
         )
+        self.out = self.projected.new_empty(batch, tokens, heads * head_dim)
+        self.gates, self.index, self.count, self.stats = ops.run_route(self.projected, *plan)
         if kind != "attend":
             safe = configuration(64, 64, 64, 4, 2, False)
             self.lse = self.attend(safe)
@@ -85,8 +76,9 @@ class Bench:
 
     def attend(self, config):
         return ops.run_attend(
-            self.projected, self.gates, self.index, self.count, self.out, *self.sizes, config
-        )
+            self.projected, self.gates, self.index, self.count, self.stats, self.out,
+            self.stats.new_empty(self.stats.shape[1:]), *self.sizes, config,
+        )  # fmt: skip
 
     def query_gradient(self, config):
         return ops.run_query_gradient(
@@ -148,6 +140,7 @@ def main():
     parser.add_argument("--json")
     args = parser.parse_args()
 
+    print(environment())
     jobs = []
     for kind, head_dim in itertools.product(args.kernels, args.head_dims):
         configs = candidates(kind, head_dim)
@@ -188,9 +181,7 @@ def main():
                 print(f"  {milliseconds:7.4f} ms  error {error:.2e}  {tuple(config.values())}")
             wrong = [c for _, e, c in times if not e < 6e-3]
             print(f"  wrong: {len(wrong)}", [tuple(c.values()) for c in wrong][:6])
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file)
+    write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -102,9 +102,10 @@ class MoHAttention(nn.Module):
             output = F.scaled_dot_product_attention(query, key, value)
             return self.proj(output.transpose(1, 2).flatten(2)), None
 
-        # The router maps ride along as extra rows of one product, padded to what GPUs like.
+        # The router maps ride along as extra rows of one product, padded so that rows of the result
+        # are whole 128-byte lines: compilers would otherwise pad it themselves, by a copy.
         rows = [self.qkv.weight, *self.router_weights()]
-        padding = -sum(map(len, rows)) % 16
+        padding = -sum(map(len, rows)) % 64
         weight = torch.cat([*rows, rows[0].new_zeros(padding, self.qkv.in_features)])
         bias: Tensor | None = self.qkv.bias
         if bias is not None:

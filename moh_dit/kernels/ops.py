@@ -69,7 +69,7 @@ def _row_blocks(rows: Tensor, block: int, tma: bool) -> TensorDescriptor | None:
 
 
 def run_route(projected, heads, shared, active, head_dim, tile=32, num_warps=2):
-    """Gates (B, h, N) float32, index (B, E, N) int32, count (B, E) int32, stats (B, 2, E)."""
+    """Gates (B, h, N) float32, index (B, E, N), count (B, E) int32; stats (B, 2, E) per image."""
     batch, tokens, stride = projected.shape
     routed = heads - shared
     new = projected.new_empty
@@ -91,17 +91,22 @@ def run_route(projected, heads, shared, active, head_dim, tile=32, num_warps=2):
     return gates, index, count, stats
 
 
-def run_attend(projected, gates, index, count, out, shared, head_dim, config=None):
-    """Write ``out`` (B, N, h·d); return lse (B, h, N), base 2, defined where selected."""
+def run_attend(
+    projected, gates, index, count, image_stats, out, stats, shared, head_dim, config=None
+):
+    """Write ``out`` (B, N, h·d), ``stats`` (2, E); return lse (B, h, N), base 2, where selected."""
     batch, tokens, _ = projected.shape
     heads = gates.shape[1]
     lse = torch.empty_like(gates)
     config, constants = _launch("attend", projected, heads, shared, head_dim, config)
+    # p·v may be as narrow as 8 columns, where the copy engine (16 at least) does not load them.
+    tail = max(8, _power_of_2(head_dim - constants["D0"]))
+    tail = constants["D1"] if constants["D1"] and config["TMA"] else tail
     tiles = _query_tiles(tokens, heads, shared, config)
     triton_forward.attend[(tiles, batch)](
         projected, *_blocks(projected, 3 * heads, head_dim, config["BN"], config["TMA"]),
-        gates, index, count, out, lse, tokens, constants.pop("scale_log2"),
-        **constants, **config,
+        gates, index, count, out, lse, image_stats, stats, tokens, constants.pop("scale_log2"),
+        E_PAD=_power_of_2(max(1, 2 * (heads - shared))), V1=tail, **constants, **config,
     )  # fmt: skip
     return lse
 
@@ -158,11 +163,12 @@ def run_route_backward(
 def attention_op(
     projected: Tensor, heads: int, shared: int, active: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gated output (B, N, h·d), stats (B, 2, E) per image; gates, lse, index and count."""
+    """Gated output (B, N, h·d), router stats (2, E); gates, lse, index, count for backward."""
     projected = projected.contiguous()
     out = projected.new_empty(*projected.shape[:2], heads * head_dim)
-    gates, index, count, stats = run_route(projected, heads, shared, active, head_dim)
-    lse = run_attend(projected, gates, index, count, out, shared, head_dim)
+    gates, index, count, image_stats = run_route(projected, heads, shared, active, head_dim)
+    stats = gates.new_empty(2, heads - shared)
+    lse = run_attend(projected, gates, index, count, image_stats, out, stats, shared, head_dim)
     return out, stats, gates, lse, index, count
 
 
@@ -173,7 +179,7 @@ def _(projected, heads, shared, active, head_dim):
     new = projected.new_empty
     return (
         new(batch, tokens, heads * head_dim),
-        new(batch, 2, routed, dtype=torch.float32),
+        new(2, routed, dtype=torch.float32),
         new(batch, heads, tokens, dtype=torch.float32),
         new(batch, heads, tokens, dtype=torch.float32),
         new(batch, routed, tokens, dtype=torch.int32),
@@ -244,4 +250,4 @@ def moh_attention_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """The Triton backend of :func:`moh_dit.attention.moh_attention`."""
     out, stats, *_ = attention_op(projected, heads, shared, active, head_dim)
-    return out, stats.mean(0) if active else None
+    return out, stats if active else None

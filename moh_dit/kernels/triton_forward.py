@@ -126,6 +126,7 @@ def _attend_tile(
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    V1: tl.constexpr,
     STRIDE: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
     MASKED: tl.constexpr,
@@ -141,14 +142,13 @@ def _attend_tile(
     rows = tl.load(index + slots, mask=valid, other=0) if GATHER else slots
     query = projected + b.to(tl.int64) * N * STRIDE + head * D
     q0 = load_rows(query, rows, valid, STRIDE, 0, D0, D, MASKED)
+    q1 = q0  # not read where there is no tail
     if D1 > 0:
         q1 = load_rows(query, rows, valid, STRIDE, D0, D1, D, MASKED)
-
     m = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc0 = tl.zeros([BM, D0], tl.float32)
-    if D1 > 0:
-        acc1 = tl.zeros([BM, D1], tl.float32)
+    acc1 = tl.zeros([BM, V1], tl.float32)
     keys = tl.arange(0, BN)
     key = query + H * D
     value = key + H * D
@@ -156,25 +156,13 @@ def _attend_tile(
         inside = start + keys < N
         k0 = load_block(
             kv0, key, b, start, H + head, keys, inside, STRIDE, 0, D0, D, BN, not EVEN_KEYS, TMA
-        )
+        )  # fmt: skip
         s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         if D1 > 0:
             k1 = load_block(
-                kv1,
-                key,
-                b,
-                start,
-                H + head,
-                keys,
-                inside,
-                STRIDE,
-                D0,
-                D1,
-                D,
-                BN,
-                not EVEN_KEYS,
-                TMA,
-            )
+                kv1, key, b, start, H + head, keys, inside, STRIDE, D0, D1, D, BN,
+                not EVEN_KEYS, TMA,
+            )  # fmt: skip
             s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
         if not EVEN_KEYS:
             s = tl.where(inside[None, :], s, float("-inf"))
@@ -185,39 +173,15 @@ def _attend_tile(
         m = m_new
         p = p.to(projected.dtype.element_ty)
         v0 = load_block(
-            kv0,
-            value,
-            b,
-            start,
-            2 * H + head,
-            keys,
-            inside,
-            STRIDE,
-            0,
-            D0,
-            D,
-            BN,
-            not EVEN_KEYS,
-            TMA,
-        )
+            kv0, value, b, start, 2 * H + head, keys, inside, STRIDE, 0, D0, D, BN,
+            not EVEN_KEYS, TMA,
+        )  # fmt: skip
         acc0 = tl.dot(p, v0, acc0 * rescale[:, None], input_precision=PRECISION)
         if D1 > 0:
             v1 = load_block(
-                kv1,
-                value,
-                b,
-                start,
-                2 * H + head,
-                keys,
-                inside,
-                STRIDE,
-                D0,
-                D1,
-                D,
-                BN,
-                not EVEN_KEYS,
-                TMA,
-            )
+                kv1, value, b, start, 2 * H + head, keys, inside, STRIDE, D0, V1, D, BN,
+                not EVEN_KEYS, TMA,
+            )  # fmt: skip
             acc1 = tl.dot(p, v1, acc1 * rescale[:, None], input_precision=PRECISION)
 
     row_of = (b * H + head).to(tl.int64) * N
@@ -228,7 +192,7 @@ def _attend_tile(
     target = out + b.to(tl.int64) * N * (H * D) + head * D
     store_rows(target, rows, valid, acc0 * gate[:, None], H * D, 0, D0, D, MASKED)
     if D1 > 0:
-        store_rows(target, rows, valid, acc1 * gate[:, None], H * D, D0, D1, D, MASKED)
+        store_rows(target, rows, valid, acc1 * gate[:, None], H * D, D0, V1, D, MASKED)
 
 
 @triton.jit
@@ -241,13 +205,17 @@ def attend(
     count,
     out,
     lse,
+    image_stats,
+    stats,
     N,
     scale_log2,
     H: tl.constexpr,
     S: tl.constexpr,
+    E_PAD: tl.constexpr,
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    V1: tl.constexpr,
     STRIDE: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
     EVEN_QUERIES: tl.constexpr,
@@ -257,15 +225,29 @@ def attend(
     BM_ROUTED: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Gated attention. Grid (S·⌈N/BM⌉ + E·⌈N/BM_ROUTED⌉, B)."""
+    """Gated attention. Grid (S·⌈N/BM⌉ + E·⌈N/BM_ROUTED⌉, B).
+
+    One program also averages the routing statistics over the batch, which spares a launch.
+    """
     pid = tl.program_id(0)
     b = tl.program_id(1)
+    if S < H and pid + b == 0:
+        columns = tl.arange(0, E_PAD)
+        inside = columns < 2 * (H - S)
+        sums = tl.zeros([E_PAD], tl.float32)
+        batch = tl.num_programs(1)
+        for first in range(0, batch, 32):
+            images = first + tl.arange(0, 32)
+            slots = images[:, None] * 2 * (H - S) + columns[None, :]
+            mask = (images < batch)[:, None] & inside[None, :]
+            sums += tl.sum(tl.load(image_stats + slots, mask=mask, other=0.0), 0)
+        tl.store(stats + columns, sums / batch, mask=inside)
     tiles = tl.cdiv(N, BM)
     if pid < S * tiles:
         _attend_tile(
             projected, kv0, kv1, gates, index, out, lse, N, pid % tiles, b, pid // tiles, N,
             scale_log2,
-            H, D, D0, D1, STRIDE, EVEN_KEYS, not EVEN_QUERIES, False, PRECISION, TMA, BM, BN,
+            H, D, D0, D1, V1, STRIDE, EVEN_KEYS, not EVEN_QUERIES, False, PRECISION, TMA, BM, BN,
         )  # fmt: skip
     elif S < H:
         routed_tiles = tl.cdiv(N, BM_ROUTED)
@@ -282,5 +264,5 @@ def attend(
             _attend_tile(
                 projected, kv0, kv1, gates, index + list_of.to(tl.int64) * N, out, lse, limit,
                 tile, b, S + routed, N, scale_log2,
-                H, D, D0, D1, STRIDE, EVEN_KEYS, True, True, PRECISION, TMA, BM_ROUTED, BN,
+                H, D, D0, D1, V1, STRIDE, EVEN_KEYS, True, True, PRECISION, TMA, BM_ROUTED, BN,
             )  # fmt: skip

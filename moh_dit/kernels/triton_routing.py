@@ -155,7 +155,7 @@ def route_backward(
 
     With ``t_i = g_i δ_i`` and w the weights of a softmax group (shared; selected routed):
     ``dl_i = t_i - w_i Σ_group t``; for the two stages ``dl_0 = Σ_shared t - a_0 Σ_all t = -dl_1``.
-    P̄ adds ``P_i (c_i - Σ P c)/N`` with c its upstream gradient.
+    P̄ adds ``P_i (c_i - Σ P c)/(B N)`` with c its upstream gradient.
     """
     E: tl.constexpr = H - S
     b = tl.program_id(1)
@@ -184,10 +184,8 @@ def route_backward(
         routed_sum = tl.sum(tl.where(is_routed, t, 0.0), 1)
         grad += tl.where(is_routed, t - weights * routed_sum[:, None], 0.0)
         scores = _group_softmax(raw, is_routed)
-        pull = tl.load(
-            grad_stats + (b * 2 + 1) * E + heads - S, mask=(heads >= S) & (heads < H), other=0.0
-        )
-        pull = pull[None, :] / N
+        pull = tl.load(grad_stats + E + heads - S, mask=(heads >= S) & (heads < H), other=0.0)
+        pull = pull[None, :] / (tl.num_programs(1) * N)
         grad += scores * (pull - tl.sum(scores * pull, 1)[:, None])
         if S > 0:
             first, _ = _first_stage(logits, tokens, valid, H, STRIDE)

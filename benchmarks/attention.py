@@ -1,0 +1,75 @@
+"""Attention alone: from q, k, v and router scores to the gated output, against dense attention.
+
+    python benchmarks/attention.py [--json attention.json]
+
+"dense" is plain multi-head attention of as many heads without any gate, by torch's fastest backend;
+"then mask" the published way to compute MoH: dense attention, eager routing, a gate multiply.
+Medians of CUDA-graph replays, milliseconds, bf16.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from common import environment, fastest_dense, make_projected, table, time_graph, write_json
+
+from moh_dit.attention import moh_attention, split_heads
+
+SIZES = [(64, 256), (32, 1024), (8, 4096)]  # batch, tokens: 256, 512, 1024 px
+PLANS = [(24, 14, 2), (16, 10, 2), (8, 8, 0), (24, 16, 3)]  # heads, shared, active: XL/2-75, -90
+
+
+def measure(batch, tokens, heads, shared, active, width):
+    plan = (heads, shared, active, width)
+    projected = make_projected(batch, tokens, *plan, torch.bfloat16)
+    upstream = torch.randn(batch, tokens, heads * width, device="cuda", dtype=torch.bfloat16)
+    pull = torch.randn(2, heads - shared, device="cuda") if active else None
+    q, k, v = (t.detach().requires_grad_() for t in split_heads(projected, heads, width))
+    grad_dense = upstream.view(batch, tokens, heads, width).transpose(1, 2)
+    leaf = projected.detach().clone().requires_grad_()
+
+    def dense_forward():
+        with torch.no_grad():
+            return F.scaled_dot_product_attention(q, k, v)
+
+    def dense_both():
+        out = F.scaled_dot_product_attention(q, k, v)
+        return torch.autograd.grad(out, (q, k, v), grad_dense)
+
+    def moh_forward(backend):
+        with torch.no_grad():
+            return moh_attention(projected, *plan, backend)
+
+    def moh_both(backend):
+        outputs = [t for t in moh_attention(leaf, *plan, backend) if t is not None]
+        return torch.autograd.grad(outputs, leaf, [upstream, pull][: len(outputs)])
+
+    row = dict(d=width, N=tokens, B=batch, plan=f"{heads}: {shared}+{active}")
+    with fastest_dense():
+        row["dense"] = time_graph(dense_forward)
+        row["then mask"] = time_graph(lambda: moh_forward("reference"))
+        row["triton"] = time_graph(lambda: moh_forward("triton"))
+        row["dense f+b"] = time_graph(dense_both)
+        row["then mask f+b"] = time_graph(lambda: moh_both("reference"))
+        row["triton f+b"] = time_graph(lambda: moh_both("triton"))
+    row["forward ratio"] = row["triton"] / row["dense"]
+    row["f+b ratio"] = row["triton f+b"] / row["dense f+b"]
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    print(environment())
+    rows = []
+    for width in (72, 64):
+        for batch, tokens in SIZES:
+            new = [measure(batch, tokens, *plan, width) for plan in PLANS]
+            table(new, list(new[0]))
+            rows += new
+            write_json(args.json, rows)
+
+
+if __name__ == "__main__":
+    main()

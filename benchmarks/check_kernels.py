@@ -1,0 +1,118 @@
+"""Hold the Triton kernels against float64 on this GPU, in every configuration ``auto`` can choose.
+
+    python benchmarks/check_kernels.py [--json check.json]
+
+Each row is one input; its error may be at most 1.5 times that of the dense reference at the same
+precision (floor: rounding of the output format). Exit code 1 if any is not. Unwritten memory is
+NaN throughout, and every result is computed twice and must repeat bit by bit.
+"""
+
+import argparse
+import itertools
+import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+from common import environment, make_projected, relative_error, table, write_json
+
+from moh_dit.attention import moh_attention
+
+PLANS = [(24, 14, 2), (16, 10, 2), (8, 8, 0), (24, 16, 3), (6, 0, 3)]
+TOKENS = [3, 200, 256, 576, 1000, 1024, 2100, 4096]
+ROUTINGS = ["random", "skewed", "extreme"]
+
+
+def outcome(projected, plan, backend, upstream, pull):
+    """Output, gradient of q, gradient of k and v, gradient of the router logits, statistics."""
+    heads, shared, active, width = plan
+    projected = projected.detach().requires_grad_()
+    output, stats = moh_attention(projected, *plan, backend)
+    total = (output.double() * upstream.double()).sum()
+    if stats is not None:
+        total = total + (stats.double() * pull.double()).sum()
+    (gradient,) = torch.autograd.grad(total, projected)
+    hidden = heads * width
+    used = 3 * hidden + heads + (2 if shared and active else 0)
+    parts = gradient[..., :hidden], gradient[..., hidden : 3 * hidden]
+    router = gradient[..., 3 * hidden : used]
+    return [output.detach(), *parts, router] + ([stats.detach()] if active else [])
+
+
+NAMES = ["output", "dq", "dk, dv", "d logits", "stats"]
+
+
+def check(dtype, width, tokens, plan, routing):
+    batch = 1 if tokens > 2000 else 2
+    plan = (*plan, width)
+    projected = make_projected(batch, tokens, *plan, dtype, routing)
+    upstream = torch.randn(batch, tokens, plan[0] * width, device="cuda").to(dtype)
+    pull = 10 * torch.randn(2, plan[0] - plan[1], device="cuda")
+    exact = outcome(projected.double(), plan, "reference", upstream, pull)
+    dense = outcome(projected, plan, "reference", upstream, pull)
+    chosen = outcome(projected, plan, "triton", upstream, pull)
+    again = outcome(projected, plan, "triton", upstream, pull)
+    floor = torch.finfo(dtype).eps / 8
+    row = dict(dtype=str(dtype)[6:], d=width, N=tokens, plan="{}, {}+{}".format(*plan[:3]),
+               routing=routing, worst=0.0, where="")  # fmt: skip
+    for name, a, d, e in zip(NAMES, chosen, dense, exact, strict=False):
+        allowed = max(relative_error(d, e), 1e-6 if name == "stats" else floor)
+        ratio = relative_error(a, e) / allowed
+        row[name] = relative_error(a, e)
+        if not ratio <= row["worst"]:
+            row["worst"], row["where"] = ratio, name
+    row["repeats"] = all(torch.equal(a, b) for a, b in zip(chosen, again, strict=True))
+    return row
+
+
+def check_all(inputs):
+    warnings.simplefilter("ignore")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    torch.manual_seed(0)
+    rows = [check(*one) for one in inputs]
+    torch.cuda.empty_cache()
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workers", type=int, default=14, help="processes (they mostly compile)")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    print(environment())
+    short, long = [], []
+    for dtype, width, (i, plan) in itertools.product(
+        (torch.bfloat16, torch.float16), (64, 72), enumerate(PLANS)
+    ):
+        if dtype == torch.float16 and i != 0:
+            continue  # the same kernels as for bfloat16; one plan tells whether the type is right
+        routings = ROUTINGS if i < 2 else ROUTINGS[-1:]
+        for tokens in TOKENS:
+            inputs = [(dtype, width, tokens, plan, routing) for routing in routings]
+            (long if tokens > 1024 else short).append(inputs)
+    rows, context = [], torch.multiprocessing.get_context("spawn")
+    # Exact attention over 4096 tokens takes gigabytes: few of those at a time.
+    for group, workers in ((short, args.workers), (long, min(7, args.workers))):
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            rows += itertools.chain.from_iterable(pool.map(check_all, group))
+    wrong = [row for row in rows if not row["worst"] <= 1.5 or not row["repeats"]]
+    worst = {}
+    for row in rows:
+        key = (row["dtype"], row["d"], row["N"])
+        if key not in worst or not row["worst"] <= worst[key]["worst"]:
+            worst[key] = row
+    print("worst of each precision, width and N, as a ratio to the dense reference's error:")
+    table(
+        list(worst.values()), ["dtype", "d", "N", "plan", "routing", *NAMES[:4], "worst", "where"]
+    )
+    for row in wrong:
+        print("WRONG", row)
+    print(
+        f"{len(rows)} inputs, {len(wrong)} wrong, worst ratio {max(r['worst'] for r in rows):.2f}"
+    )
+    write_json(args.json, rows)
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The models of the benchmarks: this project's, and what it is compared with in the same run."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel
+from torch import nn
+
+from moh_dit import build_model
+from moh_dit.attention import MoHAttention, split_heads
+
+
+class DenseThenMask(nn.Module):
+    """MoH the published way: every head for every token, then a multiplication by the gates."""
+
+    def __init__(self, layer: MoHAttention):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        layer, shared = self.layer, self.layer.num_shared_heads
+        active, heads = layer.num_active_routed_heads, layer.num_heads
+        query, key, value = split_heads(layer.qkv(x), heads, layer.head_dim)
+        output = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        gates, stats = [], None
+        if shared:
+            gates.append(layer.wg_1(x).softmax(-1) * shared)
+        if active:
+            scores = layer.wg(x).softmax(-1)
+            chosen = torch.zeros_like(scores).scatter(-1, scores.topk(active, dim=-1).indices, 1.0)
+            kept = scores * chosen
+            gates.append(active * kept / kept.sum(-1, keepdim=True))
+            stats = torch.stack([chosen.flatten(0, 1).mean(0), scores.flatten(0, 1).mean(0)])
+        if len(gates) == 2:
+            stages = 2 * layer.wg_0(x).softmax(-1)
+            gates = [stages[..., :1] * gates[0], stages[..., 1:] * gates[1]]
+        output = output * torch.cat(gates, -1).unsqueeze(-1)
+        return layer.proj(output.flatten(2)), stats
+
+
+def build(name, sample_size):
+    """``name``: a preset, a preset + " then mask", or "diffusers DiT-XL/2"."""
+    if name == "diffusers DiT-XL/2":
+        return DiTTransformer2DModel(
+            num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8,
+            num_layers=28, sample_size=sample_size, patch_size=2, num_embeds_ada_norm=1000,
+            activation_fn="gelu-approximate", norm_type="ada_norm_zero",
+            norm_elementwise_affine=False,
+        )  # fmt: skip
+    model = build_model(name.removesuffix(" then mask"), sample_size=sample_size)
+    if name.endswith(" then mask"):
+        for block in model.blocks:
+            block.attn = DenseThenMask(block.attn)
+    return model
+
+
+def blocks(model):
+    return model.transformer_blocks if hasattr(model, "transformer_blocks") else model.blocks
+
+
+def compile_blocks(model):
+    """Compile block by block: layers of one plan share a graph, and seconds do for a minute."""
+    for block in blocks(model):
+        block.compile()
+    return model
+
+
+def initialise(model):
+    """Random modulation and output layers: at initialisation they are zero, and zeros run fast."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model

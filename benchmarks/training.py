@@ -1,0 +1,79 @@
+"""A whole training step, images/s and peak memory: forward, backward, fused AdamW, EMA.
+
+    python benchmarks/training.py [--models ...] [--sizes 256 512] [--json training.json]
+
+float32 weights, bf16 autocast, blocks compiled, dense attention by torch's fastest backend in every
+model alike; medians.
+"""
+
+import argparse
+import gc
+
+import torch
+import torch.nn.functional as F
+from common import environment, fastest_dense, table, time_steps, write_json
+from peers import build, compile_blocks, initialise
+
+MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 then mask",
+          "diffusers DiT-XL/2"]  # fmt: skip
+BATCH = {256: 160, 512: 40}
+
+
+def measure(name, pixels, batch, seconds):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    with torch.device("cuda"):
+        model = compile_blocks(initialise(build(name, pixels // 8)).train())
+        x = torch.randn(batch, 4, pixels // 8, pixels // 8)
+        t, y = torch.randint(1000, (batch,)), torch.randint(1000, (batch,))
+        noise = torch.randn(batch, 4, pixels // 8, pixels // 8)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0, fused=True)
+    average = [p.detach().clone() for p in weights]
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            output = model(x, timestep=t, class_labels=y)
+        loss = F.mse_loss(output.sample[:, :4].float(), noise)
+        balance = getattr(output, "load_balance_loss", None)
+        if balance is not None:
+            loss = loss + 0.01 * balance
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(average, weights, 1e-4)
+
+    torch.cuda.reset_peak_memory_stats()
+    with fastest_dense():
+        milliseconds = time_steps(step, seconds)
+    return dict(model=name, pixels=pixels, batch=batch, ms=milliseconds,
+                images_per_s=1000 * batch / milliseconds,
+                peak_GiB=torch.cuda.max_memory_allocated() / 2**30)  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--sizes", nargs="+", type=int, default=list(BATCH))
+    parser.add_argument("--batch", type=int, help="instead of the default for each size")
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    print(environment())
+    rows = []
+    for pixels in args.sizes:
+        for name in args.models:
+            row = measure(name, pixels, args.batch or BATCH[pixels], args.seconds)
+            dense = next((r for r in rows if r["pixels"] == pixels), row)
+            row[f"over {args.models[0]}"] = row["images_per_s"] / dense["images_per_s"]
+            row["memory over"] = row["peak_GiB"] / dense["peak_GiB"]
+            rows.append(row)
+            gc.collect()
+            torch.cuda.empty_cache()
+            table([row], list(row))
+            write_json(args.json, rows)
+    table(rows, list(rows[0]))
+
+
+if __name__ == "__main__":
+    main()
