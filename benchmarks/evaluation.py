@@ -1,6 +1,7 @@
 """Times of fid_eval, for the section "Evaluation" of docs/performance.md.
 
     python benchmarks/evaluation.py gpu --work /tmp/evaluation --output evaluation.json
+    python benchmarks/evaluation.py gpu --work /tmp/evaluation --sections png,network
     python benchmarks/evaluation.py neighbours            # precision and recall alone, any machine
 
 Images are synthetic (coarse random fields with noise, about 100 KB as PNG) and Inception's weights
@@ -27,7 +28,9 @@ from fid_eval.hashing import file_sha256
 from fid_eval.metrics import precision_recall
 
 SIDE = 256
-BLOCK = 500  # images made by one task
+BLOCK = 100  # images made by one task
+SEEDS = {"samples": 0, "reference": 10**6}
+SECTIONS = ("npz", "png", "torch-fidelity", "neighbours", "network", "options")
 
 
 def make_images(seed: int, count: int) -> np.ndarray:
@@ -42,38 +45,52 @@ def make_images(seed: int, count: int) -> np.ndarray:
     return images
 
 
-def write_block(task: tuple[int, int, str, str, int]) -> None:
-    """Make one block: its rows of the array file, and its PNGs up to a number."""
-    seed, block, array, folder, pngs = task
+def write_block(task: tuple[int, int, str, int, int]) -> None:
+    """Make one block: its rows of the array file, or its PNGs, some under several names."""
+    seed, block, target, count, different = task
     images = make_images(seed + block, BLOCK)
-    with open(array, "r+b") as file:
-        file.seek(128 + block * images.nbytes)  # 128: the array file's header
-        file.write(images.data)
-    for index in range(min(BLOCK, max(0, pngs - block * BLOCK))):
-        path = Path(folder) / f"{block * BLOCK + index:06d}.png"
+    if target.endswith(".npy"):
+        with open(target, "r+b") as file:
+            file.seek(128 + block * images.nbytes)  # 128: the array file's header
+            file.write(images.data)
+        return
+    for index in range(BLOCK):
+        number = block * BLOCK + index
+        path = Path(target) / f"{number:06d}.png"
         Image.fromarray(images[index]).save(path, compress_level=1)
+        for copy in range(number + different, count, different):
+            os.link(path, Path(target) / f"{copy:06d}.png")
 
 
-def write_set(work: Path, name: str, count: int, pngs: int, pool: ProcessPoolExecutor) -> None:
-    """``name``.npz of ``count`` images (stored, as numpy.savez writes it) and a folder of PNGs."""
+def write_arrays(work: Path, name: str, count: int, pool: ProcessPoolExecutor) -> Path:
+    """An .npz of ``count`` images, stored as numpy.savez does."""
     header = io.BytesIO()
     shape = (count, SIDE, SIDE, 3)
     np.lib.format.write_array_header_1_0(
         header, {"descr": "|u1", "fortran_order": False, "shape": shape}
     )
+    assert len(header.getvalue()) == 128
     raw = work / f"{name}.npy"
     with raw.open("wb") as file:
         file.write(header.getvalue())
-        file.truncate(len(header.getvalue()) + int(np.prod(shape)))
-    assert len(header.getvalue()) == 128
-    folder = work / f"{name}_png"
-    folder.mkdir()
-    seed = {"samples": 0, "reference": 10**6}[name]
-    tasks = [(seed, block, str(raw), str(folder), pngs) for block in range(count // BLOCK)]
+        file.truncate(128 + int(np.prod(shape)))
+    tasks = [(SEEDS[name], b, str(raw), count, count) for b in range(count // BLOCK)]
     list(pool.map(write_block, tasks))
     with zipfile.ZipFile(work / f"{name}.npz", "w", zipfile.ZIP_STORED) as archive:
         archive.write(raw, "arr_0.npy")
     raw.unlink()
+    return work / f"{name}.npz"
+
+
+def write_pngs(
+    work: Path, name: str, count: int, different: int, pool: ProcessPoolExecutor
+) -> Path:
+    """A folder of ``count`` PNGs, ``different`` of them written and the others linked to these."""
+    folder = work / f"{name}_png"
+    folder.mkdir()
+    tasks = [(SEEDS[name], b, str(folder), count, different) for b in range(different // BLOCK)]
+    list(pool.map(write_block, tasks))
+    return folder
 
 
 def random_inception(path: Path) -> None:
@@ -144,7 +161,7 @@ def throughput(weights: Path, precision: str, compiled: bool, batch: int, nchw: 
             extractor(images)
         torch.cuda.synchronize()
         started, count = time.monotonic(), 0
-        while time.monotonic() - started < 1.5:
+        while time.monotonic() - started < 1.2:
             extractor(images)
             count += batch
             torch.cuda.synchronize()
@@ -159,51 +176,65 @@ def gpu(options: argparse.Namespace) -> None:
                f"torch {torch.__version__}")  # fmt: skip
     weights = work / "inception.pth"
     random_inception(weights)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        write_set(work, "samples", options.images, options.pngs, pool)
-        write_set(work, "reference", options.reference, options.reference, pool)
-    report.add("data made", True)
-    png = sum(f.stat().st_size for f in (work / "reference_png").iterdir()) / options.reference
-    report.add("mean PNG, bytes", round(png))
-
     base = [sys.executable, "-m", "fid_eval", "--weights", str(weights), "--weights-sha256",
             file_sha256(weights), "--quiet", "--json"]  # fmt: skip
-    npz = [str(work / "reference.npz"), str(work / "samples.npz")]
-    folders = [str(work / "reference_png"), str(work / "samples_png")]
-    results = {}
+    sections, sizes = options.sections, (options.reference, options.images)
+    npz: list[Path] = []
+    folders: list[Path] = []
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        sides = list(zip(("reference", "samples"), sizes, strict=True))
+        if {"npz", "options"} & set(sections):
+            npz = [write_arrays(work, name, count, pool) for name, count in sides]
+        if {"png", "torch-fidelity"} & set(sections):
+            folders = [
+                write_pngs(work, name, count, min(count, options.different), pool)
+                for name, count in sides
+            ]
+    report.add("data made", True)
 
-    def ours(name: str, paths: list[str], *more: str, needs: float = 60) -> None:
-        printed = report.timed(name, [*base, *paths, *more], needs)
+    def ours(name: str, paths: list[Path], *more: str, needs: float = 10) -> None:
+        printed = report.timed(name, [*base, *map(str, paths), *more], needs)
         if printed is not None:
-            results[name] = json.loads(printed)["sets"][0]
-            found = results[name]
-            report.add(f"{name}: images/s of the samples' pass",
-                       round(found["samples"]["images_per_second"]))  # fmt: skip
+            found = json.loads(printed)["sets"][0]
+            rate = round(found["samples"]["images_per_second"])
+            report.add(f"{name}: images/s of the samples' pass", rate)
+            stages = {stage: round(seconds, 2) for stage, seconds in found["seconds"].items()}
+            report.add(f"{name}: stages", stages)
             report.add(f"{name}: metrics", found["metrics"])
 
-    ours("npz, five metrics, float32", npz)
-    ours("PNG, fid is precision recall, float32", folders, "--metrics", "fid,is,precision,recall")
-    report.timed("PNG, torch-fidelity: fid isc prc", [
-        sys.executable, "-m", "torch_fidelity.fidelity", "--gpu", "0", "--fid", "--isc", "--prc",
-        "--feature-extractor", "inception-v3-compat", "--feature-extractor-weights-path",
-        str(weights), "--input1", folders[1], "--input2", folders[0], "--no-cache", "--json",
-    ], 30)  # fmt: skip
-    ours("PNG, fid is precision recall, tf32", folders, "--metrics", "fid,is,precision,recall",
-         "--precision", "tf32", needs=20)  # fmt: skip
-    report.add("precision and recall, fp32", neighbours("cuda", "fp32"))
-    report.add("precision and recall, adm-fp16", neighbours("cuda", "adm-fp16"))
-    for precision, compiled, batch, nchw in (
-        ("float32", False, 128, False), ("float32", False, 128, True), ("tf32", False, 128, False),
-        ("bf16", False, 128, False), ("tf32", True, 128, False), ("bf16", True, 128, False),
-        ("float32", True, 128, False),
-    ):  # fmt: skip
-        name = f"network {precision} batch {batch}" + " compiled" * compiled + " NCHW" * nchw
-        if report.left() < (50 if compiled else 10):
-            report.add(name, f"not run: {report.left():.0f} s left")
-        else:
-            report.add(name, round(throughput(weights, precision, compiled, batch, nchw)))
-    ours("npz, five metrics, bf16", npz, "--precision", "bf16", needs=40)
-    ours("npz, five metrics, tf32", npz, "--precision", "tf32", needs=40)
+    four = ("--metrics", "fid,is,precision,recall")
+    if "npz" in sections:
+        ours("npz, five metrics, float32", npz)
+    if "png" in sections:
+        ours("PNG, four metrics, tf32", folders, *four, "--precision", "tf32")
+    if "torch-fidelity" in sections:
+        report.timed(
+            "PNG, torch-fidelity: fid isc prc (its convolutions are TF32 too)",
+            [sys.executable, "-m", "torch_fidelity.fidelity", "--gpu", "0", "--fid", "--isc",
+             "--prc", "--feature-extractor", "inception-v3-compat",
+             "--feature-extractor-weights-path",
+             str(weights), "--input1", str(folders[1]), "--input2", str(folders[0]), "--no-cache",
+             "--json"], 20,
+        )  # fmt: skip
+    if "neighbours" in sections:
+        for mode in ("fp32", "adm-fp16"):
+            report.add(f"precision and recall, {mode}", neighbours("cuda", mode))
+    if "network" in sections:
+        for precision, compiled, nchw in (
+            ("float32", False, False), ("float32", False, True), ("tf32", False, False),
+            ("bf16", False, False), ("tf32", True, False), ("bf16", True, False),
+            ("float32", True, False),
+        ):  # fmt: skip
+            name = f"network {precision}" + " compiled" * compiled + " NCHW" * nchw
+            if report.left() < (50 if compiled else 6):
+                report.add(name, f"not run: {report.left():.0f} s left")
+            else:
+                report.add(name, round(throughput(weights, precision, compiled, 128, nchw)))
+    if "png" in sections:
+        ours("PNG, four metrics, float32", folders, *four)
+    if "options" in sections:
+        for precision in ("tf32", "bf16"):
+            ours(f"npz, five metrics, {precision}", npz, "--precision", precision)
 
 
 def neighbours(device: str, mode: str, reference: int = 10_000, samples: int = 50_000) -> dict:
@@ -236,7 +267,10 @@ def main() -> None:
     command.add_argument("--output", help="JSON of the findings")
     command.add_argument("--images", type=int, default=50_000)
     command.add_argument("--reference", type=int, default=10_000)
-    command.add_argument("--pngs", type=int, default=50_000, help="samples that are PNGs too")
+    command.add_argument("--different", type=int, default=50_000,
+                         help="PNGs that are written; the others are links to these")  # fmt: skip
+    command.add_argument("--sections", type=lambda text: text.split(","), default=SECTIONS,
+                         help=f"of {','.join(SECTIONS)}")  # fmt: skip
     command.add_argument("--deadline", type=float, default=3600, help="seconds for everything")
     command = commands.add_parser("neighbours")
     command.add_argument("--device", default="cpu")

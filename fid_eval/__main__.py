@@ -17,7 +17,7 @@ from typing import Any, NoReturn, get_args
 import torch
 
 from .catalogue import DEFAULT_METRICS, METRICS
-from .distributed import default_device, leave, world
+from .distributed import default_device, leave, on_first, together, world
 from .errors import EvaluationError
 from .evaluator import Evaluator, ReferenceKind
 from .extractors import EXTRACTORS, NetworkPrecision, get_extractor
@@ -26,7 +26,7 @@ from .images import Preprocess
 from .jobs import Job, read_jobs, run_jobs
 from .neighbours import Precision
 from .references import home, save_reference, saved_references
-from .report import table, write_csv, write_json, write_plot
+from .report import Document, table, write_csv, write_json, write_plot
 
 
 class Parser(argparse.ArgumentParser):
@@ -189,42 +189,49 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Job]]:
 
 def evaluation(argv: list[str]) -> int:
     options, jobs = parse(argv)
-    evaluator = Evaluator(
-        options.reference,
-        metrics=options.metrics,
-        extractor=options.extractor,
-        weights=by_name(options.weights, options.extractor),
-        weights_sha256=by_name(options.weights_sha256, options.extractor),
-        distances=options.distances,
-        k=options.k,
-        bootstrap=options.bootstrap,
-        reference_kind=options.reference_kind,
-        resize=options.resize,
-        crop=options.crop,
-        device=options.device,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        precision=options.precision,
-        compile=options.compile,
-        cache=options.cache,
-        quiet=options.quiet,
+    world()
+    evaluator = together(
+        lambda: Evaluator(
+            options.reference,
+            metrics=options.metrics,
+            extractor=options.extractor,
+            weights=by_name(options.weights, options.extractor),
+            weights_sha256=by_name(options.weights_sha256, options.extractor),
+            distances=options.distances,
+            k=options.k,
+            bootstrap=options.bootstrap,
+            reference_kind=options.reference_kind,
+            resize=options.resize,
+            crop=options.crop,
+            device=options.device,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            precision=options.precision,
+            compile=options.compile,
+            cache=options.cache,
+            quiet=options.quiet,
+        )
     )
     output = Path(options.output) if options.output else None
     document = run_jobs(evaluator, jobs, output, options.overwrite)
     failed = [entry for entry in document["sets"] if "error" in entry]
     if len(jobs) == 1 and failed:
         raise EvaluationError(failed[0]["error"])
-    if world()[0] == 0:
-        if output is not None:
-            write_json(document, output)
-        if options.csv:
-            write_csv(document, Path(options.csv))
-        if options.plot and len(failed) < len(jobs):
-            write_plot(document, Path(options.plot), options.plot_metrics)
-        print(json.dumps(document, indent=1) if options.json else table(document), flush=True)
-        for entry in failed:
-            print(f"error: {entry['error']}", file=sys.stderr)
+    on_first(lambda: write_outputs(document, options))
     return 1 if failed else 0
+
+
+def write_outputs(document: Document, options: argparse.Namespace) -> None:
+    failed = [entry for entry in document["sets"] if "error" in entry]
+    if options.output:
+        write_json(document, Path(options.output))
+    if options.csv:
+        write_csv(document, Path(options.csv))
+    if options.plot and len(failed) < len(document["sets"]):
+        write_plot(document, Path(options.plot), options.plot_metrics)
+    print(json.dumps(document, indent=1) if options.json else table(document), flush=True)
+    for entry in failed:
+        print(f"error: {entry['error']}", file=sys.stderr, flush=True)
 
 
 def stats(argv: list[str]) -> int:
@@ -285,23 +292,27 @@ COMMANDS = {"stats": stats, "references": references}
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    """Run the command. Of several processes the first alone reports, by its output and code."""
+    code = run(sys.argv[1:] if argv is None else argv)
+    first = world()[0] == 0
+    leave()
+    return code if first else 0  # a launcher ends all processes when one fails
+
+
+def run(argv: list[str]) -> int:
     try:
         if argv and argv[0] in COMMANDS:
             return COMMANDS[argv[0]](argv[1:])
         return evaluation(argv)
     except (EvaluationError, OSError) as error:
-        if world()[0] == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        message, code = str(error), 2
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory; try a smaller --batch-size ({error})", file=sys.stderr)
-        return 2
+        message, code = f"out of memory; try a smaller --batch-size ({error})", 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    finally:
-        leave()
+        message, code = "interrupted", 130
+    if world()[0] == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

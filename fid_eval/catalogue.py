@@ -169,8 +169,10 @@ class Metric:
     def key(self, extractor: Extractor) -> str:
         if extractor.label is None:
             return self.inception
-        if self.extractor is not None:
+        if self.extractor == extractor.label:
             return self.inception
+        if self.extractor is not None:
+            return f"{self.inception}_{extractor.label}"
         return f"{self.other}_{extractor.label}"
 
 

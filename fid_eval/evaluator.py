@@ -45,6 +45,7 @@ class Result:
     extractors: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     higher_is_better: dict[str, bool] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
 
     def __getitem__(self, key: str) -> float:
         return self.metrics[key]
@@ -194,13 +195,16 @@ class Evaluator:
         seconds = 0.0
         for extractor_name, group in groups.items():
             extractor = self.extractors[extractor_name]
+            begun = time.monotonic()
             reference = self._features_of_reference(extractor, group)
+            result.seconds[f"reference, {extractor_name}"] = time.monotonic() - begun
             features = self._features(opened, extractor, group, "samples")
             check_reference(
                 self.reference, opened, extractor, self.preprocess
             )  # an iterable's size
             count, computed = features.count, computed + features.computed
             seconds += features.seconds
+            result.seconds[f"samples, {extractor_name}"] = features.seconds
             if on_first(lambda: features.labels is None):  # noqa: B023  (known now of an iterable)
                 unlabelled = [m for m in group if "labels" in METRICS[m].samples]
                 if unlabelled and (self.explicit or metrics is not None):
@@ -215,7 +219,7 @@ class Evaluator:
             for group in groups.values()
             for m in group
         }
-        result.samples["seconds"] = time.monotonic() - started
+        result.seconds["all"] = time.monotonic() - started
         result.samples["images_per_second"] = computed / seconds if computed else None
         return result
 
@@ -284,7 +288,9 @@ class Evaluator:
             metric = METRICS[name]
             key = metric.key(extractor)
             pair.details, pair.interval = {}, None
+            started = time.monotonic()
             result.metrics[key] = metric.measure(pair)
+            result.seconds[key] = time.monotonic() - started
             result.higher_is_better[key] = metric.higher_is_better
             if pair.details:
                 result.details[key] = pair.details

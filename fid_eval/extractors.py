@@ -133,6 +133,12 @@ def get_extractor(
     )
 
 
+def label_of(name: str, published: bool, sha256: str | None) -> str:
+    """What metric names carry: the extractor's name, and digits of weights not the published."""
+    word = "".join(c if c.isalnum() else "_" for c in name.lower())
+    return word if published or sha256 is None else f"{word}_{sha256[:8]}"
+
+
 def _inception(name: str, weights: Path | None, given: str | None) -> Extractor:
     published = weights is None
     if weights is not None:
@@ -149,7 +155,7 @@ def _inception(name: str, weights: Path | None, given: str | None) -> Extractor:
 
     return Extractor(
         name="inception",
-        label=None if published else f"inception_{sha256[:8]}",
+        label=None if published else label_of("inception", False, sha256),
         sha256=sha256,
         preprocessing=f"{TF_RESIZE} to 299, (x - 128) / 128",
         build=build,
@@ -189,7 +195,7 @@ def _classifier(name: str, weights: Path | None, given: str | None) -> Extractor
     quarter = -(-height // 4) * -(-width // 4)
     return Extractor(
         name=metadata["name"],
-        label=metadata["name"].replace("-", "_"),
+        label=label_of(metadata["name"], True, None),
         sha256=sha256,
         preprocessing="x / 127.5 - 1",
         build=lambda: _Classified(model),
@@ -213,25 +219,23 @@ class _FirstOf(nn.Module):
 
 
 def _vgg16(name: str, weights: Path | None, given: str | None) -> Extractor:
-    if weights is None:
-        weights_path: Path | None = None
-        sha256 = VGG16_SHA256_START
-    else:
-        weights_path = weights
-        sha256, _ = checked_sha256(weights, VGG16_SHA256_START, given)
+    sha256, published = VGG16_SHA256_START, True
+    if weights is not None:
+        found, published = checked_sha256(weights, VGG16_SHA256_START, given)
+        sha256 = sha256 if published else found
 
     def build() -> nn.Module:
         from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
         from torchvision.models import VGG16_Weights
 
-        path = weights_path or hub_file(VGG16_Weights.IMAGENET1K_V1.url, VGG16_SHA256_START)
+        path = weights or hub_file(VGG16_Weights.IMAGENET1K_V1.url, VGG16_SHA256_START)
         checked_sha256(path, sha256, None)
         safe = repacked(load_state(path))
         return _FirstOf(FeatureExtractorVGG16("vgg16", ["fc2_relu"], safe))
 
     return Extractor(
         "vgg16",
-        "vgg16",
+        label_of("vgg16", published, sha256),
         sha256,
         f"{TF_RESIZE} to 224, ImageNet mean and deviation",
         build,
@@ -243,21 +247,21 @@ def _clip(name: str, weights: Path | None, given: str | None) -> Extractor:
     from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS
 
     model_name = CLIP[name]
-    published = MODEL_METADATA[model_name]["hash"]
+    sha256 = published = MODEL_METADATA[model_name]["hash"]
     if weights is not None:
-        checked_sha256(weights, published, given)
+        sha256, _ = checked_sha256(weights, published, given)
 
     def build() -> nn.Module:
         from torch_fidelity.feature_extractor_clip import FeatureExtractorCLIP
 
         path = weights or hub_file(MODEL_URLS[model_name], published)
-        checked_sha256(path, published, given)  # a TorchScript archive: run only if known
+        checked_sha256(path, sha256, None)  # a TorchScript archive: run only if known
         return _FirstOf(FeatureExtractorCLIP(model_name, ["clip"], str(path)))
 
     return Extractor(
         name,
-        name.replace("-", "_"),
-        given or published,
+        label_of(name, sha256 == published, sha256),
+        sha256,
         f"{TF_RESIZE} to the model's size, CLIP mean and deviation",
         build,
     )
@@ -273,7 +277,7 @@ def _dinov2(name: str, weights: Path | None, given: str | None) -> Extractor:
 
     return Extractor(
         name,
-        name.replace("-", "_"),
+        label_of(name, True, None),  # their publishers give no hash to tell them by
         sha256,
         f"{TF_RESIZE} to 224, ImageNet mean and deviation",
         build,
@@ -303,10 +307,11 @@ def wrap_extractor(network: Any, name: str | None = None, sha256: str | None = N
         raise EvaluationError(f"extractor {name!r}: {type(network).__name__} is not callable")
     if sha256 is None and isinstance(network, nn.Module):
         sha256 = state_sha256(network)
-    name = getattr(network, "name", None) or name or type(network).__name__
+    own = getattr(network, "name", None) or getattr(network, "__name__", None)
+    name = own or name or type(network).__name__
     return Extractor(
         name=name,
-        label="".join(c if c.isalnum() else "_" for c in name.lower()),
+        label=label_of(name, True, None),
         sha256=sha256,
         preprocessing=getattr(network, "preprocessing", "its own"),
         build=lambda: network,

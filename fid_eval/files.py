@@ -21,11 +21,14 @@ from .images import EXTENSIONS, BadImage, Preprocess, check_file, check_header, 
 from .readers import ArrayReader, ImageReader, ImageSet, check_labels
 from .stored import open_npz, open_safetensors
 
+INSPECTED = 256  # image headers read by one task
 NAMED = 3  # broken images named in a message
 
 
 class EncodedReader(ImageReader):
     """Encoded images (PNG, JPEG, …) that can be fetched one by one in any order."""
+
+    decodes = True
 
     def __init__(
         self,
@@ -48,14 +51,18 @@ class EncodedReader(ImageReader):
     def _inspect(self, check: Callable[[int], tuple]) -> tuple[int, int]:
         """The one size of all images, from their headers; every fault is counted, some named."""
 
-        def look(index: int) -> tuple | BadImage:
-            try:
-                return check(index)
-            except BadImage as error:
-                return error
+        def look(start: int) -> list[tuple | BadImage]:
+            found: list[tuple | BadImage] = []
+            for index in range(start, min(start + INSPECTED, len(self.names))):
+                try:
+                    found.append(check(index))
+                except BadImage as error:
+                    found.append(error)
+            return found
 
-        with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-            found = list(pool.map(look, range(len(self.names)), chunksize=64))
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            parts = pool.map(look, range(0, len(self.names), INSPECTED))
+            found = [item for part in parts for item in part]
         bad = [(i, item) for i, item in enumerate(found) if isinstance(item, BadImage)]
         if bad:
             examples = ", ".join(f"{self.names[i]}: {error}" for i, error in bad[:NAMED])
@@ -165,8 +172,8 @@ def _open_zip(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
     local = threading.local()  # one open archive per thread: reading moves its position
 
     def fetch(index: int) -> bytes:
-        if not hasattr(local, "archive"):
-            local.archive = zipfile.ZipFile(path)
+        if getattr(local, "process", None) != os.getpid():  # or per process, after a fork
+            local.process, local.archive = os.getpid(), zipfile.ZipFile(path)
         try:
             return local.archive.read(names[index])
         except zipfile.BadZipFile as error:

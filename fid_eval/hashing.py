@@ -24,7 +24,7 @@ def path_hash(path: Path) -> str:
     file's plain sha256.
     """
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         if path.is_file():
             starts = range(0, max(1, path.stat().st_size), BLOCK)
             for block in pool.map(lambda start: _block_digest(path, start), starts):

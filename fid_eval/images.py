@@ -1,6 +1,7 @@
 """One image: checking its header, decoding it to uint8 RGB, resizing and cropping when asked."""
 
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,15 +98,15 @@ def check_mode(mode: str) -> str:
 
 def check_file(path: Path) -> tuple:
     """``check_header`` of a file, reading little of it."""
-    with path.open("rb") as file:
-        head = file.read(4096)
-        size = file.seek(0, io.SEEK_END)
-        file.seek(max(0, size - 1024))
-        tail = file.read()
-        if head.startswith(PNG_SIGNATURE):
-            return check_header(head, tail, size)
-        file.seek(0)
-        return check_header(head, tail, size, file.read())
+    file = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(file).st_size
+        head = os.pread(file, 64, 0)
+        tail = os.pread(file, 1024, max(0, size - 1024))
+        whole = None if head.startswith(PNG_SIGNATURE) else os.pread(file, size, 0)
+    finally:
+        os.close(file)
+    return check_header(head, tail, size, whole)
 
 
 def decode(data: bytes, preprocess: Preprocess) -> np.ndarray:

@@ -104,7 +104,7 @@ def test_only_the_published_inception_gets_the_papers_names():
 def test_metrics_defined_with_another_extractor_use_it(sets, monkeypatch):
     def fake(name, weights, sha256):
         extractor = wrap_extractor(Projection(5), name)
-        extractor.name, extractor.label = name, name
+        extractor.name = extractor.label = name
         return extractor
 
     for name in ("dinov2", "clip"):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fid_eval import Share
+from fid_eval import Share, readers
 from fid_eval.errors import EvaluationError
 from fid_eval.images import Preprocess
 from fid_eval.npz import NpzFile
@@ -125,6 +125,23 @@ def test_every_input_gives_the_same_images_in_the_same_batches(kind, images, lab
     assert torch.equal(torch.cat([label for _, _, label in batches]), torch.from_numpy(labels))
     assert opened.images.size == (SIDE, SIDE)
     assert opened.images.count == COUNT
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "dataset"])
+def test_processes_decode_what_threads_decode(kind, images, labels, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PROCESSES_FROM", 1)
+    opened = open_set(sources(tmp_path, images, labels)[kind])
+    batches = [batch for _, batch, _ in opened.images.batches(4, lambda chunk: True, workers=2)]
+    assert torch.equal(torch.cat(batches).permute(0, 2, 3, 1), torch.from_numpy(images))
+
+
+def test_damage_found_by_a_decoding_process_is_one_line(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PROCESSES_FROM", 1)
+    data = bytearray(png(np.random.default_rng(2).integers(0, 256, (64, 64, 3), np.uint8)))
+    data[2000:2100] = bytes(100)
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(EvaluationError, match=r"^[^\n]*a.png: truncated or damaged[^\n]*$"):
+        list(open_set(tmp_path).images.batches(4, lambda chunk: True, workers=2))
 
 
 def test_batches_of_all_processes_are_those_of_one():
