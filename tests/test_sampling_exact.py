@@ -44,7 +44,7 @@ def test_drawn_labels_are_even_and_depend_on_the_seed():
 
 def test_interrupted_set_is_finished_to_the_same_bytes(tmp_path, monkeypatch):
     expected = make(tmp_path / "whole.npz")
-    written = []
+    written: list[int] = []
 
     def stop_after_two(partial, start, images):
         if len(written) == 2:
@@ -85,6 +85,8 @@ def test_half_finished_with_other_settings_is_an_error(tmp_path, monkeypatch):
     other = SamplingSettings(num_inference_steps=2, guidance_scale=3.0)
     with pytest.raises(UserError, match=r"guidance_scale 1\.5, now 3\.0"):
         make(tmp_path / "s.npz", settings=other)
+    with pytest.raises(UserError, match=r"scheduler\.class 'DDPMScheduler', now 'DDIMScheduler'"):
+        make(tmp_path / "s.npz", settings=SamplingSettings(num_inference_steps=2, scheduler="ddim"))
     weights = tiny_pipeline()
     weights.transformer.final_layer.linear.bias.data[0] += 1
     with pytest.raises(UserError, match="transformer '"):

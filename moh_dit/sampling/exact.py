@@ -61,7 +61,7 @@ def sample_set(
     state: PartialState | None = None,
     guidance_model: MoHDiTTransformer2DModel | None = None,
     quiet: bool = False,
-) -> None:
+) -> float | None:
     """Write the images of int64 ``labels`` (N,) to ``output``; image i has index i.
 
     Called by every process. A half-finished output of the same settings is finished.
@@ -78,6 +78,10 @@ def sample_set(
         state: the processes, as accelerate knows them; those already started unless given.
         guidance_model: the weaker model of autoguidance.
         quiet: no progress.
+
+    Returns:
+        Images per second over all processes without the first batch of each and without joining
+        the shards; ``None`` where nothing is left of it, and on all processes but the first.
 
     Raises:
         UserError: before any work: the output exists, a half-finished one was made with other
@@ -101,8 +105,8 @@ def sample_set(
     batches = missing_batches(partial, len(labels), batch_size)
     state.wait_for_everyone()  # every process has the same list before it changes
 
-    show = state.is_main_process and not quiet
-    with Progress(partial, len(labels), batch_size * state.num_processes, show) as progress:
+    progress = Progress(partial, len(labels), state.is_main_process, quiet)
+    with progress:
         for start, stop in batches[state.process_index :: state.num_processes]:
             ((_, images),) = generate(
                 pipeline,
@@ -121,6 +125,7 @@ def sample_set(
     if state.is_main_process:
         finish(partial, output, labels, chosen.config.class_names, record)
     state.wait_for_everyone()
+    return progress.rate
 
 
 def partial_folder(output: Path) -> Path:
@@ -165,20 +170,30 @@ def check_output(output: Path, partial: Path, described: dict[str, Any]) -> None
     if output.exists():
         raise UserError(f"output {output} exists; give another name")
     if not (partial / "settings.json").is_file():
-        if partial.exists() and any(partial.iterdir()):
+        if any(not file.name.startswith(".") for file in partial.glob("*")):
             raise UserError(f"{partial} is in the way: it is not a half-finished output")
         return
     before = json.loads((partial / "settings.json").read_text())
+    was, now = flattened(before), flattened(described)
     differing = [
-        f"{key} {before.get(key)!r}, now {described.get(key)!r}"
-        for key in sorted(before.keys() | described.keys())
-        if before.get(key) != described.get(key)
+        f"{key} {was.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
     ]
     if differing:
         raise UserError(
             f"{partial} was begun with other settings: {'; '.join(differing)}; finish it with "
             "those, delete it, or give another output"
         )
+
+
+def flattened(settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries under dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = flattened(value) if isinstance(value, dict) else {"": value}
+        flat |= {f"{key}.{name}".rstrip("."): item for name, item in inner.items()}
+    return flat
 
 
 def check_disk_space(output: Path, needed: int) -> None:
@@ -258,33 +273,44 @@ def finish(
 
 
 class Progress:
-    """A bar over the images of all processes; its rate leaves out the first batch."""
+    """A bar over the images of all processes; its rate leaves out the first batch.
 
-    def __init__(self, partial: Path, total: int, first: int, enabled: bool):
-        self.partial, self.total, self.enabled = partial, total, enabled
+    Args:
+        partial: where the images appear.
+        total: how many there will be.
+        first_process: whether this process is the one that tells.
+        quiet: whether it only measures.
+    """
+
+    def __init__(self, partial: Path, total: int, first_process: bool, quiet: bool):
+        self.partial, self.total, self.measuring = partial, total, first_process
+        self.shown = first_process and not quiet
         self.bar: Any = None
-        if enabled:
+        self.rate: float | None = None
+        if self.shown:
             done = images_done(partial)
             known = f", {done} of them made before" if done else ""
-            print(f"{total} images{known}; the first {min(first, total - done)} warm up")
+            print(f"{total} images{known}; the rate leaves out the first batch")
 
     def __enter__(self) -> "Progress":
         return self
 
     def update(self) -> None:
-        if not self.enabled:
+        """Look at what is done; the first look, after a batch, starts the clock."""
+        if not self.measuring:
             return
         done = images_done(self.partial)
         if self.bar is None and done < self.total:
-            self.bar = progress_bar(self.total, desc="images", unit="image", initial=done)
+            self.bar = progress_bar(
+                self.total, desc="images", unit="image", initial=done, enabled=self.shown
+            )
             self.began, self.before = time.monotonic(), done
         elif self.bar is not None:
+            self.rate = (done - self.before) / (time.monotonic() - self.began)
             self.bar.update(done - self.bar.n)
 
     def __exit__(self, *exception: object) -> None:
-        if self.bar is None:
-            return
-        self.bar.close()
-        if (made := self.bar.n - self.before) > 0:
-            rate = made / (time.monotonic() - self.began)
-            print(f"{rate:.2f} images/s, warm-up left out")
+        if self.bar is not None:
+            self.bar.close()
+        if self.shown and self.rate:
+            print(f"{self.rate:.2f} images/s")
