@@ -20,10 +20,11 @@ from torch import Tensor
 from .distributed import gather, on_first, together, world
 from .errors import EvaluationError
 from .extractors import Extractor, NetworkPrecision, network_precision
+from .loading import CHUNK
 from .metrics import covariance_factor, feature_factor, mean_and_covariance
 from .moments import Moments
 from .progress import progress
-from .readers import CHUNK, ImageSet
+from .readers import ImageSet
 
 LAYERS = ("pool", "spatial")
 

@@ -1,6 +1,7 @@
 """Sets on disk by their path; folders, zips and WebDataset tars of encoded images."""
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -39,9 +40,11 @@ class EncodedReader(ImageReader):
         check: Callable[[int], tuple],
         preprocess: Preprocess,
         labels: Any = None,
+        hash_images: bool = False,
     ) -> None:
         self.kind, self.set_name, self.names = kind, set_name, names
         self.fetch, self.preprocess = fetch, preprocess
+        self.hash_images = hash_images  # no one file or folder can be hashed instead
         self.count = len(names)
         if self.count == 0:
             raise EvaluationError(f"{set_name}: holds no images ({', '.join(sorted(EXTENSIONS))})")
@@ -84,6 +87,16 @@ class EncodedReader(ImageReader):
                 "to keep the aspect ratio"
             )
         return sizes[0]
+
+    def content_hash(self) -> str | None:
+        if not self.hash_images:
+            return None
+        digest = hashlib.sha256()
+        for index in range(len(self.names)):
+            data = self.fetch(index)
+            data = data if isinstance(data, bytes) else data.convert("RGB").tobytes()
+            digest.update(hashlib.sha256(data).digest())
+        return digest.hexdigest()
 
     def read(self, start: int, stop: int) -> np.ndarray:
         images = []
@@ -270,6 +283,7 @@ def _open_tars(paths: list[Path], preprocess: Preprocess, name: str) -> ImageSet
         lambda i: check_bytes(fetch(i)),
         preprocess,
         values if values and min(values) >= 0 else None,
+        hash_images=len(paths) > 1,
     )
     return ImageSet(name, "tar", reader, path=paths[0] if len(paths) == 1 else None)
 

@@ -81,5 +81,5 @@ def open_dataset(
 
     labels = None if label is None else np.asarray(dataset[label][:])
     names = [f"row {index}" for index in range(len(dataset))]
-    reader = EncodedReader("dataset", name, names, fetch, check, preprocess, labels)
+    reader = EncodedReader("dataset", name, names, fetch, check, preprocess, labels, True)
     return ImageSet(name, "dataset", reader)

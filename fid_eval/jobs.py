@@ -183,6 +183,7 @@ def _reusable(earlier: Document | None, job: Job, found: ImageSet) -> dict[str, 
     for entry in earlier["sets"] if earlier else []:
         if entry["name"] != job.name or "error" in entry or entry["asked"] != job.metrics:
             continue
-        if entry["samples"]["sha256"] == found.content_hash():
+        sha256 = found.content_hash()
+        if sha256 is not None and entry["samples"]["sha256"] == sha256:
             return entry
     return None

@@ -5,9 +5,8 @@ several of them: an ADM reference file has both images and statistics.
 """
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -20,10 +19,8 @@ from torch import Tensor
 from .errors import EvaluationError
 from .hashing import path_hash
 from .images import AS_IS, Preprocess
+from .loading import CHUNK, PROCESSES_FROM, batch_spans, load_spans
 
-PROCESSES_FROM = 500  # encoded images from which decoding is worth processes
-CHUNK = 1024  # images of one cache file, one part of the sums, one process's turn
-READ_AHEAD = 1 << 30  # bytes of decoded images held in advance, at most
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 Batch = tuple[int, Tensor, Tensor | None]  # first index, uint8 (n, 3, H, W), labels (n,)
 
@@ -56,90 +53,19 @@ class ImageReader:
         if not spans:
             return
 
-        def load(span: tuple[int, int]) -> Tensor:
-            images = torch.from_numpy(self.read(*span))
-            return images.pin_memory() if pin else images
-
         height, width = self.size or (256, 256)
-        workers = min(workers, self.max_workers or workers)
-        size = batch_size * height * width * 3
-        window = max(2, min(READ_AHEAD // size, 2 * workers))
-        if self.decodes and self.count >= PROCESSES_FROM and can_share(window * size):
-            loaded = decode_in_processes(self, spans, min(workers, window), pin)
-        else:
-            loaded = prefetch(load, spans, workers, window)
+        image_bytes = height * width * 3
+        loaded = load_spans(
+            self.read,
+            spans,
+            batch_size * image_bytes,
+            min(workers, self.max_workers or workers),
+            self.decodes and self.count >= PROCESSES_FROM,
+            pin,
+        )
         for (start, stop), images in zip(spans, loaded, strict=True):
             labels = None if self.labels is None else torch.from_numpy(self.labels[start:stop])
             yield start, images.permute(0, 3, 1, 2), labels
-
-
-def batch_spans(
-    count: int, batch_size: int, owned: Callable[[int], bool]
-) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each batch; none crosses a chunk, so batches are the same for any split."""
-    for chunk, first in enumerate(range(0, count, CHUNK)):
-        if owned(chunk):
-            last = min(first + CHUNK, count)
-            for start in range(first, last, batch_size):
-                yield start, min(start + batch_size, last)
-
-
-def prefetch(function: Callable, items: Iterable, workers: int, window: int) -> Iterator:
-    """``map(function, items)`` by threads, in order, at most ``window`` results ahead."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        iterator, pending = iter(items), []
-        try:
-            for item in iterator:
-                pending.append(pool.submit(function, item))
-                if len(pending) >= window:
-                    yield pending.pop(0).result()
-            while pending:
-                yield pending.pop(0).result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def can_share(size: int) -> bool:
-    """Can processes be forked, and pass ``size`` bytes through shared memory?"""
-    shared = Path("/dev/shm")
-    forks = "fork" in torch.multiprocessing.get_all_start_methods()
-    return forks and shared.is_dir() and shutil.disk_usage(shared).free > 2 * size
-
-
-class _Spans(torch.utils.data.Dataset):
-    def __init__(self, reader: ImageReader, spans: list[tuple[int, int]]) -> None:
-        self.reader, self.spans = reader, spans
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-    def __getitem__(self, index: int) -> Tensor | str:
-        try:
-            return torch.from_numpy(self.reader.read(*self.spans[index]))
-        except EvaluationError as error:
-            return str(error)  # raised again by the parent, without the worker's traceback
-
-
-def decode_in_processes(
-    reader: ImageReader, spans: list[tuple[int, int]], workers: int, pin: bool
-) -> Iterator[Tensor]:
-    """The batches of ``spans`` by forked processes.
-
-    Decoding threads would release the interpreter lock, but wait for it a dozen times an image
-    behind the thread that feeds the network: 16 of them decode as fast as three processes.
-    """
-    loader = torch.utils.data.DataLoader(
-        _Spans(reader, spans),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin,
-        multiprocessing_context="fork",
-    )
-    for images in loader:
-        if isinstance(images, str):
-            raise EvaluationError(images)
-        yield images
 
 
 class ArrayReader(ImageReader):

@@ -14,7 +14,8 @@ from .errors import EvaluationError
 from .extractors import Extractor
 from .features import Runtime, extract
 from .images import AS_IS, Preprocess
-from .readers import CHUNK, ImageSet, open_set
+from .loading import CHUNK
+from .readers import ImageSet, open_set
 from .text import nearest_name
 
 NAME_SUFFIX = ".npz"

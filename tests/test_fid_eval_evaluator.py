@@ -11,10 +11,10 @@ from fid_eval import EvaluationError, Evaluator, evaluate
 from fid_eval.catalogue import METRICS
 from fid_eval.extractors import EXTRACTORS, get_extractor, network_precision, wrap_extractor
 from fid_eval.features import Runtime
+from fid_eval.loading import CHUNK
 from fid_eval.metrics import frechet_distance_of_features, precision_recall
 from fid_eval.moments import Moments
 from fid_eval.planning import convention_warnings
-from fid_eval.readers import CHUNK
 from fid_eval.references import save_reference
 
 SIDE = 8

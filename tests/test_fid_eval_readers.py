@@ -5,6 +5,7 @@ import json
 import tarfile
 import zipfile
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,8 +15,9 @@ from safetensors.torch import save_file
 from fid_eval import Share, readers
 from fid_eval.errors import EvaluationError
 from fid_eval.images import Preprocess
+from fid_eval.loading import CHUNK, batch_spans
 from fid_eval.npz import NpzFile
-from fid_eval.readers import CHUNK, batch_spans, open_set
+from fid_eval.readers import open_set
 
 COUNT, SIDE = 11, 12
 
@@ -66,22 +68,12 @@ def write_tar(path, images, labels, first=0):
     return path
 
 
-class Dataset:
-    """The part of a Hugging Face dataset that is used."""
-
-    def __init__(self, images, labels):
-        column = type("Image", (), {})(), type("ClassLabel", (), {})()
-        self.features = dict(zip(("picture", "kind"), column, strict=True))
-        self.column_names = list(self.features)
-        self.images, self.labels = [Image.fromarray(image) for image in images], labels
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, key):
-        if key == "kind":
-            return list(self.labels)
-        return {"picture": self.images[key], "kind": self.labels[key]}
+def hugging_face(images, labels):
+    features = datasets.Features(
+        {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b", "c"])}
+    )
+    columns = {"picture": [Image.fromarray(image) for image in images], "kind": list(labels)}
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
 def sources(path, images, labels):
@@ -99,7 +91,7 @@ def sources(path, images, labels):
         "zip": write_zip(path / "images.zip", images, labels),
         "tar": str(path / "part-{00..01}.tar"),
         "tar-pattern": str(path / "part-*.tar"),
-        "dataset": Dataset(images, labels),
+        "dataset": hugging_face(images, labels),
         "array": (images, labels),
         "tensor": (nchw, torch.from_numpy(labels)),
         "iterable": [(nchw[:3], labels[:3]), (nchw[3:], labels[3:])],
@@ -178,6 +170,22 @@ def test_equal_content_has_equal_hash_whatever_it_is_called(images, tmp_path):
     np.savez(tmp_path / "c.npz", images[::-1])
     a, b, c = (open_set(tmp_path / f"{name}.npz").content_hash() for name in "abc")
     assert a == b != c
+
+
+def test_datasets_are_read_from_disk_and_by_name(images, labels, tmp_path):
+    dataset = hugging_face(images, labels)
+    dataset.save_to_disk(tmp_path / "saved")
+    dataset.to_parquet(tmp_path / "hub" / "train.parquet")
+    saved = open_set(tmp_path / "saved")
+    named = open_set(f"hf://{tmp_path / 'hub'}?split=train&image=picture&label=kind")
+    for opened in (saved, named):
+        np.testing.assert_array_equal(opened.images.read(0, COUNT), images)
+        np.testing.assert_array_equal(opened.images.labels, labels)
+    assert saved.content_hash() == named.content_hash()
+    with pytest.raises(EvaluationError, match="no column 'photo' among"):
+        open_set(f"hf://{tmp_path / 'hub'}?image=photo")
+    with pytest.raises(EvaluationError, match=r"unknown \['splitt'\]"):
+        open_set(f"hf://{tmp_path / 'hub'}?splitt=train")
 
 
 def test_resize_and_crop_only_when_asked(tmp_path):
