@@ -166,15 +166,18 @@ class LearnedVarianceDDPMScheduler(DDPMScheduler):
         return scheduling_ddpm.DDPMSchedulerOutput(previous, predicted)
 
 
-def make_scheduler(num_train_timesteps: int = 1000, learned_variance: bool = True) -> DDPMScheduler:
-    """The papers' process: linear β from 1e-4 to 2e-2, ancestral sampling, no clipping.
+def make_scheduler(
+    learned_variance: bool = True, prediction_type: str = "epsilon"
+) -> DDPMScheduler:
+    """The papers' process: 1000 steps, linear β, ancestral sampling, no clipping.
 
     Args:
-        num_train_timesteps: length T of the process the model is trained on.
         learned_variance: whether the model predicts the variance values v beside the noise.
+        prediction_type: what it predicts, in diffusers' terms.
     """
     return DDPMScheduler(
-        num_train_timesteps=num_train_timesteps,
+        num_train_timesteps=1000,
+        prediction_type=prediction_type,
         beta_schedule="linear",
         beta_start=1e-4,
         beta_end=2e-2,

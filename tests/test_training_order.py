@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from moh_dit.objectives import NoiseObjective
 from moh_dit.training.order import DataOrder, Share, StepRandom
 
 
@@ -52,8 +53,11 @@ def test_flips_are_even_and_change_from_epoch_to_epoch():
 
 
 def test_random_numbers_are_a_function_of_seed_and_step():
+    draw_times = NoiseObjective().draw_times
+
     def draw(seed, step):
-        return StepRandom.draw(seed, step, (64, 4, 8, 8), 1000, 0.25, torch.device("cpu"))
+        device = torch.device("cpu")
+        return StepRandom.draw(seed, step, (64, 4, 8, 8), draw_times, 0.25, device)
 
     a, b = draw(1, 7), draw(1, 7)
     assert all(torch.equal(x, vars(b)[name]) for name, x in vars(a).items())
@@ -61,7 +65,7 @@ def test_random_numbers_are_a_function_of_seed_and_step():
         assert not torch.equal(a.noise, other.noise)
     assert not torch.equal(a.noise, a.posterior_noise)
     many = [draw(0, step) for step in range(40)]
-    timesteps = torch.cat([r.timesteps for r in many])
+    timesteps = torch.cat([r.times for r in many])
     assert timesteps.min() < 5
     assert timesteps.max() > 994
     assert abs(torch.cat([r.drop_label for r in many]).float().mean() - 0.25) < 0.04

@@ -12,7 +12,8 @@ class _Lines:
     """A text stream that turns tqdm's redrawn bar into lines."""
 
     def write(self, text: str) -> None:
-        if line := text.strip("\r\n "):
+        # tqdm moves the cursor between bars; a log file has none.
+        if line := text.replace("\x1b[A", "").strip("\r\n "):
             sys.stderr.write(line + "\n")
 
     def flush(self) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..objectives import FlowObjective, NoiseObjective, Objective
 from ..presets import preset_config
 
 
@@ -45,7 +46,12 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     source: str = "digits"
-    """"digits" (embedded) or a folder with one sub-folder of images per class."""
+    """"digits" (embedded), a folder with one sub-folder of images per class, tar shards, or
+    hf:NAME (docs/data.md). Encoded into memory at the start."""
+    latents: str | None = None
+    """Folder written by moh-dit-encode, in place of source: for sets that outgrow memory."""
+    num_workers: int = 2
+    """Loader processes per training process, for latents on disk."""
     image_size: int = 32
     """Side of the square images the model is trained on, in pixels."""
     autoencoder: str = "digits"
@@ -54,6 +60,28 @@ class DataConfig:
     """Mirror every image with probability one half, anew each epoch."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read and say how many, instead of stopping."""
+
+
+@dataclass
+class ObjectiveConfig:
+    prediction_type: Literal["epsilon", "v_prediction", "flow"] = "epsilon"
+    """What the model predicts: noise, v (arXiv 2202.00512), or the velocity of a rectified flow."""
+    learned_variance: bool = True
+    """With epsilon: also predict the variance of each step (Improved DDPM)."""
+    min_snr_gamma: float | None = None
+    """Weigh timesteps by min-SNR-γ (arXiv 2303.09556; γ = 5 there); none for even weights."""
+    logit_normal: tuple[float, float] = (0.0, 1.0)
+    """With flow: mean and standard deviation of the logit of the drawn times."""
+
+    def build(self, device: Any) -> Objective:
+        """The objective, or a ``UserError`` where the settings contradict each other."""
+        if self.prediction_type != "flow":
+            return NoiseObjective(
+                self.prediction_type, self.learned_variance, self.min_snr_gamma, device
+            )
+        if self.min_snr_gamma is not None:
+            raise UserError("objective.min_snr_gamma goes with epsilon or v_prediction, not flow")
+        return FlowObjective(*self.logit_normal)
 
 
 @dataclass
@@ -103,6 +131,7 @@ class TrainConfig:
     """Seed of the initial weights, data order, noise, timesteps and label dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

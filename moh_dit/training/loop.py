@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,10 @@ from torch.utils.data import DataLoader
 from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample_latents
 from ..checkpoints import list_checkpoints
 from ..cli import save_config
-from ..data.images import open_images
-from ..data.latents import encode_images
+from ..data.latents import LatentSet, encode_images
 from ..data.progress import progress_bar
-from ..diffusion import DiffusionProcess, make_scheduler
 from ..errors import UserError
+from ..pipeline import MoHDiTPipeline
 from .balance import BalanceLoss
 from .config import TrainConfig
 from .ema import Ema
@@ -28,6 +28,7 @@ from .setup import (
     gradient_exchange,
     learning_rate_factor,
     make_accelerator,
+    open_training_data,
     refuse_existing,
     weight_decay_groups,
 )
@@ -55,24 +56,29 @@ class Trainer:
 
         self.vae = load_autoencoder(config.data.autoencoder)
         self.latent_shape = latent_shape(self.vae, config.data.image_size)
-        images = open_images(
-            config.data.source,
-            config.data.image_size,
-            skip_unreadable=config.data.skip_unreadable,
-            progress=self.accelerator.is_main_process,
-        )
-        self.class_names = images.class_names
+        progress = self.accelerator.is_main_process
+        opened = open_training_data(config.data, self.vae, self.latent_shape, progress)
+        self.class_names = opened.class_names
         torch.manual_seed(config.seed)
-        self.raw_model = build_model(config, self.latent_shape, len(self.class_names))
-        self._prepare()
-        self.preview = Preview(
-            config.evaluation, self.accelerator, self.emas[0].model, self.vae, images
+        self.objective = config.objective.build(self.accelerator.device)
+        self.raw_model = build_model(
+            config, self.objective, self.latent_shape, len(self.class_names)
         )
-        self.latents = encode_images(
-            images,
-            self.vae.to(self.accelerator.device),
-            flip=config.data.horizontal_flip,
-            progress=self.accelerator.is_main_process,
+        self._prepare()
+        self.vae.to(self.accelerator.device)
+        self.preview = Preview(
+            config.evaluation,
+            self.accelerator,
+            MoHDiTPipeline(
+                self.emas[0].model, self.vae, self.objective.scheduler, self.class_names
+            ),
+            opened,
+        )
+        flip = config.data.horizontal_flip
+        self.latents = (
+            opened
+            if isinstance(opened, LatentSet)
+            else encode_images(opened, self.vae, flip=flip, progress=progress)
         )
 
     def _prepare(self) -> None:
@@ -96,7 +102,6 @@ class Trainer:
         self.watch = GradientWatch(
             parameters, adamw, config.optimizer.max_grad_norm, accelerator.scaler is not None
         )
-        self.process = DiffusionProcess(make_scheduler(), device=accelerator.device)
         self.balance = BalanceLoss(
             accelerator,
             [layer.num_active_routed_heads for layer in model.routed_layers.values()],
@@ -162,7 +167,7 @@ class Trainer:
                 file.write(json.dumps({"start_step": self.start_step, **environment()}) + "\n")
             if not (run / "vae").exists():
                 self.vae.save_pretrained(run / "vae")
-                make_scheduler().save_pretrained(run / "scheduler")
+                self.objective.scheduler.save_pretrained(run / "scheduler")
             self.run_log = RunLog(run / "log.jsonl", self.start_step)
         self.accelerator.wait_for_everyone()
         if self.config.trackers:
@@ -181,7 +186,8 @@ class Trainer:
         loader = DataLoader(
             self.latents,
             batch_sampler=order,
-            collate_fn=lambda batch: batch,  # fetched whole by ``__getitems__``
+            collate_fn=_as_fetched,
+            num_workers=self.config.data.num_workers if self.config.data.latents else 0,
             pin_memory=device.type == "cuda",
         )
         for moments, labels in loader:
@@ -196,7 +202,7 @@ class Trainer:
             config.seed,
             step,
             (config.batch_size, *self.latent_shape),
-            self.process.num_timesteps,
+            self.objective.draw_times,
             config.label_dropout,
             accelerator.device,
         )
@@ -224,9 +230,9 @@ class Trainer:
         """Loss of one micro-batch, and its terms: noise MSE, VLB, load balance."""
         latents = sample_latents(moments, random.posterior_noise, latent_scaling(self.vae))
         labels = torch.where(random.drop_label, self.raw_model.null_class, labels)
-        noisy = self.process.add_noise(latents, random.noise, random.timesteps)
-        output = self.model(noisy, random.timesteps, labels)
-        mse, vlb = self.process.loss(output.sample, latents, random.noise, random.timesteps)
+        noisy = self.objective.add_noise(latents, random.noise, random.times)
+        output = self.model(noisy, random.times, labels)
+        mse, vlb = self.objective.loss(output.sample, latents, random.noise, random.times)
         balance = latents.new_zeros(())
         if output.router_stats is not None:
             balance = self.balance(output.router_stats)
@@ -259,3 +265,8 @@ class Trainer:
             if share == 0
         ]:
             self.accelerator.print(f"step {entry['step']}: no token chose {', '.join(dead)}")
+
+
+def _as_fetched(batch: Any) -> Any:
+    """The data set hands over whole batches (``__getitems__``)."""
+    return batch

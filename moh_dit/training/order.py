@@ -5,7 +5,7 @@ as many processes as one likes, therefore goes on exactly where the other stoppe
 is saved.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ class StepRandom:
 
     posterior_noise: Tensor  # (B, C, h, w), for drawing from the autoencoder's posterior
     noise: Tensor  # (B, C, h, w), ε
-    timesteps: Tensor  # int64 (B,), 0 … T-1
+    times: Tensor  # (B,), as the objective draws them
     drop_label: Tensor  # bool (B,)
 
     @classmethod
@@ -89,7 +89,7 @@ class StepRandom:
         seed: int,
         step: int,
         shape: tuple[int, ...],
-        num_timesteps: int,
+        draw_times: Callable[[int, torch.Generator], Tensor],
         label_dropout: float,
         device: torch.device,
     ) -> "StepRandom":
@@ -101,7 +101,7 @@ class StepRandom:
         return cls(
             posterior_noise=torch.randn(shape, **options),
             noise=torch.randn(shape, **options),
-            timesteps=torch.randint(num_timesteps, shape[:1], **options),
+            times=draw_times(shape[0], generator),
             drop_label=torch.rand(shape[:1], **options) < label_dropout,
         )
 

@@ -3,24 +3,21 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 
 from fid_eval import EvaluationError, Evaluator, Share
 
 from ..data.images import ImageSet, read_batches
-from ..data.latents import index_batches
-from ..diffusion import make_scheduler
+from ..data.latents import LatentSet, index_batches
 from ..errors import UserError
 from ..pipeline import MoHDiTPipeline
 from ..sampling.config import SamplingSettings
 from ..sampling.engine import generate
 from ..sampling.exact import set_labels
 from ..sampling.grids import sample_grid
-from ..transformer import MoHDiTTransformer2DModel
 from .config import EvaluationConfig
 
 MAX_GRID_CLASSES = 10
@@ -33,9 +30,8 @@ class Preview:
     Args:
         config: what to sample and to measure.
         accelerator: the run's processes, which share the samples of an evaluation.
-        model: the averaged model.
-        vae: the run's autoencoder.
-        images: the training images, the reference unless the configuration names another.
+        pipeline: the averaged model with the run's autoencoder and scheduler.
+        data: the training data; its images are the reference unless the configuration names one.
 
     Raises:
         UserError: an extractor or reference that cannot be had, before any training.
@@ -45,21 +41,22 @@ class Preview:
         self,
         config: EvaluationConfig,
         accelerator: Accelerator,
-        model: MoHDiTTransformer2DModel,
-        vae: AutoencoderKL,
-        images: ImageSet,
+        pipeline: MoHDiTPipeline,
+        data: ImageSet | LatentSet,
     ):
         self.config = config
         self.accelerator = accelerator
         self.settings = SamplingSettings(
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale
         )
-        self.pipeline = MoHDiTPipeline(model, vae, make_scheduler(), class_names=images.class_names)
+        self.pipeline = pipeline
         self.evaluator: Evaluator | None = None
         if config.fid_every:
+            if config.reference is None and isinstance(data, LatentSet):
+                raise UserError("evaluation.fid_every with data.latents needs evaluation.reference")
             try:
                 self.evaluator = Evaluator(
-                    config.reference or _labelled_batches(images),
+                    config.reference or _labelled_batches(cast(ImageSet, data)),
                     metrics=config.metrics,
                     extractor=config.feature_extractor,
                     device=accelerator.device,

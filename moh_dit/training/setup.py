@@ -1,5 +1,6 @@
 """The parts of a run that are made once: accelerator, model, parameter groups, schedule, signal."""
 
+import math
 import os
 import signal
 import warnings
@@ -8,16 +9,21 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from ..checkpoints import WEIGHTS, apply_weights, read_weights, resolve_checkpoint
+from ..data.images import ImageSet, open_images
+from ..data.latents import LatentSet, open_latents
 from ..errors import UserError
+from ..objectives import Objective
 from ..transformer import MoHDiTTransformer2DModel
-from .config import OptimizerConfig, TrainConfig
+from .config import DataConfig, OptimizerConfig, TrainConfig
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -31,6 +37,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError("mixed_precision fp16 needs a GPU; use bf16 or no")
     try:
         return Accelerator(
+            # Without it, several processes without a GPU would each run alone.
+            cpu=not torch.accelerator.is_available(),
             mixed_precision=config.mixed_precision,
             log_with=config.trackers or None,
             project_dir=config.run_dir,
@@ -43,10 +51,47 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError(f"trackers {config.trackers}: {error}; install moh-dit[tracking]") from None
 
 
+def open_training_data(
+    config: DataConfig, vae: AutoencoderKL, shape: tuple[int, int, int], progress: bool
+) -> ImageSet | LatentSet:
+    """The images of a configuration, checked, or their latents on disk.
+
+    Raises:
+        UserError: unreadable data, latents of another autoencoder or size, or images whose latents
+            would not fit into memory.
+    """
+    if config.latents is not None:
+        store = open_latents(config.latents, vae, flip=config.horizontal_flip)
+        if store.moments_shape != (2 * shape[0], *shape[1:]):
+            raise UserError(
+                f"latents {config.latents} have moments of {store.moments_shape}; "
+                f"data.image_size {config.image_size} needs {(2 * shape[0], *shape[1:])}"
+            )
+        return store
+    images = open_images(
+        config.source,
+        config.image_size,
+        skip_unreadable=config.skip_unreadable,
+        progress=progress,
+    )
+    needed = len(images) * 2 * math.prod(shape) * 4 * (1 + config.horizontal_flip)
+    available = psutil.virtual_memory().available
+    if needed > available / 2:
+        raise UserError(
+            f"the latents of {len(images)} images take {needed / 2**30:.1f} GiB in each process, "
+            f"of {available / 2**30:.1f} GiB free: encode them to disk with moh-dit-encode and "
+            "set data.latents"
+        )
+    return images
+
+
 def build_model(
-    config: TrainConfig, latent_shape: tuple[int, int, int], classes_in_data: int
+    config: TrainConfig,
+    objective: Objective,
+    latent_shape: tuple[int, int, int],
+    classes_in_data: int,
 ) -> MoHDiTTransformer2DModel:
-    """The model of the configuration, fitted to the latents and the classes of the data."""
+    """The model of the configuration, fitted to the objective, the latents and the classes."""
     channels, size, _ = latent_shape
     num_classes = config.model.num_classes or classes_in_data
     if num_classes < classes_in_data:
@@ -55,7 +100,10 @@ def build_model(
             "raise it, or leave it out to count them"
         )
     arguments = config.model.resolve(
-        sample_size=size, in_channels=channels, num_classes=num_classes
+        sample_size=size,
+        in_channels=channels,
+        out_channels=objective.output_channels(channels),
+        num_classes=num_classes,
     )
     patch_size = arguments.get("patch_size", 2)
     if size % patch_size:
