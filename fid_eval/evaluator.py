@@ -199,26 +199,20 @@ class Evaluator:
             reference = self._features_of_reference(extractor, group)
             result.seconds[f"reference, {extractor_name}"] = time.monotonic() - begun
             features = self._features(opened, extractor, group, "samples")
-            check_reference(
-                self.reference, opened, extractor, self.preprocess
-            )  # an iterable's size
+            # an iterable's size and labels are known only now
+            check_reference(self.reference, opened, extractor, self.preprocess)
             count, computed = features.count, computed + features.computed
             seconds += features.seconds
             result.seconds[f"samples, {extractor_name}"] = features.seconds
-            if on_first(lambda: features.labels is None):  # noqa: B023  (known now of an iterable)
+            if on_first(lambda: features.labels is None):  # noqa: B023
                 unlabelled = [m for m in group if "labels" in METRICS[m].samples]
                 if unlabelled and (self.explicit or metrics is not None):
                     raise EvaluationError(f"{opened.name}: {unlabelled[0]} needs labelled batches")
                 group[:] = [m for m in group if m not in unlabelled]
             on_first(lambda: self._measure(result, group, extractor, reference, features))  # noqa: B023
         result = on_first(lambda: self._describe(result, opened, groups, count))
-        result.metrics = {
-            METRICS[m].key(self.extractor_of(m)): result.metrics[
-                METRICS[m].key(self.extractor_of(m))
-            ]
-            for group in groups.values()
-            for m in group
-        }
+        keys = [METRICS[name].key(self.extractor_of(name)) for name in names]
+        result.metrics = {key: result.metrics[key] for key in keys if key in result.metrics}
         result.seconds["all"] = time.monotonic() - started
         result.samples["images_per_second"] = computed / seconds if computed else None
         return result
