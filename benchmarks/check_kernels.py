@@ -18,7 +18,7 @@ from common import environment, make_projected, relative_error, table, write_jso
 
 from moh_dit.attention import moh_attention
 
-PLANS = [(24, 14, 2), (16, 10, 2), (8, 8, 0), (24, 16, 3), (6, 0, 3)]
+PLANS = [(24, 14, 2), (16, 10, 2), (8, 8, 0), (6, 0, 3)]
 TOKENS = [3, 200, 256, 576, 1000, 1024, 2100, 4096]
 ROUTINGS = ["random", "skewed", "extreme"]
 
@@ -43,7 +43,7 @@ NAMES = ["output", "dq", "dk, dv", "d logits", "stats"]
 
 
 def check(dtype, width, tokens, plan, routing):
-    batch = 1 if tokens > 2000 else 2
+    batch = 1 if tokens > 2000 else max(2, 256 // tokens)
     plan = (*plan, width)
     projected = make_projected(batch, tokens, *plan, dtype, routing)
     upstream = torch.randn(batch, tokens, plan[0] * width, device="cuda").to(dtype)
@@ -86,7 +86,7 @@ def main():
     ):
         if dtype == torch.float16 and i != 0:
             continue  # the same kernels as for bfloat16; one plan tells whether the type is right
-        routings = ROUTINGS if i < 2 else ROUTINGS[-1:]
+        routings = ROUTINGS if i == 0 else ROUTINGS[-1:]
         for tokens in TOKENS:
             inputs = [(dtype, width, tokens, plan, routing) for routing in routings]
             (long if tokens > 1024 else short).append(inputs)
@@ -105,7 +105,7 @@ def main():
     table(
         list(worst.values()), ["dtype", "d", "N", "plan", "routing", *NAMES[:4], "worst", "where"]
     )
-    for row in wrong:
+    for row in wrong[:10]:
         print("WRONG", row)
     print(
         f"{len(rows)} inputs, {len(wrong)} wrong, worst ratio {max(r['worst'] for r in rows):.2f}"

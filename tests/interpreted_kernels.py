@@ -25,6 +25,7 @@ CASES = {
     "no shared head": (2, 40, 3, 0, 2, 16, torch.float32, False),
     "shared heads alone": (1, 33, 3, 3, 0, 24, torch.float32, False),
     "narrow heads": (2, 50, 6, 2, 3, 8, torch.float32, False),
+    "saturated router": (1, 24, 6, 0, 3, 16, torch.float32, False),
     "one token": (1, 1, 3, 1, 1, 16, torch.float32, False),
 }
 
@@ -34,7 +35,7 @@ def make_input(batch, tokens, heads, shared, active, width, dtype):
     columns = 3 * heads * width
     projected = torch.randn(batch, tokens, columns + heads + 2 + PADDING, generator=generator)
     projected[..., -PADDING:] = float("nan")  # padding that nobody may read
-    if shared and active:  # in image 0 everybody picks the first routed head, nobody the second
+    if active:  # in image 0 everybody picks the first routed head, nobody the second
         projected[0, :, columns + shared] = 20
         projected[0, :, columns + shared + 1] = -20
     return projected.to(dtype)

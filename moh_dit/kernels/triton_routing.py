@@ -35,8 +35,20 @@ def _group_softmax(raw, group):
 
 
 @triton.jit
-def _first_stage(logits, tokens, valid, H: tl.constexpr, STRIDE: tl.constexpr):
-    """α₀/2, the shared heads' part of the two-stage softmax."""
+def _centred(values, weights):
+    """``values - Σ weights·values`` along rows of weights that sum to 1.
+
+    Taken relative to the heaviest column: where one weight is nearly 1 nothing cancels.
+    """
+    columns = tl.arange(0, weights.shape[1])[None, :]
+    heaviest = columns == tl.argmax(weights, 1)[:, None]
+    values = values - tl.sum(tl.where(heaviest, values, 0.0), 1)[:, None]
+    return values - tl.sum(weights * values, 1)[:, None]
+
+
+@triton.jit
+def _stages(logits, tokens, valid, H: tl.constexpr, STRIDE: tl.constexpr):
+    """The two-stage softmax: α₀/2 and α₁/2."""
     l0 = tl.load(logits + tokens * STRIDE + H, mask=valid, other=0.0).to(tl.float32)
     l1 = tl.load(logits + tokens * STRIDE + H + 1, mask=valid, other=0.0).to(tl.float32)
     return 1.0 / (1.0 + tl.exp(l1 - l0)), 1.0 / (1.0 + tl.exp(l0 - l1))
@@ -81,7 +93,7 @@ def route(
         kept = tl.where(chosen, scores, 0.0)
         routed_gate = K * kept / tl.sum(kept, 1)[:, None]
         if S > 0:
-            first, second = _first_stage(logits, tokens, valid, H, STRIDE)
+            first, second = _stages(logits, tokens, valid, H, STRIDE)
             gate = gate * (2 * first)[:, None]
             routed_gate = routed_gate * (2 * second)[:, None]
         # "Selected" is gate != 0 from here on: keep it so if a weight underflows.
@@ -153,9 +165,9 @@ def route_backward(
 ):
     """Gradients of the router logits from δ = ∂L/∂g. Grid (⌈N/TOKENS⌉, B).
 
-    With ``t_i = g_i δ_i`` and w the weights of a softmax group (shared; selected routed):
-    ``dl_i = t_i - w_i Σ_group t``; for the two stages ``dl_0 = Σ_shared t - a_0 Σ_all t = -dl_1``.
-    P̄ adds ``P_i (c_i - Σ P c)/(B N)`` with c its upstream gradient.
+    With w the weights of a softmax group (shared; selected routed) ``dl_i = g_i (δ_i - Σ w δ)``;
+    for the two stages ``dl_0 = a_1 Σ_shared g δ - a_0 Σ_routed g δ = -dl_1``. P̄ adds
+    ``P_i (c_i - Σ P c)/(B N)`` with c its upstream gradient.
     """
     E: tl.constexpr = H - S
     b = tl.program_id(1)
@@ -165,7 +177,7 @@ def route_backward(
     inside = valid[:, None] & (heads < H)[None, :]
     slots = b.to(tl.int64) * H * N + heads[None, :] * N + tokens[:, None]
     gate = tl.load(gates + slots, mask=inside, other=0.0)
-    t = gate * tl.load(delta + slots, mask=inside & (gate != 0.0), other=0.0)
+    pull = tl.load(delta + slots, mask=inside & (gate != 0.0), other=0.0)
 
     logits = projected + b.to(tl.int64) * N * STRIDE + 3 * H * D
     target = grad_projected + b.to(tl.int64) * N * STRIDE + 3 * H * D
@@ -174,22 +186,22 @@ def route_backward(
     shared_sum = tl.zeros([TOKENS], tl.float32)
     if S > 0:
         is_shared = (heads < S)[None, :]
-        shared_sum = tl.sum(tl.where(is_shared, t, 0.0), 1)
+        shared_sum = tl.sum(tl.where(is_shared, gate * pull, 0.0), 1)
         weights = _group_softmax(raw, is_shared)
-        grad += tl.where(is_shared, t - weights * shared_sum[:, None], 0.0)
+        grad += tl.where(is_shared, gate * _centred(pull, weights), 0.0)
     if E > 0:
         is_routed = ((heads >= S) & (heads < H))[None, :]
         routed_gate = tl.where(is_routed, gate, 0.0)
         weights = routed_gate / tl.maximum(tl.sum(routed_gate, 1), 1e-37)[:, None]
-        routed_sum = tl.sum(tl.where(is_routed, t, 0.0), 1)
-        grad += tl.where(is_routed, t - weights * routed_sum[:, None], 0.0)
+        routed_sum = tl.sum(tl.where(is_routed, gate * pull, 0.0), 1)
+        grad += routed_gate * _centred(pull, weights)
         scores = _group_softmax(raw, is_routed)
-        pull = tl.load(grad_stats + E + heads - S, mask=(heads >= S) & (heads < H), other=0.0)
-        pull = pull[None, :] / (tl.num_programs(1) * N)
-        grad += scores * (pull - tl.sum(scores * pull, 1)[:, None])
+        balance = tl.load(grad_stats + E + heads - S, mask=(heads >= S) & (heads < H), other=0.0)
+        balance = (balance / (tl.num_programs(1) * N))[None, :] + tl.zeros_like(scores)
+        grad += scores * _centred(balance, scores)
         if S > 0:
-            first, _ = _first_stage(logits, tokens, valid, H, STRIDE)
-            stage = shared_sum - first * (shared_sum + routed_sum)
+            first, second = _stages(logits, tokens, valid, H, STRIDE)
+            stage = second * shared_sum - first * routed_sum
             slot = target + tokens * STRIDE + H
             tl.store(slot, stage.to(target.dtype.element_ty), mask=valid)
             tl.store(slot + 1, (-stage).to(target.dtype.element_ty), mask=valid)
