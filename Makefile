@@ -16,32 +16,29 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 # Ten minutes on two CPU cores. Run again, it goes on where it stopped.
-demo: install $(RUN)/grid.png $(RUN)/metrics.json
+demo: install $(RUN)/grid.png $(RUN)/digits.npz $(RUN)/samples.npz
+	@echo
+	$(BIN)/fid-eval $(RUN)/digits.npz $(RUN)/samples.npz --extractor digits --output $(RUN)/metrics.json
 	@echo
 	@echo "$(RUN)/ holds the whole run:"
-	@echo "  config.yaml      what was computed      curves.png     loss over training"
-	@echo "  grid.png         a row a class          samples.npz    1000 samples and their labels"
-	@echo "  checkpoints/     weights (safetensors)  metrics.json   the table below"
-	@echo
-	@$(BIN)/python -m fid_eval show $(RUN)/metrics.json
+	@echo "  grid.png      samples, a row a class    metrics.json  the table above"
+	@echo "  curves.png    loss over training        samples.npz   1,000 samples and their labels"
+	@echo "  config.yaml   what was computed         checkpoints/  weights (safetensors)"
 
 $(RUN)/trained: | install
 	$(BIN)/python train_dit.py --config digits --run_dir $(RUN) --resume true
 	@touch $@
 
-$(RUN)/grid.png: $(RUN)/trained
+$(RUN)/grid.png: | $(RUN)/trained
 	$(BIN)/python sample_dit.py --checkpoint $(RUN) --guidance_scale 2 --num_inference_steps 50 \
 	    --images_per_class 10 --output $@
 
-$(RUN)/samples.npz: $(RUN)/trained
+$(RUN)/samples.npz: | $(RUN)/trained
 	$(BIN)/python sample_dit.py --checkpoint $(RUN) --guidance_scale 2 --num_inference_steps 50 \
 	    --num_samples 1000 --output $@
 
-$(RUN)/digits.npz: $(RUN)/trained
-	$(BIN)/python -m moh_dit.data.export --data digits --image_size 32 --output $@
-
-$(RUN)/metrics.json: $(RUN)/digits.npz $(RUN)/samples.npz
-	$(BIN)/fid-eval $(RUN)/digits.npz $(RUN)/samples.npz --extractor digits --output $@
+$(RUN)/digits.npz: | $(RUN)/trained
+	$(BIN)/python -m moh_dit.data.export --data digits --output $@
 
 test: install
 	$(BIN)/python -m pytest --numprocesses 2
