@@ -193,3 +193,17 @@ def test_model_in_diffusers_own_pipeline():
         result = pipeline([7, 970], generator=generator, output_type=output_type, **options)
         images.append(result.images)
     np.testing.assert_allclose(images[0], images[1], atol=1e-4)
+
+
+def test_compiled_model_is_compiled_for_two_shapes():
+    pipeline, programs = tiny_pipeline(), []
+    options = dict(num_inference_steps=8, guidance_interval=(0.2, 0.7), output_type="latent")
+    run = lambda: pipeline([0, 1, 2], generator=ImageNoise(0, range(3), "cpu"),  # noqa: E731
+                           **options).images  # fmt: skip
+    expected = run()
+    pipeline.transformer.compile(
+        backend=lambda graph, inputs: programs.append(graph) or graph, fullgraph=True, dynamic=False
+    )
+    assert torch.equal(run(), expected)
+    assert torch.equal(run(), expected)
+    assert len(programs) == 2  # with guidance and without

@@ -122,6 +122,19 @@ def test_threads_do_not_change_bytes():
     assert np.array_equal(images[0], images[2])
 
 
+def test_batches_of_an_accelerator_have_one_size(monkeypatch):
+    pipeline, labels = tiny_pipeline(), [index % 5 for index in range(11)]
+    in_units = sampled(pipeline, labels, None, 4)
+    monkeypatch.setattr("moh_dit.sampling.engine.works_in_units", lambda transformer: False)
+    sizes = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda module, arguments: sizes.append(len(arguments[0]))
+    )
+    in_batches = sampled(pipeline, labels, None, 4)
+    assert set(sizes) == {8}  # guided: two of each; the last batch is filled up
+    assert abs(in_batches.astype(int) - in_units.astype(int)).max() <= 1
+
+
 def test_units_give_every_image_its_place():
     indices = np.array([0, 3, 4, 8, 1, 4])
     units = plan_units(indices, 4)

@@ -99,7 +99,7 @@ def generate(
     requests["index"] = np.arange(len(requests)) if indices is None else indices
     if towards is not None:
         requests["other"], requests["fraction"] = towards
-    on_cpu = chosen.transformer.device.type == "cpu"
+    on_cpu = works_in_units(chosen.transformer)
     pad = len(requests) > batch_size if pad is None else pad
 
     def images_of(requests: np.ndarray) -> np.ndarray:
@@ -170,6 +170,11 @@ def sample_latents(
     return pipeline.denoise(
         latents, labels, guidance, settings.num_inference_steps, noise, callback
     )
+
+
+def works_in_units(transformer: MoHDiTTransformer2DModel) -> bool:
+    """Whether images are computed so that their bytes are free of the batch."""
+    return transformer.device.type == "cpu"
 
 
 def images_per_unit(transformer: MoHDiTTransformer2DModel) -> int:
@@ -244,7 +249,7 @@ def evaluation_mode(*models: MoHDiTTransformer2DModel | None) -> Iterator[None]:
         (layer, layer.attention_backend)
         for model in given
         for layer in model.modules()
-        if isinstance(layer, MoHAttention) and model.device.type == "cpu"
+        if isinstance(layer, MoHAttention) and works_in_units(model)
         if images_per_unit(model) > 1
     ]
     for model in training:
