@@ -13,7 +13,7 @@ from moh_dit.sampling.config import SamplingSettings
 from moh_dit.sampling.exact import missing_batches, sample_set, set_labels, shards
 
 SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=1.5)
-LABELS = set_labels(23, range(5), "balanced", 0)
+LABELS = set_labels(55, range(5), "balanced", 0)
 
 
 def make(path, pipeline=None, settings=SETTINGS, labels=LABELS, batch_size=8, **options):
@@ -25,10 +25,10 @@ def make(path, pipeline=None, settings=SETTINGS, labels=LABELS, batch_size=8, **
 def test_adm_file_of_exactly_that_many(tmp_path):
     make(tmp_path / "s.npz", record="seed: 0\n")
     arrays = np.load(tmp_path / "s.npz")
-    assert arrays["arr_0"].shape == (23, 16, 16, 3)
+    assert arrays["arr_0"].shape == (55, 16, 16, 3)
     assert arrays["arr_0"].dtype == np.uint8
     assert arrays["arr_1"].dtype == np.int64
-    assert np.bincount(arrays["arr_1"]).tolist() == [5, 5, 5, 4, 4]
+    assert np.bincount(arrays["arr_1"]).tolist() == [11] * 5
     assert yaml.safe_load((tmp_path / "s.npz.yaml").read_text()) == {"seed": 0}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.npz", "s.npz.yaml"]
 
@@ -58,9 +58,9 @@ def test_interrupted_set_is_finished_to_the_same_bytes(tmp_path, monkeypatch):
         make(tmp_path / "s.npz")
     monkeypatch.setattr(exact, "write_shard", lambda p, s, i: written.append(s) or
                         write_shard(p, s, i))  # fmt: skip
-    assert [shard[:2] for shard in shards(tmp_path / "s.npz.partial")] == [(0, 8), (8, 16)]
-    assert make(tmp_path / "s.npz", batch_size=3) == expected  # another batch size even
-    assert written == [0, 8, 16, 19, 22]
+    assert [shard[:2] for shard in shards(tmp_path / "s.npz.partial")] == [(0, 16), (16, 32)]
+    assert make(tmp_path / "s.npz", batch_size=30) == expected  # another batch size even
+    assert written == [0, 16, 32]
 
 
 def test_gaps_are_filled(tmp_path):
@@ -92,7 +92,7 @@ def test_half_finished_with_other_settings_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="transformer '"):
         make(tmp_path / "s.npz", pipeline=weights)
     assert (tmp_path / "s.npz.partial" / "settings.json").read_text() == before
-    assert json.loads(before)["num_samples"] == 23
+    assert json.loads(before)["num_samples"] == 55
 
 
 def test_full_disk_is_said_before_work(tmp_path, monkeypatch):

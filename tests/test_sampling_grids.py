@@ -125,7 +125,7 @@ def test_animation_ends_in_the_grid(tmp_path, cells):
     assert np.array_equal(np.asarray(frames[-1]), np.asarray(grid))
     assert not np.array_equal(np.asarray(frames[0]), np.asarray(grid))
     for suffix in (".gif", ".webp"):
-        save_animation(frames, tmp_path / "aside", suffix)
-        with Image.open(tmp_path / "aside") as movie:
+        save_animation(frames, tmp_path / f"a{suffix}")
+        with Image.open(tmp_path / f"a{suffix}") as movie:
             assert movie.n_frames == 5
             assert movie.format == suffix[1:].upper()

@@ -162,7 +162,7 @@ def two_processes(*arguments):
 
 
 def test_two_processes_killed_and_resumed_make_the_file_of_one(run, tmp_path, monkeypatch):
-    arguments = ["--num_samples", 64, "--num_inference_steps", 40, "--labels", "drawn"]
+    arguments = ["--num_samples", 192, "--num_inference_steps", 20, "--labels", "drawn"]
     command(monkeypatch, run, tmp_path / "whole.npz", *arguments, "--batch_size", 16)
     expected = (tmp_path / "whole.npz").read_bytes()
 
@@ -178,7 +178,7 @@ def test_two_processes_killed_and_resumed_make_the_file_of_one(run, tmp_path, mo
             process.kill()
             process.communicate()
     done = sorted(int(path.stem.split("-")[1]) for path in partial.glob("images-*"))
-    assert 4 <= len(done) < 16
+    assert 4 <= len(done) < 12
     assert not output.exists()
 
     said = []
@@ -190,5 +190,5 @@ def test_two_processes_killed_and_resumed_make_the_file_of_one(run, tmp_path, mo
     assert not said[1]  # it knows that it is not the first
     assert output.read_bytes() == expected
     labels = np.load(output)["arr_1"]
-    assert np.array_equal(labels, set_labels(64, range(5), "drawn", 0))
+    assert np.array_equal(labels, set_labels(192, range(5), "drawn", 0))
     assert not partial.exists()

@@ -59,7 +59,7 @@ class SampleConfig(SamplingSettings):
     """Classes of a set: in turn, or drawn evenly at random."""
 
     batch_size: int = 64
-    """Images per batch and process."""
+    """Images per batch and process; on the CPU rounded up to whole units (docs/sampling.md)."""
     decode_batch_size: int | None = None
     """Images that the autoencoder decodes at once; batch_size unless given."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -80,7 +80,7 @@ def generate(
         towards: N further image numbers and N fractions in 0 … 1: start from noise that far on
             the way from the one image's to the other's.
         frames: also show the way there, in so many frames with the image as the last.
-        batch_size: images at once.
+        batch_size: images at once; on the CPU rounded up to whole units.
         pad: fill up the last batch, so that all have one shape (not on the CPU); where there is
             more than one batch unless given.
         decode_batch_size: images decoded at once; on the CPU always one.
@@ -100,6 +100,7 @@ def generate(
     if towards is not None:
         requests["other"], requests["fraction"] = towards
     on_cpu = works_in_units(chosen.transformer)
+    batch_size = whole_units(chosen.transformer, batch_size)
     pad = len(requests) > batch_size if pad is None else pad
 
     def images_of(requests: np.ndarray) -> np.ndarray:
@@ -181,6 +182,12 @@ def images_per_unit(transformer: MoHDiTTransformer2DModel) -> int:
     """How many images the CPU computes together, whatever the batch size."""
     config = transformer.config
     return max(1, TOKENS_PER_UNIT // (config.sample_size // config.patch_size) ** 2)
+
+
+def whole_units(transformer: MoHDiTTransformer2DModel, batch_size: int) -> int:
+    """The batch size that leaves no place of a unit empty; as it is where there are no units."""
+    unit = images_per_unit(transformer) if works_in_units(transformer) else 1
+    return -(-batch_size // unit) * unit
 
 
 def plan_units(indices: np.ndarray, size: int) -> list[np.ndarray]:

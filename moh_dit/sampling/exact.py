@@ -28,7 +28,7 @@ from ..noise import WORD, philox
 from ..pipeline import MoHDiTPipeline
 from ..transformer import MoHDiTTransformer2DModel
 from .config import SamplingSettings
-from .engine import generate, use_settings
+from .engine import generate, use_settings, whole_units
 from .formats import FORMATS, format_of
 
 SPARE_BYTES = 64 << 20
@@ -72,7 +72,8 @@ def sample_set(
         output: ``.npz`` (ADM: ``arr_0`` uint8 (N, H, W, 3), ``arr_1`` int64 (N,)), ``.tar``
             (WebDataset) or, without a suffix, a folder of PNG files with ``labels.csv``.
         labels: class ids.
-        batch_size: images per batch and process; also the images that an interruption can cost.
+        batch_size: images per batch and process, on the CPU rounded up to whole units; also the
+            images that an interruption can cost.
         decode_batch_size: images decoded at once.
         record: the settings as YAML, written beside the output.
         state: the processes, as accelerate knows them; those already started unless given.
@@ -102,6 +103,7 @@ def sample_set(
         partial.mkdir(parents=True, exist_ok=True)
         write_aside(partial / "settings.json", json.dumps(described, indent=1).encode())
     state.wait_for_everyone()
+    batch_size = whole_units(chosen.transformer, batch_size)
     batches = missing_batches(partial, len(labels), batch_size)
     state.wait_for_everyone()  # every process has the same list before it changes
 

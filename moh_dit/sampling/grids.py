@@ -162,9 +162,9 @@ def check_animation(output: Path) -> None:
             ) from None
 
 
-def save_animation(frames: Sequence[Image.Image], path: Path, suffix: str) -> None:
+def save_animation(frames: Sequence[Image.Image], path: Path) -> None:
     """Write frames as ``.gif``, ``.webp`` or ``.mp4``; the last one stays longer."""
-    if suffix == ".mp4":
+    if path.suffix == ".mp4":
         from imageio.v2 import mimwrite
 
         stay = [frames[-1]] * (LAST_FRAME_MS // FRAME_MS)
@@ -173,10 +173,10 @@ def save_animation(frames: Sequence[Image.Image], path: Path, suffix: str) -> No
         mimwrite(path, even, format="mp4", fps=1000 / FRAME_MS, macro_block_size=2)  # type: ignore[arg-type]
         return
     durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
-    options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
+    options: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
     frames[0].save(
         path,
-        format=suffix[1:].upper(),
+        format=path.suffix[1:].upper(),
         save_all=True,
         append_images=frames[1:],
         duration=durations,

@@ -60,10 +60,13 @@ def sample(config: SampleConfig) -> None:
     elif state.is_main_process:
         save = draw(config, output.suffix, pipeline, load, labels, settings, options)
         output.parent.mkdir(parents=True, exist_ok=True)
-        aside = output.with_name(f".{output.name}.{os.getpid()}")
-        save(aside)
-        beside(output).write_text(settings)
-        aside.replace(output)
+        aside = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
+        try:
+            save(aside)
+            beside(output).write_text(settings)
+            aside.replace(output)
+        finally:
+            aside.unlink(missing_ok=True)
     if state.num_processes > 1:
         state.destroy_process_group()
     if state.is_main_process:
@@ -122,7 +125,7 @@ def draw(
         frames = sample_animation(
             pipeline, config, labels, per_class, frames=config.frames, **options
         )
-        return lambda path: save_animation(frames, path, suffix)
+        return lambda path: save_animation(frames, path)
     if config.interpolate:
         sheet = sample_strip(pipeline, config, labels, config.interpolate, **options)
     elif config.rows or config.columns:
