@@ -17,7 +17,7 @@ from moh_dit.attention import moh_attention
 PLANS = [(12, 3, 3), (12, 6, 3), (24, 8, 4), (24, 14, 4)]  # 50 % and 75 % of the heads active
 
 
-def measure(tokens, plan, width, backward, repeats=9):
+def measure(tokens, plan, width, backward, repeats=15):
     heads, shared, active = plan
     projected = torch.randn(2, tokens, 3 * heads * width + heads + 2, requires_grad=backward)
     times = {"reference": [], "gathered": []}

@@ -8,6 +8,7 @@ Exit code 1 if anything did, 2 if the files do not belong together.
 import argparse
 import json
 import sys
+from typing import NoReturn
 
 LESS_IS_BETTER = ("ms", "peak_GiB", "dense", "then mask", "triton")
 IDENTITY = ("model", "pixels", "batch", "d", "N", "B", "plan", "kernel", "case", "dtype")
@@ -19,11 +20,11 @@ def load(path):
             data = json.load(file)
         rows = {tuple((k, row[k]) for k in IDENTITY if k in row): row for row in data["rows"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(_refuse(f"{path} is not a benchmark's JSON file: {error}"))
+        _refuse(f"{path} is not a benchmark's JSON file: {error}")
     return data["environment"], rows
 
 
-def _refuse(message):
+def _refuse(message) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -19,25 +19,23 @@ def attend_gathered(
     busiest head.
     """
     batch, heads, tokens, width = query.shape
-    gates = gates.transpose(1, 2)  # (B, h, N)
-    parts = []
+    gates = gates.transpose(1, 2).to(query.dtype)  # (B, h, N)
+    # Split, not sliced: the gradient of a split is one concatenation.
+    (query0, query), (key0, key), (value0, value), (gates0, gates) = (
+        tensor.split([shared, heads - shared], dim=1) for tensor in (query, key, value, gates)
+    )
+    output = query.new_zeros(batch, tokens, heads, width)
     if shared:
-        dense = F.scaled_dot_product_attention(
-            query[:, :shared], key[:, :shared], value[:, :shared]
-        )
-        parts.append(dense * gates[:, :shared].to(dense.dtype).unsqueeze(-1))
+        dense = F.scaled_dot_product_attention(query0, key0, value0)
+        output[:, :, :shared] = (dense * gates0.unsqueeze(-1)).transpose(1, 2)
     if shared < heads:
-        routed = gates[:, shared:]
-        chosen = routed.detach() != 0
+        chosen = gates.detach() != 0
         longest = max(1, int(chosen.sum(-1).max()))
         # Selected tokens first, in token order (stable), each list cut at the longest.
         slots = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :longest]
         rows = slots.unsqueeze(-1).expand(-1, -1, -1, width)
-        some = F.scaled_dot_product_attention(
-            query[:, shared:].gather(2, rows), key[:, shared:], value[:, shared:]
-        )
-        some = some * routed.gather(2, slots).to(some.dtype).unsqueeze(-1)
+        some = F.scaled_dot_product_attention(query.gather(2, rows), key, value)
         # Beyond a head's own list stand unselected tokens, whose gate makes them write zeros.
-        empty = some.new_zeros(batch, heads - shared, tokens, width)
-        parts.append(empty.scatter(2, rows, some))
-    return torch.cat(parts, dim=1).transpose(1, 2).flatten(2)
+        some = some * gates.gather(2, slots).unsqueeze(-1)
+        output[:, :, shared:].scatter_(1, rows.transpose(1, 2), some.transpose(1, 2))
+    return output.flatten(2)

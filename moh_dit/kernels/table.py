@@ -1,6 +1,7 @@
 """Measured choices, as data (NVIDIA H200, torch 2.11, triton 3.6; ``benchmarks/tune.py``).
 
-Everything here was timed and held against float64 on the chip; see ``docs/performance.md``.
+Every configuration was timed and held against float64 on the chip (``docs/performance.md``);
+``benchmarks/check_kernels.py`` repeats the latter.
 """
 
 import torch
@@ -52,8 +53,9 @@ def launch_configuration(kernel: str, projected: torch.Tensor, head_dim: int) ->
     return dict(next(config for first, config in rows if tokens >= first))
 
 
-# Where ``auto`` takes which backend. GPU: by compute capability and head width, all of it measured
-# and verified; anything else takes "reference".
+# Where ``auto`` takes which backend. GPU: by compute capability and head width, as far as measured
+# and verified; anything else takes "reference". The alternative is dense attention and a multiply by
+# the gates, slower at every size measured, also for layers whose every head is shared.
 GPU_BACKENDS: dict[tuple[int, int], dict[int, str]] = {
     (9, 0): {64: "triton", 72: "triton"},
 }

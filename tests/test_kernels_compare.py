@@ -1,0 +1,50 @@
+"""The regression guard over benchmark files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compare.py"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, rows):
+        path = tmp_path / name
+        path.write_text(json.dumps(dict(environment={}, rows=rows)))
+        return str(path)
+
+    return write
+
+
+def run(*paths):
+    return subprocess.run([sys.executable, str(SCRIPT), *paths], capture_output=True, text=True)
+
+
+def test_names_what_got_slower_and_nothing_else(write):
+    before = write("a.json", [dict(model="A", ms=10.0, images_per_s=100.0),
+                              dict(model="B", ms=10.0, images_per_s=100.0)])  # fmt: skip
+    after = write("b.json", [dict(model="A", ms=12.5, images_per_s=80.0),
+                             dict(model="B", ms=9.0, images_per_s=111.0)])  # fmt: skip
+    result = run(before, after)
+    assert result.returncode == 1
+    assert "A: ms 10 → 12.5 (+25.0%)" in result.stdout
+    assert "A: images_per_s 100 → 80 (+25.0%)" in result.stdout
+    assert "B:" not in result.stdout
+    assert run(before, before).returncode == 0
+
+
+def test_files_that_do_not_belong_together_are_refused(write, tmp_path):
+    one = write("a.json", [dict(model="A", ms=10.0)])
+    result = run(one, write("b.json", [dict(model="B", ms=10.0)]))
+    assert result.returncode == 2
+    assert "no row in common" in result.stderr
+    broken = tmp_path / "c.json"
+    broken.write_text("{")
+    result = run(one, str(broken))
+    assert result.returncode == 2
+    assert "c.json is not a benchmark's JSON file" in result.stderr
+    assert "Traceback" not in result.stderr
