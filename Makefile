@@ -41,7 +41,7 @@ $(RUN)/digits.npz: | $(RUN)/trained
 	$(BIN)/python -m moh_dit.data.export --data digits --output $@
 
 test: install
-	$(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 lint: install
 	$(BIN)/ruff check .

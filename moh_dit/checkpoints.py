@@ -17,7 +17,8 @@ import json
 import re
 from pathlib import Path
 
-from diffusers import AutoencoderKL, DDPMScheduler
+import diffusers
+from diffusers import AutoencoderKL, SchedulerMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -82,16 +83,31 @@ def load_pipeline(path: str | Path, weights: str = "transformer") -> MoHDiTPipel
         UserError: when something is missing, unreadable, or does not fit together.
     """
     path = Path(path)
-    if (path / "model_index.json").is_file():
-        return MoHDiTPipeline.from_pretrained(path)
-    run, checkpoint = resolve_checkpoint(path)
-    class_names = json.loads((run / "classes.json").read_text())
-    return MoHDiTPipeline(
-        load_transformer(checkpoint, weights).eval(),
-        AutoencoderKL.from_pretrained(run / "vae"),
-        DDPMScheduler.from_pretrained(run / "scheduler"),
-        class_names=class_names,
-    )
+    try:
+        if (path / "model_index.json").is_file():
+            return MoHDiTPipeline.from_pretrained(path, local_files_only=True)
+        run, checkpoint = resolve_checkpoint(path)
+        return MoHDiTPipeline(
+            load_transformer(checkpoint, weights).eval(),
+            AutoencoderKL.from_pretrained(run / "vae", local_files_only=True),
+            load_scheduler(run / "scheduler"),
+            class_names=json.loads((run / "classes.json").read_text()),
+        )
+    except UserError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # a torn folder
+        raise UserError(f"{path} cannot be opened: {' '.join(str(error).split())}") from None
+
+
+def load_scheduler(folder: Path) -> SchedulerMixin:
+    """The diffusers scheduler of a run, of whichever class its objective samples with."""
+    name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
+    return getattr(diffusers, name).from_pretrained(folder)
 
 
 def load_transformer(checkpoint: Path, weights: str = "transformer") -> MoHDiTTransformer2DModel:

@@ -34,9 +34,9 @@ from ..autoencoder import (
 )
 from ..cli import save_config
 from ..errors import UserError
+from ..progress import progress_bar
 from .images import ImageSet, load_batch, open_images, read_batches
 from .pixels import to_float, to_uint8
-from .progress import progress_bar
 
 
 @dataclass

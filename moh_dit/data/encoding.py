@@ -28,6 +28,7 @@ from diffusers import AutoencoderKL
 
 from ..autoencoder import autoencoder_identity, latent_scaling, latent_shape, load_autoencoder
 from ..errors import UserError
+from ..progress import progress_bar
 from .images import ImageSet, open_images, read_batches
 from .latents import (
     FORMAT,
@@ -38,7 +39,6 @@ from .latents import (
     encode_both,
     index_batches,
 )
-from .progress import progress_bar
 
 IMAGES_PER_PASS = 8
 MAX_IMAGES_PER_SHARD = 4096

@@ -16,8 +16,8 @@ import numpy as np
 
 from ..cli import run_program
 from ..errors import UserError
+from ..progress import progress_bar
 from .images import ImageSet, open_images, read_batches
-from .progress import progress_bar
 
 
 @dataclass

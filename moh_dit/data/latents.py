@@ -25,9 +25,9 @@ from torch.utils.data import Dataset
 from ..autoencoder import autoencoder_identity, encode_moments, latent_shape
 from ..cli import run_program
 from ..errors import UserError
+from ..progress import progress_bar
 from .images import ImageSet, read_batches
 from .pixels import to_float
-from .progress import progress_bar
 
 FORMAT = 1
 INDEX_FILE = "index.json"

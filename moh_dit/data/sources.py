@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
+from ..progress import progress_bar
 from .digits import DIGIT_NAMES, load_digit_images
 from .pixels import IMAGE_SUFFIXES, center_crop, find_fault, read_pixels
-from .progress import progress_bar
 
 
 class DigitImages:

@@ -14,8 +14,8 @@ from typing import IO
 import numpy as np
 
 from ..errors import UserError
+from ..progress import progress_bar
 from .pixels import IMAGE_SUFFIXES
-from .progress import progress_bar
 from .sources import ImageFiles, read_class_names, sha256
 
 

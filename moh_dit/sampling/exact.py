@@ -22,10 +22,10 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from ..data.progress import progress_bar
 from ..errors import UserError
 from ..noise import WORD, philox
 from ..pipeline import MoHDiTPipeline
+from ..progress import progress_bar
 from ..transformer import MoHDiTTransformer2DModel
 from .config import SamplingSettings
 from .engine import generate, use_settings, whole_units

@@ -65,6 +65,11 @@ class Preview:
             except EvaluationError as error:
                 raise UserError(f"evaluation: {error}") from None
 
+    def is_due(self, step: int, last: bool) -> bool:
+        """Whether anything is to be sampled after ``step``."""
+        every = (self.config.sample_every, self.config.fid_every)
+        return last or any(steps and step % steps == 0 for steps in every)
+
     def after(self, step: int, last: bool, run_dir: Path) -> dict[str, float]:
         """Whatever is due after ``step``; returns the metrics measured, if any."""
         config = self.config
@@ -91,9 +96,8 @@ class Preview:
     def _evaluate(self) -> Any:
         classes = range(self.pipeline.transformer.config.num_classes)
         labels = np.asarray(set_labels(self.config.num_samples, list(classes), "balanced", 0))
-        mine = np.arange(
-            self.accelerator.process_index, len(labels), self.accelerator.num_processes
-        )
+        shares = np.array_split(np.arange(len(labels)), self.accelerator.num_processes)
+        mine = shares[self.accelerator.process_index]
 
         def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             own = labels[mine]
