@@ -54,7 +54,7 @@ def launch_configuration(kernel: str, projected: torch.Tensor, head_dim: int) ->
 
 
 # Where ``auto`` takes which backend. GPU: by compute capability and head width, as far as measured
-# and verified; anything else takes "reference", which is dense attention and a multiplication by the
+# and verified; anything else takes "reference", that is dense attention and a multiplication by
 # gates: eager, that was slower at every size, also in layers whose every head is shared.
 GPU_BACKENDS: dict[tuple[int, int], dict[int, str]] = {
     (9, 0): {64: "triton", 72: "triton"},
