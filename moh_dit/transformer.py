@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .attention import MoHAttention, load_balance_loss
 from .errors import UserError
+from .kernels import BACKENDS
 
 HeadPlan = int | list[int] | list[int | None] | None
 
@@ -146,6 +147,19 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         """The attention of the layers that route, by layer index, in ``router_stats`` order."""
         layers = enumerate(cast(DiTBlock, block).attn for block in self.blocks)
         return {i: attention for i, attention in layers if attention.num_active_routed_heads}
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Compute every layer with a router by ``backend`` (see ``moh_dit.attention``).
+
+        Raises:
+            UserError: when there is no backend of that name.
+        """
+        if backend not in BACKENDS:
+            raise UserError(
+                f"attention backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}"
+            )
+        for block in self.blocks:
+            cast(DiTBlock, block).attn.attention_backend = backend
 
     def forward(
         self,

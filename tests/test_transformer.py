@@ -123,6 +123,17 @@ def test_compiles_without_graph_break():
     torch.testing.assert_close(compiled_gradients, gradients)
 
 
+def test_attention_backends_are_chosen_by_name():
+    model = randomized(ROUTED).eval()
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([7]), torch.tensor([0, 1])
+    expected = model(x, t, y).sample
+    model.set_attention_backend("gathered")
+    assert {block.attn.attention_backend for block in model.blocks} == {"gathered"}
+    torch.testing.assert_close(model(x, t, y).sample, expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(UserError, match="auto, reference, gathered, triton"):
+        model.set_attention_backend("flash")
+
+
 def test_statistics_are_returned_in_training_only():
     model = randomized(ROUTED)
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([7]), torch.tensor([0, 1])
