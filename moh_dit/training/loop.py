@@ -13,7 +13,7 @@ from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample
 from ..checkpoints import list_checkpoints
 from ..cli import save_config
 from ..data.latents import LatentSet, encode_images
-from ..data.progress import progress_bar
+from ..progress import progress_bar
 from ..errors import UserError
 from ..pipeline import MoHDiTPipeline
 from .balance import BalanceLoss
