@@ -26,7 +26,7 @@ demo: install $(RUN)/grid.png $(RUN)/digits.npz $(RUN)/samples.npz
 	@echo "  config.yaml   what was computed         checkpoints/  weights (safetensors)"
 
 $(RUN)/trained: | install
-	$(BIN)/python train_dit.py --config digits --run_dir $(RUN) --resume true
+	$(BIN)/python train_dit.py --config digits --run_dir $(RUN) --resume
 	@touch $@
 
 $(RUN)/grid.png: | $(RUN)/trained

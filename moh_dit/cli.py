@@ -32,7 +32,7 @@ class _Parser(ArgumentParser):
         if re.search("not accept|nrecognized", text):
             for word in re.findall(r"--([\w.]+)|'([\w.]+)'", text)[::-1]:
                 key = next(filter(None, word))
-                if nearest := nearest_key(key, _dotted_keys(self.config_class)):
+                if nearest := nearest_key(key, list(_dotted_fields(self.config_class))):
                     text += f" (did you mean {nearest}?)"
                     break
         raise UserError(text)
@@ -53,6 +53,7 @@ def run_program(
     """
     parser = _make_parser(config_class, prog=prog, description=description, example=example)
     arguments = _resolve_config_names(sys.argv[1:] if argv is None else argv)
+    arguments = _complete_flags(arguments, config_class)
     try:
         main(_instantiate(parser, parser.parse_args(arguments)))
     except UserError as error:
@@ -135,13 +136,24 @@ def _resolve_config_names(arguments: Sequence[str]) -> list[str]:
     return resolved
 
 
-def _dotted_keys(config_class: type, prefix: str = "") -> list[str]:
-    keys = []
+def _complete_flags(arguments: Sequence[str], config_class: type) -> list[str]:
+    """``--resume`` alone means ``--resume true``."""
+    flags = {f"--{key}" for key, kind in _dotted_fields(config_class).items() if kind is bool}
+    following = [*arguments, "--"][1:]
+    return [
+        f"{argument}=true" if argument in flags and after.startswith("--") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
+
+
+def _dotted_fields(config_class: type, prefix: str = "") -> dict[str, Any]:
+    """Type of every field, by dotted key."""
+    fields: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
-        keys.append(prefix + field.name)
+        fields[prefix + field.name] = field.type
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
-            keys += _dotted_keys(field.type, f"{prefix}{field.name}.")
-    return keys
+            fields |= _dotted_fields(field.type, f"{prefix}{field.name}.")
+    return fields
 
 
 def _plain(value: Any) -> Any:

@@ -26,6 +26,8 @@ class Outer:
     """Arithmetic."""
     plan: list[int] | int | None = None
     """A list or one for all."""
+    resume: bool = False
+    """Go on."""
 
 
 def run(*argv):
@@ -38,10 +40,18 @@ def test_yaml_then_dotted_overrides_and_back(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("optimizer: {learning_rate: 0.5}\nnum_steps: 7\nplan: [1, 2]\n")
     config = run("--config", str(path), "--optimizer.betas", "[0.1, 0.2]", "--num_steps=8")
-    assert config == Outer(Inner(0.5, (0.1, 0.2)), 8, "no", [1, 2])
+    assert config == Outer(Inner(0.5, (0.1, 0.2)), 8, "no", [1, 2], False)
     save_config(config, tmp_path / "resolved.yaml")
     assert load_config(Outer, tmp_path / "resolved.yaml") == config
     assert run("--config", str(tmp_path / "resolved.yaml")) == config
+
+
+def test_a_flag_alone_means_true():
+    assert run("--resume").resume
+    assert run("--resume", "--num_steps=3") == Outer(num_steps=3, resume=True)
+    assert run("--resume", "true").resume
+    assert not run("--resume", "false").resume
+    assert not run("--resume=false").resume
 
 
 @pytest.mark.parametrize(
