@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, debug_launcher
+from accelerate import Accelerator
+from processes import launch
 from reference import relative_error
 
 from moh_dit.attention import load_balance_loss
@@ -12,14 +13,6 @@ from moh_dit.transformer import MoHDiTTransformer2DModel
 
 BATCH = 8
 ACTIVE = [2, 1]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # processes are forked below, which OpenMP's threads would not survive
-    yield
-    torch.set_num_threads(before)
 
 
 def make_model():
@@ -40,16 +33,20 @@ def batch():
     return latents, torch.arange(BATCH) * 100, torch.arange(BATCH) % 4
 
 
-def gradient(folder, num_micro_batches=1, published=False):
+def gradient(folder, num_micro_batches=1, published=False, two_pass=False):
     """Write the gradient of noise MSE + balance loss, as one process of however many sees it."""
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(make_model())
     balance = BalanceLoss(accelerator, ACTIVE, published=published)
     parts = [x.chunk(num_micro_batches) for x in batch()]
-    balance.start_step()
-    for part in range(num_micro_batches):
-        mine = [x[part].chunk(accelerator.num_processes)[accelerator.process_index] for x in parts]
-        output = model(*mine)
+    micro_batches = [
+        [x[part].chunk(accelerator.num_processes)[accelerator.process_index] for x in parts]
+        for part in range(num_micro_batches)
+    ]
+    observed = [model(*inputs).router_stats for inputs in micro_batches] if two_pass else []
+    balance.start_step(observed)
+    for inputs in micro_batches:
+        output = model(*inputs)
         loss = output.sample.square().mean() + balance(output.router_stats)
         accelerator.backward(loss / num_micro_batches)
     grads = {n.removeprefix("module."): p.grad.numpy() for n, p in model.named_parameters()
@@ -73,7 +70,7 @@ def whole():
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_the_gradient_is_that_of_the_whole_batch(processes, whole, tmp_path):
-    debug_launcher(gradient, (tmp_path,), num_processes=processes)
+    launch(gradient, tmp_path, num_processes=processes)
     for process in range(processes):
         found = read(tmp_path, process)
         assert found.keys() == whole.keys()
@@ -82,6 +79,18 @@ def test_the_gradient_is_that_of_the_whole_batch(processes, whole, tmp_path):
 
 
 def test_the_published_loss_depends_on_the_number_of_processes(whole, tmp_path):
-    debug_launcher(gradient, (tmp_path, 1, True), num_processes=2)
+    launch(gradient, tmp_path, 1, True, num_processes=2)
     router = "blocks.0.attn.wg.weight"
     assert relative_error(read(tmp_path)[router], whole[router]) > 1e-2
+
+
+def test_two_passes_make_accumulation_exact(whole, tmp_path):
+    """Without the first pass the early micro-batches know little of the load."""
+    routers = [f"blocks.{layer}.attn.wg.weight" for layer in range(2)]
+    distances = {}
+    for two_pass in (False, True):
+        gradient(tmp_path, num_micro_batches=4, two_pass=two_pass)
+        found = read(tmp_path)
+        distances[two_pass] = [relative_error(found[name], whole[name]) for name in routers]
+    assert max(distances[True]) < 1e-6
+    assert min(distances[False]) > 1e-4

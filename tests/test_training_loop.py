@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_dit
 from moh_dit.checkpoints import list_checkpoints, load_pipeline
 from moh_dit.data.encoding import Encoding, encode_data
 from moh_dit.errors import UserError
+from moh_dit.flops import flops_per_image
+from moh_dit.training import state
 from moh_dit.training.config import (
     EvaluationConfig,
     ModelConfig,
@@ -27,7 +32,7 @@ from moh_dit.training.config import (
     TrainConfig,
 )
 from moh_dit.training.loop import PREEMPTED, Trainer
-from moh_dit.training.record import read_log
+from moh_dit.training.record import read_log, shown
 
 ROOT = Path(__file__).parent.parent
 MODEL = dict(hidden_size=32, depth=2, num_heads=4, num_shared_heads=[4, 1],
@@ -90,15 +95,11 @@ def assert_identical(a, b):
     last_a, last_b = list_checkpoints(a)[-1], list_checkpoints(b)[-1]
     assert last_a.name == last_b.name
     files = {p.relative_to(last_a) for p in last_a.rglob("*.safetensors")}
-    assert len(files) == 3
+    assert len(files) == 4  # weights, optimizer, two averages
     for file in files:
         x, y = load_file(last_a / file), load_file(last_b / file)
         assert x.keys() == y.keys()
         assert all(torch.equal(x[key], y[key]) for key in x), file
-    states = [torch.load(p / "state" / "optimizer.bin", weights_only=True)["state"]
-              for p in (last_a, last_b)]  # fmt: skip
-    for key, state in states[0].items():
-        assert all(torch.equal(state[name], states[1][key][name]) for name in state)
 
 
 def test_run_folder_explains_itself(whole):
@@ -107,6 +108,7 @@ def test_run_folder_explains_itself(whole):
     assert [entry["step"] for entry in entries] == [2, 4, 6, 8, 10, 12]
     for entry in entries:
         assert entry["loss"] == pytest.approx(entry["mse"] + entry["vlb"])
+        assert "mfu" not in entry  # nobody knows the peak of a CPU
         assert sum(entry["head_load"]["1"]) == pytest.approx(2, abs=1e-4)  # Σf = k
     assert json.loads((whole / "classes.json").read_text()) == [str(i) for i in range(10)]
     start = json.loads((whole / "environment.jsonl").read_text())
@@ -183,7 +185,9 @@ def test_a_value_that_is_not_finite_is_caught_where_it_happens(tmp_path, monkeyp
 
     monkeypatch.setattr(trainer, "_loss", poisoned)
     with pytest.raises(
-        UserError, match=r"step 5: .*not finite in x_embedder.* held back.*step-00000003"
+        UserError,
+        match=r"step 5: mse \S+, vlb \S+, balance \S+; gradient not finite in x_embedder.* "
+        r"held back.*step-00000003",
     ):
         trainer.train()
     assert all(p.isfinite().all() for p in trainer.raw_model.parameters())
@@ -207,16 +211,16 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path, monkeypatch, 
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    save, calls = state.save_file, []
+
+    def full(tensors, path, **options):
+        calls.append(path)
+        save(tensors, path, **options)
+        if len(calls) == 6:  # the second file of the second checkpoint
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(state, "save_file", full)
     trainer = Trainer(tiny(tmp_path / "run"))
-    save, calls = trainer.accelerator.save_state, []
-
-    def full(folder):
-        calls.append(folder)
-        save(folder)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(trainer.accelerator, "save_state", full)
     with pytest.raises(UserError, match=r"No space left.*resume from .*step-00000003"):
         trainer.train()
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
@@ -342,3 +346,44 @@ def test_evaluation_during_training_is_logged(tmp_path):
     record = json.loads((tmp_path / "run" / "evaluations" / "step-00000002.json").read_text())
     assert record["metrics"]["fd_digits"] == entry["fd_digits"]
     assert record["samples"]["count"] == 40
+
+
+def test_trackers_get_what_the_log_gets(tmp_path):
+    Trainer(tiny(tmp_path / "run", num_steps=2, trackers=["tensorboard"])).train()
+    (file,) = (tmp_path / "run" / "moh-dit").glob("events.out.tfevents.*")
+    events = EventAccumulator(str(file.parent)).Reload()
+    (entry,) = read_log(tmp_path / "run" / "log.jsonl")
+    for key in ("loss", "balance", "grad_norm", "images_per_second"):
+        (event,) = events.Scalars(key)
+        assert event.step == 2
+        assert event.value == pytest.approx(entry[key])
+
+
+def test_routed_heads_that_no_token_chooses_are_named(tmp_path, capsys):
+    trainer = Trainer(tiny(tmp_path / "run", num_steps=2))
+    # Scores of layer 1's three routed heads: the last one always loses.
+    attention = trainer.raw_model.routed_layers[1]
+    with torch.no_grad():
+        attention.wg.weight.zero_()
+    trainer.config.optimizer.learning_rate = 0.0
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert "step 2: no token chose layer 1 routed head 2" in printed
+    assert "routed head 0" not in printed
+
+
+def test_a_disk_that_will_be_full_is_announced(whole, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    Trainer(tiny(tmp_path / "run", num_steps=1)).train()
+    assert "warning: 0.0 GiB are free" in capsys.readouterr().err
+
+
+def test_utilisation_is_logged_where_the_peak_is_known(tmp_path):
+    Trainer(tiny(tmp_path / "run", num_steps=1, peak_tflops=0.5)).train()
+    (entry,) = read_log(tmp_path / "run" / "log.jsonl")
+    flops = 3 * flops_per_image(load_pipeline(tmp_path / "run").transformer)
+    assert entry["mfu"] == pytest.approx(entry["images_per_second"] * flops / 0.5e12)
+    assert shown(entry)["MFU"].endswith("%")
+    del entry["mfu"]
+    assert "MFU" not in shown(entry)

@@ -6,8 +6,11 @@ losses is the loss of the whole batch, and the mean of their gradients (which da
 takes anyway) its gradient. Only f is exchanged, a few numbers per layer.
 
 Under gradient accumulation f is the mean over the micro-batches seen so far in the step (global
-batch load balancing, arXiv 2501.11873); it is exact for the last one.
+batch load balancing, arXiv 2501.11873); it is exact for the last one. Where all of them were
+observed in a pass of their own beforehand, it is exact for each.
 """
+
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -33,15 +36,26 @@ class BalanceLoss:
         self.num_active_routed_heads = num_active_routed_heads
         self.published = published
         self._loads: list[Tensor] = []
+        self._observed = False
 
-    def start_step(self) -> None:
-        """Forget the micro-batches of the step before."""
-        self._loads = []
+    def start_step(self, observed: Sequence[tuple[Tensor, ...]] = ()) -> None:
+        """Forget the step before.
+
+        Args:
+            observed: router statistics of all micro-batches of this step, where known beforehand.
+        """
+        self._loads = [self._load(stats) for stats in observed]
+        self._observed = bool(observed)
+
+    def _load(self, router_stats: tuple[Tensor, ...]) -> Tensor:
+        """f of a micro-batch over all processes, layer after layer (ΣE,)."""
+        load = torch.cat([stats[0] for stats in router_stats]).detach()
+        return self.accelerator.reduce(load, "mean")
 
     def __call__(self, router_stats: tuple[Tensor, ...]) -> Tensor:
         """The loss of one micro-batch, 1 at even routing unless published; a scalar."""
-        load = torch.cat([stats[0] for stats in router_stats]).detach()
-        self._loads.append(self.accelerator.reduce(load, "mean"))
+        if not self._observed:
+            self._loads.append(self._load(router_stats))
         if self.published:
             return load_balance_loss(router_stats, self.num_active_routed_heads, published=True)
         sizes = [stats.shape[1] for stats in router_stats]

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from ..errors import UserError
 from ..objectives import FlowObjective, NoiseObjective, Objective
 from ..presets import preset_config
+from .ema import power_gamma, power_name
 
 
 @dataclass
@@ -147,10 +148,16 @@ class TrainConfig:
     """Probability of training an image as the null class, for guidance."""
     balance_loss_weight: float = 0.01
     """Weight of the load-balance loss, which is 1 at even routing."""
-    balance_loss: Literal["global", "published"] = "global"
-    """Load over the batch of all processes on one scale, or per process as published."""
+    balance_loss: Literal["global", "two_pass", "published"] = "global"
+    """Load over the batch of all processes on one scale, or per process as published. two_pass:
+    global, and exact under gradient accumulation, for one more forward pass."""
     ema_decays: list[float] = field(default_factory=lambda: [0.9999])
     """Decays of the averaged weights; the first is sampled from. All warm up with the run."""
+    ema_power_stds: list[float] = field(default_factory=list)
+    """Relative widths of power-function averages to keep snapshots of, e.g. [0.05, 0.1]: from two,
+    an average of any width can be made after the run (docs/training.md). None unless given."""
+    ema_snapshot_every: int = 0
+    """Steps between those snapshots, which are all kept; 0 for checkpoint_every."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Arithmetic of the model; weights, averages and loss stay float32."""
     allow_tf32: bool = True
@@ -172,6 +179,8 @@ class TrainConfig:
     """How many of the newest checkpoints to keep; 0 for all."""
     trackers: list[str] = field(default_factory=list)
     """Trackers of accelerate to log to, e.g. tensorboard or wandb (extra: tracking)."""
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of one GPU, for the model FLOP utilisation; known for A100, H100 and H200."""
 
     def check(self, num_processes: int) -> None:
         """Raise ``UserError`` for values that do not fit together."""
@@ -190,6 +199,10 @@ class TrainConfig:
             raise UserError(f"ema_decays is {self.ema_decays}; give at least one in [0, 1)")
         if len(set(self.ema_decays)) < len(self.ema_decays):
             raise UserError(f"ema_decays {self.ema_decays} lists a decay twice")
+        if len(set(map(power_name, self.ema_power_stds))) < len(self.ema_power_stds):
+            raise UserError(f"ema_power_stds {self.ema_power_stds} lists a width twice")
+        for std in self.ema_power_stds:
+            power_gamma(std)
         if self.optimizer.lr_warmup_steps and self.optimizer.lr_schedule == "constant":
             raise UserError(
                 "optimizer.lr_warmup_steps needs a schedule with warm-up: set "

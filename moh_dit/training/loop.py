@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,17 @@ from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample
 from ..checkpoints import list_checkpoints
 from ..cli import save_config
 from ..data.latents import LatentSet, encode_images
-from ..progress import progress_bar
 from ..errors import UserError
+from ..flops import peak_flops
 from ..pipeline import MoHDiTPipeline
+from ..progress import progress_bar
+from ..transformer import MoHDiTOutput, MoHDiTTransformer2DModel
 from .balance import BalanceLoss
 from .config import TrainConfig
-from .ema import Ema
+from .ema import Ema, PowerEma, WeightAverage
 from .order import DataOrder, Share, StepRandom
 from .preview import Preview
-from .record import RunLog, Window, environment, plot_curves
+from .record import RunLog, Window, environment, plot_curves, shown
 from .setup import (
     Preemption,
     build_model,
@@ -30,11 +32,13 @@ from .setup import (
     make_accelerator,
     open_training_data,
     refuse_existing,
+    trainable,
     weight_decay_groups,
 )
-from .state import check_resumable, restore_checkpoint, save_checkpoint
+from .state import TrainingState, check_resumable, flatten
 from .watch import GradientWatch
 
+LOSS_TERMS = ("mse", "vlb", "balance")
 PREEMPTED = 75  # EX_TEMPFAIL: saved, and may be queued again
 
 
@@ -70,7 +74,7 @@ class Trainer:
             config.evaluation,
             self.accelerator,
             MoHDiTPipeline(
-                self.emas[0].model, self.vae, self.objective.scheduler, self.class_names
+                self.averages[0].model, self.vae, self.objective.scheduler, self.class_names
             ),
             opened,
         )
@@ -84,14 +88,17 @@ class Trainer:
     def _prepare(self) -> None:
         config, accelerator = self.config, self.accelerator
         model = self.raw_model.to(accelerator.device).train()
-        self.emas = [Ema(model, decay) for decay in config.ema_decays]
+        self.averages: list[WeightAverage[MoHDiTTransformer2DModel]] = [
+            *(Ema(model, decay) for decay in config.ema_decays),
+            *(PowerEma(model, std) for std in config.ema_power_stds),
+        ]
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if config.compile:
-            model.compile()
-        parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            # Block by block: layers of one plan share a graph, and FSDP2 works between them.
+            model.compile_repeated_blocks()
         adamw = torch.optim.AdamW(
-            weight_decay_groups(parameters, config.optimizer.weight_decay),
+            weight_decay_groups(trainable(model), config.optimizer.weight_decay),
             lr=config.optimizer.learning_rate,
             betas=config.optimizer.betas,
             fused=True,
@@ -100,7 +107,11 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(model, adamw)
         self.lr_factor = learning_rate_factor(config.optimizer, config.num_steps, adamw)
         self.watch = GradientWatch(
-            parameters, adamw, config.optimizer.max_grad_norm, accelerator.scaler is not None
+            trainable(model),  # anew: FSDP2 has replaced them
+            adamw,
+            config.optimizer.max_grad_norm,
+            LOSS_TERMS,
+            loss_scaled=accelerator.scaler is not None,
         )
         self.balance = BalanceLoss(
             accelerator,
@@ -113,45 +124,54 @@ class Trainer:
             accelerator.num_processes,
             config.gradient_accumulation_steps,
         )
+        for average in self.averages:
+            average.spread(model)
+        self.state = TrainingState(accelerator, model, adamw, self.averages)
         self.start_step = 0
         if checkpoints := list_checkpoints(self.run_dir):
-            self.start_step = restore_checkpoint(accelerator, checkpoints[-1], self.emas)
+            self.start_step = self.state.restore(checkpoints[-1])
 
     def train(self) -> None:
         """Run to ``num_steps``. After SIGTERM: save, then exit with code 75."""
         config, accelerator = self.config, self.accelerator
         preemption = Preemption()
         self._open_run_folder()
-        window = Window(accelerator, self.raw_model, config.batch_size)
+        peak = config.peak_tflops and config.peak_tflops * 1e12
+        if peak is None:
+            peak = peak_flops(config.mixed_precision, config.allow_tf32)
+        window = Window(accelerator, self.raw_model, config.batch_size, peak)
         batches = self._batches()
-        bar = progress_bar(
+        with progress_bar(
             config.num_steps,
             desc="training",
             unit="step",
             initial=self.start_step,
             enabled=accelerator.is_main_process,
-        )
-        for step in range(self.start_step + 1, config.num_steps + 1):
-            window.add(*self._step(step, batches))
-            bar.update()
-            last = step == config.num_steps
-            stop = preemption.is_due(accelerator, step)
-            if step % config.log_every == 0 or last or stop:
-                entry = window.close(step, self.optimizer.param_groups[0]["lr"])
-                self._log(entry)
-                bar.set_postfix(loss=f"{entry['loss']:.4f}")
-            with window.paused():
-                if step % config.checkpoint_every == 0 or last or stop:
-                    self._check_finite()
-                    keep = config.keep_checkpoints
-                    save_checkpoint(accelerator, self.run_dir, step, self.emas, keep)
-                    if accelerator.is_main_process:
-                        plot_curves(self.run_dir / "log.jsonl", self.run_dir / "curves.png")
-                if stop and not last:
-                    break
-                if metrics := self.preview.after(step, last, self.run_dir):
-                    self._log({"step": step, **metrics})
-        bar.close()
+        ) as bar:
+            for step in range(self.start_step + 1, config.num_steps + 1):
+                window.add(*self._step(step, batches))
+                bar.update()
+                last = step == config.num_steps
+                stop = preemption.is_due(accelerator, step)
+                if step % config.log_every == 0 or last or stop:
+                    entry = window.close(step, self.optimizer.param_groups[0]["lr"])
+                    self._log(entry)
+                    bar.set_postfix(shown(entry))
+                with window.paused():
+                    if step % (config.ema_snapshot_every or config.checkpoint_every) == 0 or last:
+                        self._check_finite()
+                        self.state.save_snapshot(self.run_dir, step)
+                    if step % config.checkpoint_every == 0 or last or stop:
+                        self._check_finite()
+                        self.state.save(self.run_dir, step, config.keep_checkpoints)
+                        if accelerator.is_main_process:
+                            plot_curves(self.run_dir / "log.jsonl", self.run_dir / "curves.png")
+                    if stop and not last:
+                        break
+                    if self.preview.is_due(step, last):
+                        self.averages[0].gather()
+                    if metrics := self.preview.after(step, last, self.run_dir):
+                        self._log({"step": step, **metrics})
         accelerator.end_training()
         if stop and not last:
             accelerator.print(f"told to stop: saved at step {step}; continue with --resume true")
@@ -169,9 +189,15 @@ class Trainer:
                 self.vae.save_pretrained(run / "vae")
                 self.objective.scheduler.save_pretrained(run / "scheduler")
             self.run_log = RunLog(run / "log.jsonl", self.start_step)
+            self.state.check_space(run)
         self.accelerator.wait_for_everyone()
         if self.config.trackers:
-            self.accelerator.init_trackers("moh-dit")
+            plain = (bool, int, float, str)
+            settings = {
+                key: value if isinstance(value, plain) else str(value)
+                for key, value in flatten(self.config).items()
+            }
+            self.accelerator.init_trackers("moh-dit", settings)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless micro-batches of posterior moments (b, 2C, h, w) and labels (b,)."""
@@ -206,32 +232,50 @@ class Trainer:
             config.label_dropout,
             accelerator.device,
         )
-        self.balance.start_step()
-        terms = torch.zeros(3, device=accelerator.device)
-        for part in range(num_parts):
-            moments, labels = next(batches)
+        micro_batches = [
+            (*next(batches), random.rows(self.share.rows(part))) for part in range(num_parts)
+        ]
+        self.balance.start_step(self._observe(micro_batches))
+        terms = torch.zeros(len(LOSS_TERMS), device=accelerator.device)
+        for part, micro_batch in enumerate(micro_batches):
             with gradient_exchange(accelerator, self.model, part == num_parts - 1):
-                loss, parts = self._loss(moments, labels, random.rows(self.share.rows(part)))
+                loss, parts = self._loss(*micro_batch)
                 accelerator.backward(loss / num_parts)
             terms += parts.detach() / num_parts
         self._check_finite()  # of the step before, now that this one is queued
         if accelerator.scaler is not None:
             accelerator.unscale_gradients(self.optimizer)
+        terms = cast(Tensor, accelerator.reduce(terms, "mean"))
         grad_norm = self.watch.before_update(step, terms)
         for group in self.optimizer.param_groups:
             group["lr"] = config.optimizer.learning_rate * self.lr_factor(step - 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for ema in self.emas:
-            ema.update(self.raw_model, step)
+        for average in self.averages:
+            average.update(self.raw_model, step)
         return terms, grad_norm, self.balance.load()
 
-    def _loss(self, moments: Tensor, labels: Tensor, random: StepRandom) -> tuple[Tensor, Tensor]:
-        """Loss of one micro-batch, and its terms: noise MSE, VLB, load balance."""
+    @torch.no_grad()
+    def _observe(self, micro_batches: list[tuple[Tensor, Tensor, StepRandom]]) -> list:
+        """Router statistics of the step's micro-batches, in a pass before the one that learns."""
+        if self.config.balance_loss != "two_pass" or len(micro_batches) == 1:
+            return []
+        outputs = [self._predict(*micro_batch)[0] for micro_batch in micro_batches]
+        return [output.router_stats for output in outputs if output.router_stats is not None]
+
+    def _predict(
+        self, moments: Tensor, labels: Tensor, random: StepRandom
+    ) -> tuple[MoHDiTOutput, Tensor]:
+        """The model's output for one micro-batch, and the latents (b, C, h, w) behind it."""
         latents = sample_latents(moments, random.posterior_noise, latent_scaling(self.vae))
         labels = torch.where(random.drop_label, self.raw_model.null_class, labels)
         noisy = self.objective.add_noise(latents, random.noise, random.times)
-        output = self.model(noisy, random.times, labels)
+        with self.accelerator.autocast():
+            return self.model(noisy, random.times, labels), latents
+
+    def _loss(self, moments: Tensor, labels: Tensor, random: StepRandom) -> tuple[Tensor, Tensor]:
+        """Loss of one micro-batch, and its terms: noise MSE, VLB, load balance."""
+        output, latents = self._predict(moments, labels, random)
         mse, vlb = self.objective.loss(output.sample, latents, random.noise, random.times)
         balance = latents.new_zeros(())
         if output.router_stats is not None:

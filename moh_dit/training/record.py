@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..flops import flops_per_image
 from ..transformer import MoHDiTTransformer2DModel
 
 PACKAGES = ("moh-dit", "torch", "diffusers", "accelerate", "safetensors", "numpy", "torch-fidelity")
@@ -120,12 +121,33 @@ def plot_curves(log: Path, output: Path) -> None:
     plt.close(figure)
 
 
+def shown(entry: dict[str, Any]) -> dict[str, str]:
+    """What the progress bar says of a log entry."""
+    words = {"loss": f"{entry['loss']:.4f}", "img/s": f"{entry['images_per_second']:.4g}"}
+    return words | ({"MFU": f"{entry['mfu']:.1%}"} if "mfu" in entry else {})
+
+
 class Window:
-    """Sums over the steps since the last log entry, on the device until the entry is made."""
+    """Sums over the steps since the last log entry, on the device until the entry is made.
+
+    Args:
+        accelerator: averages them over its processes.
+        model: the model that is trained.
+        images_per_step: the global batch size.
+        peak_flops: FLOP/s of one device, for the model FLOP utilisation; ``None`` if unknown.
+    """
 
     def __init__(
-        self, accelerator: Accelerator, model: MoHDiTTransformer2DModel, images_per_step: int
+        self,
+        accelerator: Accelerator,
+        model: MoHDiTTransformer2DModel,
+        images_per_step: int,
+        peak_flops: float | None = None,
     ):
+        self.peak_images_per_second: float | None = None
+        if peak_flops is not None:
+            flops = 3 * flops_per_image(model)  # the backward pass is two forward passes
+            self.peak_images_per_second = peak_flops * accelerator.num_processes / flops
         self.accelerator = accelerator
         self.layers = model.routed_layers
         self.images_per_step = images_per_step
@@ -168,6 +190,8 @@ class Window:
             "learning_rate": learning_rate,
             "images_per_second": self.steps * self.images_per_step / elapsed,
         }
+        if self.peak_images_per_second is not None:
+            entry["mfu"] = entry["images_per_second"] / self.peak_images_per_second
         if self.load is not None:
             sizes = [a.num_heads - (a.num_shared_heads or 0) for a in self.layers.values()]
             parts = (self.load / self.steps).split(sizes)

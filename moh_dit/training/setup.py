@@ -16,6 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..checkpoints import WEIGHTS, apply_weights, read_weights, resolve_checkpoint
 from ..data.images import ImageSet, open_images
@@ -36,7 +37,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision fp16 needs a GPU; use bf16 or no")
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             # Without it, several processes without a GPU would each run alone.
             cpu=not torch.accelerator.is_available(),
             mixed_precision=config.mixed_precision,
@@ -49,6 +50,23 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     except ValueError as error:  # an unknown tracker, or one that is not installed
         raise UserError(f"trackers {config.trackers}: {error}; install moh-dit[tracking]") from None
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        check_fsdp(accelerator)
+    return accelerator
+
+
+def check_fsdp(accelerator: Accelerator) -> None:
+    """Have FSDP2 compute what DDP computes; a ``UserError`` where there is no FSDP2.
+
+    Weights are gathered in float32 and gradients summed in it, and autocast decides about the rest
+    as it does elsewhere. accelerate would cast weights, inputs (the times of a flow among them) and
+    summed gradients to bf16.
+    """
+    if not accelerator.is_fsdp2:
+        raise UserError(
+            "FSDP needs several GPUs and fsdp_version: 2 (configs/accelerate/fsdp2.yaml)"
+        )
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def open_training_data(
@@ -135,6 +153,11 @@ def initialise_from(model: MoHDiTTransformer2DModel, path: Path) -> None:
         print(f"{path}: made for {len(state[table]) - 1} classes; the label table starts afresh")
         state[table] = own[table]
     apply_weights(model, state, path)
+
+
+def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The parameters that are trained, by name."""
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
 
 def weight_decay_groups(

@@ -1,13 +1,21 @@
 """Saving and restoring everything a run needs to go on exactly where it stopped."""
 
 import dataclasses
+import json
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
 
 from ..checkpoints import (
     WEIGHTS,
@@ -15,25 +23,27 @@ from ..checkpoints import (
     checkpoint_step,
     list_checkpoints,
     load_weights,
+    read_weights,
 )
 from ..cli import load_config
 from ..errors import UserError
 from ..transformer import MoHDiTTransformer2DModel
 from .config import TrainConfig
-from .ema import Ema
+from .ema import PowerEma, WeightAverage
+from .sharding import gather_state, restore_state
 
 # What may change when a run is resumed; everything else defines what is being computed.
 FREE_ON_RESUME = (
     "run_dir", "resume", "num_steps", "log_every", "checkpoint_every", "keep_checkpoints",
     "trackers", "compile", "gradient_checkpointing", "gradient_accumulation_steps", "evaluation",
-    "on_nonfinite", "deterministic", "allow_tf32",
+    "on_nonfinite", "deterministic", "allow_tf32", "peak_tflops", "ema_snapshot_every",
 )  # fmt: skip
 
 
 def check_resumable(config: TrainConfig, run: Path) -> None:
     """Raise ``UserError`` naming the keys in which ``config`` differs from the run's own."""
     path = run / "config.yaml"
-    before, now = _flatten(load_config(TrainConfig, path)), _flatten(config)
+    before, now = flatten(load_config(TrainConfig, path)), flatten(config)
     changed = [
         f"{key} is {now[key]}, was {before[key]}"
         for key in now
@@ -46,74 +56,137 @@ def check_resumable(config: TrainConfig, run: Path) -> None:
         )
 
 
-def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A configuration by dotted keys."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            flat |= _flatten(value, f"{prefix}{field.name}.")
+            flat |= flatten(value, f"{prefix}{field.name}.")
         else:
             flat[prefix + field.name] = list(value) if isinstance(value, tuple) else value
     return flat
 
 
-def ema_folder(index: int, ema: Ema) -> str:
+WeightAverages = list[WeightAverage[MoHDiTTransformer2DModel]]
+
+
+def average_folder(index: int, average: WeightAverage) -> str:
     """Where a checkpoint keeps an average: the first is the one to sample with."""
-    return "transformer" if index == 0 else f"ema-{ema.decay:g}"
+    return "transformer" if index == 0 else average.name
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    run: Path,
-    step: int,
-    emas: list[Ema[MoHDiTTransformer2DModel]],
-    keep: int,
-) -> Path:
-    """Write a checkpoint aside, rename it when whole, then drop the oldest beyond ``keep``.
+@dataclass
+class TrainingState:
+    """What changes from step to step. There is no RNG state: see ``order``."""
 
-    Raises:
-        UserError: the disk is full or cannot be written to; earlier checkpoints stay.
-    """
-    final = run / "checkpoints" / checkpoint_name(step)
-    if final.exists():  # resumed exactly here
+    accelerator: Accelerator
+    model: MoHDiTTransformer2DModel
+    optimizer: torch.optim.Optimizer
+    averages: WeightAverages
+
+    def save(self, run: Path, step: int, keep: int) -> Path:
+        """Write a checkpoint aside, rename it when whole, then drop the oldest beyond ``keep``.
+
+        Raises:
+            UserError: the disk is full or cannot be written to; earlier checkpoints stay.
+        """
+        final = run / "checkpoints" / checkpoint_name(step)
+        weights, moments = gather_state(list(self.model.named_parameters()), self.optimizer)
+        for average in self.averages:
+            average.gather()
+        # Asked of the main process alone: to the others it may have come to exist just now.
+        if self.accelerator.is_main_process and not final.exists():
+            with _written_aside(final, run) as aside:
+                self._write_state(aside / "state", weights, moments)
+                for index, average in enumerate(self.averages):
+                    _write_average(average, aside / average_folder(index, average))
+            for old in list_checkpoints(run)[:-keep] if keep else []:
+                # Renamed first: a folder called step-* is whole, whenever this is killed.
+                shutil.rmtree(old.rename(old.with_name(f".deleting-{old.name}")))
+            self.check_space(run)
+        self.accelerator.wait_for_everyone()
         return final
+
+    def check_space(self, run: Path) -> None:
+        """Say so while there is time, if the next checkpoint will not fit on the disk."""
+        weights = sum(parameter.numel() * 4 for parameter in self.model.parameters())
+        needed = weights * (3 + len(self.averages))  # AdamW's two moments
+        free = shutil.disk_usage(run).free
+        if free < needed:
+            tqdm.write(
+                f"warning: {free / 2**30:.1f} GiB are free where {run} is; the next checkpoint "
+                f"takes {needed / 2**30:.1f} GiB",
+                file=sys.stderr,
+            )
+
+    def save_snapshot(self, run: Path, step: int) -> None:
+        """Keep the power-function averages of this step for good; see ``posthoc_ema``.
+
+        Raises:
+            UserError: as in :meth:`save`.
+        """
+        averages = [average for average in self.averages if isinstance(average, PowerEma)]
+        for average in averages:
+            average.gather()
+        final = run / "snapshots" / checkpoint_name(step)
+        if averages and self.accelerator.is_main_process and not final.exists():
+            with _written_aside(final, run) as aside:
+                for average in averages:
+                    _write_average(average, aside / average.name)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, checkpoint: Path) -> int:
+        """Load weights, optimizer and averages; returns the number of steps behind them.
+
+        Raises:
+            UserError: something is missing there or does not fit.
+        """
+        folder = checkpoint / "state"
+        for index, average in enumerate(self.averages):
+            file = checkpoint / average_folder(index, average) / WEIGHTS
+            if not file.is_file():
+                raise UserError(f"{checkpoint} has no average {average.name}")
+            load_weights(average.model, file)
+            average.spread(self.model)
+        weights = read_weights(folder / "model.safetensors")
+        moments = read_weights(folder / "optimizer.safetensors")
+        restore_state(list(self.model.named_parameters()), self.optimizer, weights, moments)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(
+                json.loads((folder / "scaler.json").read_text())
+            )
+        return checkpoint_step(checkpoint)
+
+    def _write_state(
+        self, folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]
+    ) -> None:
+        folder.mkdir()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(moments, folder / "optimizer.safetensors")
+        if self.accelerator.scaler is not None:
+            (folder / "scaler.json").write_text(json.dumps(self.accelerator.scaler.state_dict()))
+
+
+def _write_average(average: WeightAverage[MoHDiTTransformer2DModel], folder: Path) -> None:
+    average.model.save_config(folder)
+    save_file(average.model.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@contextmanager
+def _written_aside(final: Path, run: Path) -> Iterator[Path]:
+    """A folder to write into, renamed to ``final`` when whole; what a kill left goes first."""
+    for leftover in final.parent.glob(".*-step-*"):
+        shutil.rmtree(leftover)
     aside = final.with_name(f".writing-{final.name}")
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
     try:
-        accelerator.save_state(str(aside / "state"))
-        if accelerator.is_main_process:
-            for index, ema in enumerate(emas):
-                folder = aside / ema_folder(index, ema)
-                ema.model.save_config(folder)
-                save_file(ema.model.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        aside.mkdir(parents=True)
+        yield aside
+        aside.rename(final)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         last = list_checkpoints(run)
         raise UserError(
-            f"checkpoint {final} could not be written ({error}); free space, then resume from "
+            f"{final} could not be written ({error}); free space, then resume from "
             f"{last[-1] if last else 'the start'}"
         ) from None
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        aside.rename(final)
-        for old in list_checkpoints(run)[: -keep or None] if keep else []:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return final
-
-
-def restore_checkpoint(
-    accelerator: Accelerator, checkpoint: Path, emas: list[Ema[MoHDiTTransformer2DModel]]
-) -> int:
-    """Load weights, optimizer and averages; returns the number of steps behind them."""
-    for index, ema in enumerate(emas):
-        file = checkpoint / ema_folder(index, ema) / WEIGHTS
-        if not file.is_file():
-            raise UserError(f"{checkpoint} has no average of decay {ema.decay:g}")
-        load_weights(ema.model, file)
-    with torch.no_grad():
-        accelerator.load_state(str(checkpoint / "state"))
-    return checkpoint_step(checkpoint)

@@ -5,6 +5,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .sharding import local, sum_over_shards
+
 
 class GradientWatch:
     """Holds back the update of a step whose loss or gradient is not finite.
@@ -13,9 +15,10 @@ class GradientWatch:
     ``found_inf`` is 1. The verdict reaches the host one step later, when it is there anyway.
 
     Args:
-        named_parameters: the trainable parameters, by name.
+        named_parameters: the trainable parameters, by name, as the optimizer holds them.
         optimizer: a fused ``torch.optim.AdamW``.
         max_grad_norm: clip the global norm to this; ``None`` for no clipping.
+        term_names: what the loss terms are called, for the message.
         loss_scaled: fp16 with a gradient scaler, for which an overflow now and then is ordinary
             and which holds back such updates itself; only the loss is watched then.
     """
@@ -25,12 +28,14 @@ class GradientWatch:
         named_parameters: list[tuple[str, Tensor]],
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float | None,
+        term_names: tuple[str, ...],
         loss_scaled: bool = False,
     ):
         self.names = [name for name, _ in named_parameters]
         self.parameters = [parameter for _, parameter in named_parameters]
         self.optimizer: Any = optimizer
         self.max_grad_norm = max_grad_norm
+        self.term_names = term_names
         self.loss_scaled = loss_scaled
         cuda = self.parameters[0].is_cuda
         self._flag = torch.zeros((), dtype=torch.bool, pin_memory=cuda)
@@ -43,10 +48,12 @@ class GradientWatch:
 
         Args:
             step: number of the step, for the message.
-            terms: the step's loss terms, a vector.
+            terms: the step's loss terms, a vector; the same on every process, as the decision
+                has to be.
         """
-        gradients = [cast(Tensor, parameter.grad) for parameter in self.parameters]
+        gradients = [local(cast(Tensor, parameter.grad)) for parameter in self.parameters]
         norms = torch.stack(torch._foreach_norm(gradients))
+        norms = sum_over_shards(norms.square(), self.parameters[0]).sqrt()
         norm = torch.linalg.vector_norm(norms)
         if self.max_grad_norm is not None:
             torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -77,5 +84,6 @@ class GradientWatch:
         finite = norms.isfinite().tolist()
         layers = [name for name, good in zip(self.names, finite, strict=True) if not good]
         shown = ", ".join(layers[:4]) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
-        values = ", ".join(f"{value:.4g}" for value in terms.tolist())
-        return f"step {step}: loss terms {values}; gradient not finite in {shown or 'no layer'}"
+        named = zip(self.term_names, terms.tolist(), strict=True)
+        values = ", ".join(f"{name} {value:.4g}" for name, value in named)
+        return f"step {step}: {values}; gradient not finite in {shown or 'no layer'}"

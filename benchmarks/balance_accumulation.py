@@ -1,0 +1,83 @@
+"""How far the balance loss under gradient accumulation is from that of the whole batch.
+
+    python benchmarks/balance_accumulation.py [--run runs/digits] [--micro_batches 2 4 8]
+
+For batches of the digits, the gradient of the balance loss alone: micro-batch by micro-batch as
+training takes it (f over the micro-batches so far), and per micro-batch as published, each against
+the whole batch at once. Prints ‖g - g_exact‖ / ‖g_exact‖ over all weights, mean over the batches.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from moh_dit.attention import load_balance_loss
+from moh_dit.autoencoder import latent_scaling, load_autoencoder, sample_latents
+from moh_dit.checkpoints import load_transformer, resolve_checkpoint
+from moh_dit.cli import find_config, load_config
+from moh_dit.data.images import open_images
+from moh_dit.data.latents import encode_images
+from moh_dit.objectives import NoiseObjective
+from moh_dit.training.balance import BalanceLoss
+from moh_dit.training.config import TrainConfig
+from moh_dit.training.setup import build_model
+
+
+def gradient(model, inputs, loss_of, parts):
+    """Gradient of the balance loss over all weights, flat, taken in ``parts`` micro-batches."""
+    model.zero_grad()
+    for rows in zip(*(x.chunk(parts) for x in inputs), strict=True):
+        (loss_of(model(*rows).router_stats) / parts).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", help="a run of configs/digits.yaml; its initial weights if none")
+    parser.add_argument("--micro_batches", nargs="+", type=int, default=[2, 4, 8])
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=10)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    accelerator, objective = Accelerator(cpu=True), NoiseObjective()
+    vae = load_autoencoder("digits")
+    latents = encode_images(open_images("digits", 32), vae, progress=False)
+    if args.run:
+        model = load_transformer(resolve_checkpoint(Path(args.run))[1], "raw")
+    else:
+        config = load_config(TrainConfig, find_config("digits"))
+        model = build_model(config, objective, (4, 8, 8), 10)
+    model.train()
+    active = [layer.num_active_routed_heads for layer in model.routed_layers.values()]
+
+    distances = {(kind, m): [] for m in args.micro_batches for kind in ("so far", "published")}
+    for _ in range(args.batches):
+        rows = torch.randint(len(latents), (args.batch_size,)).tolist()
+        moments, labels = latents.__getitems__([(i, False) for i in rows])
+        clean = sample_latents(moments, torch.randn(args.batch_size, 4, 8, 8), latent_scaling(vae))
+        times = torch.randint(1000, (args.batch_size,))
+        noisy = objective.add_noise(clean, torch.randn_like(clean), times)
+        inputs = noisy, times, labels
+
+        def exact(stats):
+            return load_balance_loss(stats, active)
+
+        whole = gradient(model, inputs, exact, 1)
+        for parts in args.micro_batches:
+            so_far = BalanceLoss(accelerator, active)
+            so_far.start_step()
+            for kind, loss_of in (("so far", so_far), ("published", exact)):
+                distance = (gradient(model, inputs, loss_of, parts) - whole).norm() / whole.norm()
+                distances[kind, parts].append(distance.item())
+    print(f"{'micro-batches':>14}  {'f so far':>9}  {'f of each alone':>15}")
+    for parts in args.micro_batches:
+        means = [
+            sum(d) / len(d) for d in (distances["so far", parts], distances["published", parts])
+        ]
+        print(f"{parts:14}  {means[0]:9.3f}  {means[1]:15.3f}")
+
+
+if __name__ == "__main__":
+    main()
