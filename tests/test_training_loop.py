@@ -108,6 +108,7 @@ def test_run_folder_explains_itself(whole):
     assert [entry["step"] for entry in entries] == [2, 4, 6, 8, 10, 12]
     for entry in entries:
         assert entry["loss"] == pytest.approx(entry["mse"] + entry["vlb"])
+        assert 0 < entry["data_wait"] < 1
         assert "mfu" not in entry  # nobody knows the peak of a CPU
         assert sum(entry["head_load"]["1"]) == pytest.approx(2, abs=1e-4)  # Σf = k
     assert json.loads((whole / "classes.json").read_text()) == [str(i) for i in range(10)]
@@ -191,6 +192,14 @@ def test_a_value_that_is_not_finite_is_caught_where_it_happens(tmp_path, monkeyp
     ):
         trainer.train()
     assert all(p.isfinite().all() for p in trainer.raw_model.parameters())
+
+
+def test_the_module_where_it_begins_is_named(tmp_path):
+    trainer = Trainer(tiny(tmp_path / "run"))
+    with torch.no_grad():
+        trainer.raw_model.blocks[1].mlp.fc1.weight[0, 0] = float("inf")
+    with pytest.raises(UserError, match=r"step 1: .* first in blocks\.1\.mlp\.fc1\. "):
+        trainer.train()
 
 
 def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path, monkeypatch, capsys):

@@ -36,7 +36,7 @@ from .setup import (
     weight_decay_groups,
 )
 from .state import TrainingState, check_resumable, flatten
-from .watch import GradientWatch
+from .watch import GradientWatch, first_not_finite
 
 LOSS_TERMS = ("mse", "vlb", "balance")
 PREEMPTED = 75  # EX_TEMPFAIL: saved, and may be queued again
@@ -139,7 +139,7 @@ class Trainer:
         peak = config.peak_tflops and config.peak_tflops * 1e12
         if peak is None:
             peak = peak_flops(config.mixed_precision, config.allow_tf32)
-        window = Window(accelerator, self.raw_model, config.batch_size, peak)
+        self.window = window = Window(accelerator, self.raw_model, config.batch_size, peak)
         batches = self._batches()
         with progress_bar(
             config.num_steps,
@@ -232,8 +232,10 @@ class Trainer:
             config.label_dropout,
             accelerator.device,
         )
+        with self.window.waiting():
+            data = [next(batches) for _ in range(num_parts)]
         micro_batches = [
-            (*next(batches), random.rows(self.share.rows(part))) for part in range(num_parts)
+            (*batch, random.rows(self.share.rows(part))) for part, batch in enumerate(data)
         ]
         self.balance.start_step(self._observe(micro_batches))
         terms = torch.zeros(len(LOSS_TERMS), device=accelerator.device)
@@ -247,6 +249,7 @@ class Trainer:
             accelerator.unscale_gradients(self.optimizer)
         terms = cast(Tensor, accelerator.reduce(terms, "mean"))
         grad_norm = self.watch.before_update(step, terms)
+        self._seen = micro_batches
         for group in self.optimizer.param_groups:
             group["lr"] = config.optimizer.learning_rate * self.lr_factor(step - 1)
         self.optimizer.step()
@@ -286,6 +289,9 @@ class Trainer:
     def _check_finite(self) -> None:
         if (verdict := self.watch.verdict()) is None:
             return
+        # The update was held back: the weights are still those that the batch met.
+        origin = first_not_finite(self.raw_model, lambda: [self._predict(*m) for m in self._seen])
+        verdict += f"; in the forward pass first in {origin or 'no module of this process'}"
         if self.config.on_nonfinite == "skip":
             self.accelerator.print(f"skipped {verdict}")
             return

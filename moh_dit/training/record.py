@@ -157,6 +157,7 @@ class Window:
         self.steps = 0
         self.sums: Tensor | None = None
         self.load: Tensor | None = None
+        self.waited = 0.0
         self.since = time.perf_counter()
 
     def add(self, terms: Tensor, grad_norm: Tensor, load: Tensor | None) -> None:
@@ -174,6 +175,13 @@ class Window:
         yield
         self.since += time.perf_counter() - start
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count as waiting for data; the GPU may well be busy with the step before."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
     def close(self, step: int, learning_rate: float) -> dict[str, Any]:
         """The log entry of the steps so far, averaged over them and over the processes."""
         sums = cast(Tensor, self.accelerator.reduce(cast(Tensor, self.sums), "mean"))
@@ -189,6 +197,7 @@ class Window:
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "images_per_second": self.steps * self.images_per_step / elapsed,
+            "data_wait": self.waited / elapsed,
         }
         if self.peak_images_per_second is not None:
             entry["mfu"] = entry["images_per_second"] / self.peak_images_per_second

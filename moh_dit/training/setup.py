@@ -43,10 +43,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=config.trackers or None,
             project_dir=config.run_dir,
-            # Views save a copy of all gradients; there are no buffers to broadcast.
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-            ],
+            # Views save a copy of all gradients.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     except ValueError as error:  # an unknown tracker, or one that is not installed
         raise UserError(f"trackers {config.trackers}: {error}; install moh-dit[tracking]") from None
@@ -67,6 +65,8 @@ def check_fsdp(accelerator: Accelerator) -> None:
             "FSDP needs several GPUs and fsdp_version: 2 (configs/accelerate/fsdp2.yaml)"
         )
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    # The model's output is a view, which is safe as long as nobody writes into it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
 
 
 def open_training_data(

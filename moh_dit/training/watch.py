@@ -1,9 +1,11 @@
 """Clip the gradient and catch what is not finite, without making the GPU wait."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .sharding import local, sum_over_shards
 
@@ -87,3 +89,26 @@ class GradientWatch:
         named = zip(self.term_names, terms.tolist(), strict=True)
         values = ", ".join(f"{name} {value:.4g}" for name, value in named)
         return f"step {step}: {values}; gradient not finite in {shown or 'no layer'}"
+
+
+@torch.no_grad()
+def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str | None:
+    """Name of the first module in a forward pass whose output is not finite, if any."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            if not found and not all(tensor.isfinite().all() for tensor in tensors):
+                found.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules() if name]
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiled code would not see the hooks
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
