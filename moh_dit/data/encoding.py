@@ -135,7 +135,7 @@ def _prepare(config: Encoding, vae: AutoencoderKL) -> tuple[ImageSet, dict[str, 
     if (folder / INDEX_FILE).exists():
         raise UserError(f"latents {folder} are already complete: give a new name")
     if folder.exists() and not config.resume:
-        raise UserError(f"output folder {folder} exists: give a new name, or --resume true")
+        raise UserError(f"output folder {folder} exists: give a new name, or --resume")
     shape = latent_shape(vae, config.image_size)
     images = open_images(config.data, config.image_size, skip_unreadable=config.skip_unreadable)
     moments_shape = (2 * shape[0], *shape[1:])
@@ -294,5 +294,5 @@ def _write_aside(path: Path, data: bytes | memoryview) -> None:
         aside.unlink(missing_ok=True)
         raise UserError(
             f"{path} cannot be written ({error.strerror}); what is finished stays: mend that and "
-            "give the command again with --resume true"
+            "give the command again with --resume"
         ) from None

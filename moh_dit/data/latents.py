@@ -237,7 +237,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         if (folder / PLAN_FILE).is_file():
             raise UserError(
                 f"latents {folder} are not finished: give the command that makes them again, "
-                "with --resume true"
+                "with --resume"
             )
         raise UserError(f"folder {folder} holds no latents: it has no {INDEX_FILE}")
     try:

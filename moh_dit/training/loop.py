@@ -174,7 +174,7 @@ class Trainer:
                         self._log({"step": step, **metrics})
         accelerator.end_training()
         if stop and not last:
-            accelerator.print(f"told to stop: saved at step {step}; continue with --resume true")
+            accelerator.print(f"told to stop: saved at step {step}; continue with --resume")
             raise SystemExit(PREEMPTED)
 
     def _open_run_folder(self) -> None:

@@ -223,6 +223,5 @@ def refuse_existing(run_dir: Path, resume: bool) -> None:
         raise UserError(f"run folder {run_dir} is a file")
     if run_dir.exists() and any(run_dir.iterdir()) and not resume:
         raise UserError(
-            f"run folder {run_dir} exists; add --resume true to continue it, or choose another "
-            "--run_dir"
+            f"run folder {run_dir} exists; add --resume to continue it, or choose another --run_dir"
         )
