@@ -137,7 +137,7 @@ def _resolve_config_names(arguments: Sequence[str]) -> list[str]:
 
 
 def _complete_flags(arguments: Sequence[str], config_class: type) -> list[str]:
-    """``--resume`` alone means ``--resume``."""
+    """``--resume`` alone means ``--resume=true``."""
     flags = {f"--{key}" for key, kind in _dotted_fields(config_class).items() if kind is bool}
     following = [*arguments, "--"][1:]
     return [
