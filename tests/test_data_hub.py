@@ -1,5 +1,6 @@
 """Hugging Face data sets as image sources (the ``datasets`` library comes with the dev extra)."""
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,7 +22,6 @@ def pictures(number):
 
 @pytest.fixture
 def saved(tmp_path):
-    datasets = pytest.importorskip("datasets")
     features = datasets.Features(
         {
             "id": datasets.Value("int64"),
@@ -56,7 +56,6 @@ def test_splits(saved):
 
 
 def test_image_folder_read_by_datasets(tmp_path):
-    pytest.importorskip("datasets")
     for i, picture in enumerate(pictures(4)):
         path = tmp_path / "data" / "train" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
