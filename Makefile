@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-# Ten minutes on two CPU cores. Run again, it goes on where it stopped.
+# Eight minutes on two CPU cores. Run again, it goes on where it stopped.
 demo: install $(RUN)/grid.png $(RUN)/digits.npz $(RUN)/samples.npz
 	@echo
 	$(BIN)/fid-eval $(RUN)/digits.npz $(RUN)/samples.npz --extractor digits --output $(RUN)/metrics.json
