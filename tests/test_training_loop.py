@@ -1,5 +1,6 @@
 """Whole runs: resume after a kill, other numbers of processes, watchfulness, bad input."""
 
+import importlib.metadata
 import json
 import os
 import random
@@ -113,7 +114,7 @@ def test_run_folder_explains_itself(whole):
         assert sum(entry["head_load"]["1"]) == pytest.approx(2, abs=1e-4)  # Σf = k
     assert json.loads((whole / "classes.json").read_text()) == [str(i) for i in range(10)]
     start = json.loads((whole / "environment.jsonl").read_text())
-    assert start["packages"]["torch"] == torch.__version__.split("+")[0] or start["packages"]
+    assert start["packages"]["torch"] == importlib.metadata.version("torch")
     assert (whole / "curves.png").stat().st_size > 5000
     pipeline = load_pipeline(whole)
     pipeline.set_progress_bar_config(disable=True)
@@ -146,6 +147,13 @@ def test_killed_at_a_random_moment_and_resumed_is_identical(whole, tmp_path):
     assert_identical(whole, tmp_path / "run")
     steps = [entry["step"] for entry in read_log(log)]
     assert steps == sorted(set(steps))
+
+
+def test_a_finished_run_is_left_as_it_is(whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    Trainer(tiny(whole, resume=True)).train()
+    assert "is done: step 12" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
 def test_sigterm_saves_and_asks_to_be_requeued(whole, tmp_path):

@@ -134,6 +134,9 @@ class Trainer:
     def train(self) -> None:
         """Run to ``num_steps``. After SIGTERM: save, then exit with code 75."""
         config, accelerator = self.config, self.accelerator
+        if self.start_step >= config.num_steps:
+            accelerator.print(f"{self.run_dir} is done: step {self.start_step}; raise num_steps")
+            return
         preemption = Preemption()
         self._open_run_folder()
         peak = config.peak_tflops and config.peak_tflops * 1e12
