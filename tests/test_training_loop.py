@@ -224,6 +224,7 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path, monkeypatch, 
     trainer.train()
     assert not torch.equal(weights[1], weights[2])
     assert torch.equal(weights[2], weights[3])
+    assert all(np.isfinite(entry["loss"]) for entry in read_log(tmp_path / "run" / "log.jsonl"))
     assert "skipped step 3" in capsys.readouterr().out
 
 
@@ -307,6 +308,8 @@ def bad_inputs(tmp_path):
         ("--run_dir={whole} --resume=true --seed=1", ["seed is 1, was 0"]),
         ("--run_dir={whole} --resume=true --model.hidden_size=64", ["model.hidden_size"]),
         ("--data.autoencoder={}/empty", ["empty", "config.json"]),
+        ("--evaluation.num_inference_steps=2000", ["num_inference_steps", "2000"]),
+        ("--evaluation.fid_every=3 --evaluation.num_samples=1", ["num_samples is 1", "at least 4"]),
         ("--batch_size=9 --gradient_accumulation_steps=2", ["batch_size 9"]),
         ("--optimizer.learning_rat=1", ["optimizer.learning_rate?"]),
         ("--trackers=[nothing]", ["nothing"]),

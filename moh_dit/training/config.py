@@ -193,6 +193,11 @@ class TrainConfig:
         for name in ("num_steps", "log_every", "checkpoint_every", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.evaluation.fid_every and self.evaluation.num_samples < 4:
+            raise UserError(
+                f"evaluation.num_samples is {self.evaluation.num_samples}; precision and recall "
+                "need at least 4, FID some thousands"
+            )
         if not 0 <= self.label_dropout < 1:
             raise UserError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1)")
         if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):

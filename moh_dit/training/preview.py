@@ -15,7 +15,7 @@ from ..data.latents import LatentSet, index_batches
 from ..errors import UserError
 from ..pipeline import MoHDiTPipeline
 from ..sampling.config import SamplingSettings
-from ..sampling.engine import generate
+from ..sampling.engine import generate, use_settings
 from ..sampling.exact import set_labels
 from ..sampling.grids import sample_grid
 from .config import EvaluationConfig
@@ -50,6 +50,7 @@ class Preview:
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale
         )
         self.pipeline = pipeline
+        use_settings(pipeline, self.settings, None)  # so that mistakes are found before training
         self.evaluator: Evaluator | None = None
         if config.fid_every:
             if config.reference is None and isinstance(data, LatentSet):
@@ -108,7 +109,10 @@ class Preview:
                 yield images, own[positions]
 
         assert self.evaluator is not None
-        return self.evaluator(Share(batches()))
+        try:
+            return self.evaluator(Share(batches()))
+        except EvaluationError as error:
+            raise UserError(f"evaluation: {error}") from None
 
 
 def _labelled_batches(images: ImageSet) -> Iterator[tuple[np.ndarray, np.ndarray]]:

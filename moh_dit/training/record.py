@@ -161,8 +161,13 @@ class Window:
         self.since = time.perf_counter()
 
     def add(self, terms: Tensor, grad_norm: Tensor, load: Tensor | None) -> None:
-        """Add a step: its loss terms (3,), gradient norm and load f of all routed heads."""
+        """Add a step: its loss terms (3,), gradient norm and load f of all routed heads.
+
+        Steps whose values are not finite were held back and stay out of the averages.
+        """
         values = torch.cat([terms, grad_norm.view(1)])
+        finite = values.isfinite().all()
+        values = torch.cat([values, values.new_ones(1)]).where(finite, 0)  # the last one counts
         self.sums = values if self.sums is None else self.sums + values
         if load is not None:
             self.load = load if self.load is None else self.load + load
@@ -185,7 +190,7 @@ class Window:
     def close(self, step: int, learning_rate: float) -> dict[str, Any]:
         """The log entry of the steps so far, averaged over them and over the processes."""
         sums = cast(Tensor, self.accelerator.reduce(cast(Tensor, self.sums), "mean"))
-        mse, vlb, balance, grad_norm = (sums / self.steps).tolist()
+        mse, vlb, balance, grad_norm = (sums[:-1] / sums[-1]).tolist()
         elapsed = time.perf_counter() - self.since  # after the synchronisation above
         entry: dict[str, Any] = {
             "step": step,
