@@ -168,8 +168,10 @@ def place(
     pipeline.to(device)
     if config.compile:
         # One batch size guided, one not: shapes as constants, two programs.
-        mode = "reduce-overhead" if config.cuda_graphs else "default"
-        pipeline.transformer.compile(mode=mode, dynamic=False)
+        if config.cuda_graphs:
+            pipeline.transformer.compile(mode="reduce-overhead", dynamic=False)
+        else:  # block by block: as fast, and ready in a quarter of the time
+            pipeline.transformer.compile_repeated_blocks(dynamic=False)
     return pipeline
 
 
