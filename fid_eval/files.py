@@ -9,7 +9,7 @@ import tarfile
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -162,9 +162,9 @@ def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
 def _open_folder(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
     files = sorted(
         (Path(folder) / file)
-        for folder, _, names in os.walk(path, followlinks=True)
+        for folder, names in _walk(path)
         for file in names
-        if Path(file).suffix.lower() in EXTENSIONS
+        if _is_image(Path(folder, file).relative_to(path).as_posix())
     )
     names = [file.relative_to(path).as_posix() for file in files]
     listing = path / "dataset.json"
@@ -179,6 +179,17 @@ def _open_folder(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
         _labels(names, listed, name),
     )
     return ImageSet(name, "folder", reader)
+
+
+def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder under ``path`` and its files; links are followed, but not in circles."""
+    for folder, inner, names in os.walk(path, followlinks=True):
+        for child in [Path(folder, name) for name in inner]:
+            if child.is_symlink():
+                target = child.resolve()
+                if any(parent.resolve() == target for parent in child.absolute().parents):
+                    inner.remove(child.name)
+        yield folder, names
 
 
 def _open_zip(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
@@ -213,7 +224,7 @@ def _open_zip(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
 
 def _is_image(name: str) -> bool:
     path = PurePosixPath(name)
-    hidden = path.name.startswith(".") or "__MACOSX" in path.parts
+    hidden = "__MACOSX" in path.parts or any(part.startswith(".") for part in path.parts)
     return path.suffix.lower() in EXTENSIONS and not hidden
 
 

@@ -331,3 +331,13 @@ def test_hugging_face_datasets_are_an_optional_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(EvaluationError, match="pip install datasets"):
         open_set("hf://mnist?split=test")
+
+
+def test_hidden_files_and_circles_of_links_are_passed_over(images, tmp_path):
+    folder = tmp_path / "set"
+    for name in ("a/0.png", "b/1.png", "b/._1.png", "b/.ipynb_checkpoints/1.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[0]).save(folder / name)
+    (folder / "b" / "circle").symlink_to(folder)
+    opened = open_set(str(folder))
+    assert opened.images.names == ["a/0.png", "b/1.png"]

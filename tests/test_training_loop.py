@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_dit
 from moh_dit.checkpoints import list_checkpoints, load_pipeline
 from moh_dit.data.encoding import Encoding, encode_data
+from moh_dit.data.latents import open_latents
 from moh_dit.errors import UserError
 from moh_dit.flops import flops_per_image
 from moh_dit.training import state
@@ -174,13 +175,40 @@ def test_sigterm_saves_and_asks_to_be_requeued(whole, tmp_path):
 def test_two_processes_compute_the_same_run_and_one_can_finish_it(whole, tmp_path):
     first = run(tmp_path / "run", "--num_steps=6", processes=2)
     assert first.returncode == 0, first.stderr
+    # Both encoded their share, once; one process goes on from there.
+    store = tmp_path / "run" / "latents"
+    made = {path.name: path.stat().st_mtime_ns for path in store.iterdir()}
+    assert len(open_latents(store)) == 1797
+    assert sorted(made) == ["index.json", "labels.npy", "moments-00000-of-00001.npy"]
     second = run(tmp_path / "run", "--resume=true")
     assert second.returncode == 0, second.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in store.iterdir()} == made
     a, b = (read_log(d / "log.jsonl") for d in (whole, tmp_path / "run"))
     for key in ("mse", "vlb", "balance", "grad_norm"):
         # Sums are rounded in another order, and AdamW at 1e-2 lets that grow from step to step.
         assert [entry[key] for entry in b] == pytest.approx([entry[key] for entry in a], rel=1e-2)
         assert b[0][key] == pytest.approx(a[0][key], rel=1e-5)
+
+
+def test_latents_of_other_images_are_not_trained_on(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    encode_data(Encoding(output=str(tmp_path / "run" / "latents"), flip=False))
+    index = tmp_path / "run" / "latents" / "index.json"
+    Trainer(tiny(tmp_path / "run", resume=True))
+    index.write_text(index.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    with pytest.raises(UserError, match=r"digits has changed since .*latents was made"):
+        Trainer(tiny(tmp_path / "run", resume=True))
+
+
+def test_what_a_kill_left_half_written_or_half_deleted_goes_at_the_next_start(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-00000006").rename(checkpoints / ".deleting-step-00000006")
+    (checkpoints / ".writing-step-00000015" / "state").mkdir(parents=True)
+    Trainer(tiny(tmp_path / "run", resume=True, num_steps=13, checkpoint_every=100)).train()
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "step-00000009", "step-00000012", "step-00000013"
+    ]  # fmt: skip
 
 
 def test_a_value_that_is_not_finite_is_caught_where_it_happens(tmp_path, monkeypatch):

@@ -48,7 +48,8 @@ class ModelConfig:
 class DataConfig:
     source: str = "digits"
     """"digits" (embedded), a folder with one sub-folder of images per class, tar shards, or
-    hf:NAME (docs/data.md). Encoded into memory at the start."""
+    hf:NAME (docs/data.md). Encoded at the start: by one process into memory, by several into the
+    run folder."""
     latents: str | None = None
     """Folder written by moh-dit-encode, in place of source: for sets that outgrow memory."""
     num_workers: int = 2

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample_latents
 from ..checkpoints import list_checkpoints
 from ..cli import save_config
-from ..data.latents import LatentSet, encode_images
+from ..data.latents import LatentSet, LatentStore
 from ..errors import UserError
 from ..flops import peak_flops
 from ..pipeline import MoHDiTPipeline
@@ -27,6 +27,7 @@ from .record import RunLog, Window, environment, plot_curves, shown
 from .setup import (
     Preemption,
     build_model,
+    encode_training_data,
     gradient_exchange,
     learning_rate_factor,
     make_accelerator,
@@ -35,7 +36,7 @@ from .setup import (
     trainable,
     weight_decay_groups,
 )
-from .state import TrainingState, check_resumable, flatten
+from .state import TrainingState, check_resumable, clear_leftovers, flatten
 from .watch import GradientWatch, first_not_finite
 
 LOSS_TERMS = ("mse", "vlb", "balance")
@@ -60,8 +61,7 @@ class Trainer:
 
         self.vae = load_autoencoder(config.data.autoencoder)
         self.latent_shape = latent_shape(self.vae, config.data.image_size)
-        progress = self.accelerator.is_main_process
-        opened = open_training_data(config.data, self.vae, self.latent_shape, progress)
+        opened = open_training_data(config.data, self.vae, self.latent_shape, self.accelerator)
         self.class_names = opened.class_names
         torch.manual_seed(config.seed)
         self.objective = config.objective.build(self.accelerator.device)
@@ -78,11 +78,10 @@ class Trainer:
             ),
             opened,
         )
-        flip = config.data.horizontal_flip
         self.latents = (
             opened
             if isinstance(opened, LatentSet)
-            else encode_images(opened, self.vae, flip=flip, progress=progress)
+            else encode_training_data(config, opened, self.vae, self.accelerator)
         )
 
     def _prepare(self) -> None:
@@ -184,6 +183,8 @@ class Trainer:
         run = self.run_dir
         if self.accelerator.is_main_process:
             run.mkdir(parents=True, exist_ok=True)
+            for folder in ("checkpoints", "snapshots"):
+                clear_leftovers(run / folder)
             save_config(self.config, run / "config.yaml")
             (run / "classes.json").write_text(json.dumps(self.class_names, indent=1))
             with (run / "environment.jsonl").open("a") as file:  # one line for each start
@@ -211,12 +212,12 @@ class Trainer:
             self.config.data.horizontal_flip,
             self.start_step,
         )
-        device = self.accelerator.device
+        device, on_disk = self.accelerator.device, isinstance(self.latents, LatentStore)
         loader = DataLoader(
             self.latents,
             batch_sampler=order,
             collate_fn=_as_fetched,
-            num_workers=self.config.data.num_workers if self.config.data.latents else 0,
+            num_workers=self.config.data.num_workers if on_disk else 0,
             pin_memory=device.type == "cuda",
         )
         for moments, labels in loader:

@@ -9,6 +9,7 @@ the best guess at the wanted average, and a very good one.
 """
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,7 @@ def reconstruct(config: PosthocConfig) -> None:
     with safe_open(frozen, framework="pt") as file:
         weights["pos_embed"] = file.get_tensor("pos_embed")  # never trained, so never averaged
     aside = output.with_name(f".writing-{output.name}")
+    shutil.rmtree(aside, ignore_errors=True)  # of a kill
     aside.mkdir(parents=True)
     model_config = MoHDiTTransformer2DModel.load_config(frozen.parent)
     with torch.device("meta"):

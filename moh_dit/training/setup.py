@@ -6,25 +6,31 @@ import signal
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..checkpoints import WEIGHTS, apply_weights, read_weights, resolve_checkpoint
+from ..data.encoding import Encoding, encode_data
 from ..data.images import ImageSet, open_images
-from ..data.latents import LatentSet, open_latents
+from ..data.latents import INDEX_FILE, LatentSet, encode_images, open_latents
 from ..errors import UserError
 from ..objectives import Objective
+from ..processes import on_main
 from ..transformer import MoHDiTTransformer2DModel
 from .config import DataConfig, OptimizerConfig, TrainConfig
+
+LATENTS = "latents"  # in the run folder
+PATIENCE = timedelta(hours=2)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -43,8 +49,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=config.trackers or None,
             project_dir=config.run_dir,
-            # Views save a copy of all gradients.
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                # Views save a copy of all gradients.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                # The others wait while one looks through the data, or draws a grid.
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
         )
     except ValueError as error:  # an unknown tracker, or one that is not installed
         raise UserError(f"trackers {config.trackers}: {error}; install moh-dit[tracking]") from None
@@ -70,9 +80,12 @@ def check_fsdp(accelerator: Accelerator) -> None:
 
 
 def open_training_data(
-    config: DataConfig, vae: AutoencoderKL, shape: tuple[int, int, int], progress: bool
+    config: DataConfig,
+    vae: AutoencoderKL,
+    shape: tuple[int, int, int],
+    accelerator: Accelerator,
 ) -> ImageSet | LatentSet:
-    """The images of a configuration, checked, or their latents on disk.
+    """The images of a configuration, checked by one process for all, or their latents on disk.
 
     Raises:
         UserError: unreadable data, latents of another autoencoder or size, or images whose latents
@@ -86,21 +99,54 @@ def open_training_data(
                 f"data.image_size {config.image_size} needs {(2 * shape[0], *shape[1:])}"
             )
         return store
-    images = open_images(
-        config.source,
-        config.image_size,
-        skip_unreadable=config.skip_unreadable,
-        progress=progress,
+    images = on_main(
+        accelerator,
+        lambda: open_images(
+            config.source, config.image_size, skip_unreadable=config.skip_unreadable
+        ),
     )
+    if accelerator.num_processes > 1:
+        return images  # to be encoded to disk
     needed = len(images) * 2 * math.prod(shape) * 4 * (1 + config.horizontal_flip)
     available = psutil.virtual_memory().available
     if needed > available / 2:
         raise UserError(
-            f"the latents of {len(images)} images take {needed / 2**30:.1f} GiB in each process, "
+            f"the latents of {len(images)} images take {needed / 2**30:.1f} GiB of memory, "
             f"of {available / 2**30:.1f} GiB free: encode them to disk with moh-dit-encode and "
             "set data.latents"
         )
     return images
+
+
+def encode_training_data(
+    config: TrainConfig, images: ImageSet, vae: AutoencoderKL, accelerator: Accelerator
+) -> LatentSet:
+    """Latents of the images: of one process in memory; of several in the run folder.
+
+    There they are encoded by all, once, and mapped into memory by each; a resumed run finds them,
+    whatever the number of its processes.
+
+    Raises:
+        UserError: the latents in the run folder are of other images.
+    """
+    data, folder = config.data, Path(config.run_dir) / LATENTS
+    if accelerator.num_processes == 1 and not folder.exists():
+        return encode_images(images, vae, flip=data.horizontal_flip)
+    if not (folder / INDEX_FILE).exists():
+        encoding = Encoding(
+            output=str(folder),
+            data=data.source,
+            image_size=data.image_size,
+            autoencoder=data.autoencoder,
+            flip=data.horizontal_flip,
+            skip_unreadable=data.skip_unreadable,
+            resume=True,
+        )
+        encode_data(encoding, images)
+    store = open_latents(folder, vae, flip=data.horizontal_flip)
+    if on_main(accelerator, images.fingerprint) != store.index["data"]["fingerprint"]:
+        raise UserError(f"{data.source} has changed since {folder} was made; start a new run_dir")
+    return store
 
 
 def build_model(

@@ -173,11 +173,16 @@ def _write_average(average: WeightAverage[MoHDiTTransformer2DModel], folder: Pat
     save_file(average.model.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a kill left of a checkpoint that was being written or deleted."""
+    for leftover in folder.glob(".*-step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 @contextmanager
 def _written_aside(final: Path, run: Path) -> Iterator[Path]:
     """A folder to write into, renamed to ``final`` when whole; what a kill left goes first."""
-    for leftover in final.parent.glob(".*-step-*"):
-        shutil.rmtree(leftover)
+    clear_leftovers(final.parent)
     aside = final.with_name(f".writing-{final.name}")
     try:
         aside.mkdir(parents=True)
