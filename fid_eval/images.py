@@ -96,7 +96,7 @@ def check_mode(mode: str) -> str:
     raise BadImage(f"colour mode {mode} (convert it to RGB first)")
 
 
-def check_file(path: Path) -> tuple:
+def check_file(path: str | Path) -> tuple:
     """``check_header`` of a file, reading little of it."""
     file = os.open(path, os.O_RDONLY)
     try:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import EvaluationError
 from .hashing import path_hash
 from .images import AS_IS, Preprocess
-from .loading import CHUNK, PROCESSES_FROM, batch_spans, load_spans
+from .loading import CHUNK, CPU, PROCESSES_FROM, batch_spans, load_spans
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 Batch = tuple[int, Tensor, Tensor | None]  # first index, uint8 (n, 3, H, W), labels (n,)
@@ -45,9 +45,16 @@ class ImageReader:
         return None
 
     def batches(
-        self, batch_size: int, owned: Callable[[int], bool], workers: int, pin: bool = False
+        self,
+        batch_size: int,
+        owned: Callable[[int], bool],
+        workers: int,
+        device: torch.device = CPU,
     ) -> Iterator[Batch]:
-        """Batches of the chunks that ``owned(chunk)`` claims, in order, read ahead by threads."""
+        """Batches of the chunks that ``owned(chunk)`` claims, in order, read ahead.
+
+        ``device`` is where they are going; they may be there already.
+        """
         assert self.count is not None
         spans = list(batch_spans(self.count, batch_size, owned))
         if not spans:
@@ -61,7 +68,7 @@ class ImageReader:
             batch_size * image_bytes,
             min(workers, self.max_workers or workers),
             self.decodes and self.count >= PROCESSES_FROM,
-            pin,
+            device,
         )
         for (start, stop), images in zip(spans, loaded, strict=True):
             labels = None if self.labels is None else torch.from_numpy(self.labels[start:stop])
@@ -131,7 +138,11 @@ class IterableReader(ImageReader):
         raise NotImplementedError("batches only")
 
     def batches(
-        self, batch_size: int, owned: Callable[[int], bool], workers: int, pin: bool = False
+        self,
+        batch_size: int,
+        owned: Callable[[int], bool],
+        workers: int,
+        device: torch.device = CPU,
     ) -> Iterator[Batch]:
         held: list[tuple[Tensor, Tensor | None]] = []
         position = available = 0

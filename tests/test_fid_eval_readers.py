@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 import zipfile
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from fid_eval import Share, readers
 from fid_eval.errors import EvaluationError
 from fid_eval.images import Preprocess
-from fid_eval.loading import CHUNK, batch_spans
+from fid_eval.loading import CHUNK, batch_spans, load_spans
 from fid_eval.npz import NpzFile
 from fid_eval.readers import open_set
 
@@ -341,3 +342,21 @@ def test_hidden_files_and_circles_of_links_are_passed_over(images, tmp_path):
     (folder / "b" / "circle").symlink_to(folder)
     opened = open_set(str(folder))
     assert opened.images.names == ["a/0.png", "b/1.png"]
+
+
+def test_processes_decode_in_order_through_few_slots():
+    def read(start, stop):
+        return np.stack([np.full((2, 3, 3), index % 256, np.uint8) for index in range(start, stop)])
+
+    spans = [(start, min(start + 7, 300)) for start in range(0, 300, 7)]
+    loaded = list(load_spans(read, spans, 7 * 18, workers=2, decoding=True))
+    assert [len(images) for images in loaded] == [stop - start for start, stop in spans]
+    assert torch.equal(torch.cat(loaded)[:, 0, 0, 0], torch.arange(300).to(torch.uint8))
+
+
+def test_a_killed_decoding_process_is_an_error():
+    def read(start, stop):
+        os._exit(9)
+
+    with pytest.raises(EvaluationError, match=r"was killed, .* fewer --workers"):
+        list(load_spans(read, [(0, 4)], 4, workers=1, decoding=True))
