@@ -11,6 +11,7 @@ first.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -21,13 +22,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from common import environment, table, write_json
 from PIL import Image
 
+from moh_dit.training.record import read_log
+
 ROOT = Path(__file__).parents[1]
 MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75"]
 NUM_IMAGES, NUM_CLASSES, PIXELS = 4096, 8, 128
+ENTRIES = 5  # log entries, of ten steps each, that are measured
 STATE = ["state/model.safetensors", "state/optimizer.safetensors",
          "transformer/diffusion_pytorch_model.safetensors"]  # fmt: skip
 
@@ -60,7 +65,7 @@ def training(work: Path, name: str, preset: str, batch: int, launch: list[str], 
     options = {
         "run_dir": folder, "model.preset": preset, "data.latents": work / "latents",
         "data.image_size": PIXELS, "data.horizontal_flip": "true", "batch_size": batch,
-        "mixed_precision": "bf16", "compile": "true", "log_every": 10, "num_steps": 60,
+        "mixed_precision": "bf16", "compile": "true", "log_every": 10, "num_steps": 10**6,
         "evaluation.num_inference_steps": 4, **settings,
     }  # fmt: skip
     flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
@@ -73,15 +78,29 @@ def launcher(config: str, processes: int) -> list[str]:
             "--num_processes", str(processes)]  # fmt: skip
 
 
+def logged(folder: Path) -> list[dict]:
+    """Log entries of a run so far, but for the first, which compiles."""
+    return read_log(folder / "log.jsonl")[1:]
+
+
+def finish(process: subprocess.Popen, folder: Path) -> None:
+    """Stop a run when it has logged enough: nobody needs its checkpoints."""
+    while process.poll() is None and len(logged(folder)) < ENTRIES:
+        time.sleep(0.2)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)  # its workers are in process groups of their own
+        for each in [*parent.children(recursive=True), parent]:
+            each.kill()
+    process.wait()
+
+
 def result(folder: Path, log: Path, launch: str, gpus: int, batch: int) -> dict:
     """A row of the table from the log of a run."""
-    path = folder / "log.jsonl"
-    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    entries = [entry for entry in entries if "images_per_second" in entry][1:]
+    entries = logged(folder)
     row = dict(
         model=folder.name.split(",")[0].replace("_", "/"), launch=launch, gpus=gpus, batch=batch
     )
-    if len(entries) < 3:
+    if len(entries) < ENTRIES:
         print(log.read_text()[-3000:])
         return row | dict(images_per_s=float("nan"))
 
@@ -112,7 +131,7 @@ def measure(work: Path, launch: str, batch: int, models: list[str]) -> list[dict
         jobs.append((run(command, log, gpu), folder, log))
         if launch != "single" or (number + 1) % count == 0 or number + 1 == len(models):
             for process, folder, log in jobs:
-                process.wait()
+                finish(process, folder)
                 rows.append(result(folder, log, launch, processes, batch * processes))
             jobs.clear()
     return rows

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import EvaluationError
-from .hashing import path_hash
+from .hashing import path_hash_aside
 from .images import AS_IS, Preprocess
 from .loading import CHUNK, CPU, PROCESSES_FROM, batch_spans, load_spans
 
@@ -282,7 +282,7 @@ class ImageSet:
         try:
             value = self.images.content_hash() if self.images is not None else None
             if value is None and self.path is not None:
-                value = path_hash(self.path)
+                value = path_hash_aside(self.path)
             future.set_result(value)
         except Exception as error:
             future.set_exception(error)

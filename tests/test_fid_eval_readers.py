@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from fid_eval import Share, readers
 from fid_eval.errors import EvaluationError
+from fid_eval.hashing import path_hash, path_hash_aside
 from fid_eval.images import Preprocess
 from fid_eval.loading import CHUNK, batch_spans, load_spans
 from fid_eval.npz import NpzFile
@@ -360,3 +361,10 @@ def test_a_killed_decoding_process_is_an_error():
 
     with pytest.raises(EvaluationError, match=r"was killed, .* fewer --workers"):
         list(load_spans(read, [(0, 4)], 4, workers=1, decoding=True))
+
+
+def test_a_folder_hashed_aside_has_the_same_hash(tmp_path):
+    for name in ("b.png", "a/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    assert path_hash_aside(tmp_path) == path_hash(tmp_path)

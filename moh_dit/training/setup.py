@@ -32,6 +32,10 @@ from .config import DataConfig, OptimizerConfig, TrainConfig
 LATENTS = "latents"  # in the run folder
 PATIENCE = timedelta(hours=2)
 
+# Gradients exchanged at once. Fewer, larger exchanges take the GPU's multiprocessors away from the
+# backward pass for a shorter time than torch's 25 MiB (docs/performance.md).
+BUCKET_MIB = 256
+
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator of the process group that ``accelerate launch`` or ``torchrun`` made."""
@@ -50,8 +54,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             log_with=config.trackers or None,
             project_dir=config.run_dir,
             kwargs_handlers=[
-                # Views save a copy of all gradients.
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True,  # saves a copy of all gradients
+                    bucket_cap_mb=BUCKET_MIB,
+                ),
                 # The others wait while one looks through the data, or draws a grid.
                 InitProcessGroupKwargs(timeout=PATIENCE),
             ],
