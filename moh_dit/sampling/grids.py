@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from ..errors import UserError
 from ..pipeline import MoHDiTPipeline
@@ -145,6 +146,13 @@ def draw_sheet(
             image = image.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(image, (left + column * step + (step - width) // 2, y))
     return sheet
+
+
+def save_sheet(sheet: Image.Image, file: Path | BinaryIO, settings: str) -> None:
+    """Write a PNG with its settings inside (chunk ``settings``), which ``--config`` reads."""
+    text = PngInfo()
+    text.add_itxt("settings", settings)
+    sheet.save(file, format="PNG", pnginfo=text)
 
 
 ANIMATIONS = (".gif", ".webp", ".mp4")
