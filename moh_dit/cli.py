@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from PIL import Image
 
 from .errors import UserError
 
@@ -45,16 +46,22 @@ def run_program(
     prog: str,
     description: str,
     example: str,
+    positional: str | None = None,
     argv: Sequence[str] | None = None,
 ) -> None:
     """Parse ``argv`` into ``config_class`` and call ``main`` with it.
 
+    ``positional`` is the field that may be given without its name: ``PROG RUN`` for
+    ``PROG --checkpoint RUN``.
+
     Exit codes: 2 for the user's mistakes (one line on stderr, no traceback), 130 after Ctrl-C.
     """
     parser = _make_parser(config_class, prog=prog, description=description, example=example)
-    arguments = _resolve_config_names(sys.argv[1:] if argv is None else argv)
-    arguments = _complete_flags(arguments, config_class)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        arguments = _complete_flags(_resolve_config_names(arguments), config_class)
+        if positional is not None:
+            arguments = _name_positional(arguments, positional)
         main(_instantiate(parser, parser.parse_args(arguments)))
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
@@ -108,7 +115,9 @@ def _make_parser(config_class: type, *, prog: str, description: str, example: st
         prog=prog, description=description, epilog=f"example: {example}", allow_abbrev=False
     )
     parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML file, or the name of one in configs/."
+        "--config",
+        action=ActionConfigFile,
+        help="YAML file, the name of one in configs/, or a PNG with its settings inside.",
     )
     parser.add_class_arguments(config_class, None)
     parser.config_class = config_class
@@ -122,7 +131,8 @@ def _instantiate(parser: _Parser, namespace: Any) -> Any:
 
 
 def _resolve_config_names(arguments: Sequence[str]) -> list[str]:
-    """Replace ``--config NAME`` by the shipped file of that name where no such path exists."""
+    """Replace ``--config NAME`` by the shipped file of that name where no such path exists, and
+    ``--config SHEET.png`` by the settings inside the picture."""
     resolved = list(arguments)
     for i, argument in enumerate(resolved):
         if i and resolved[i - 1] == "--config":
@@ -133,7 +143,31 @@ def _resolve_config_names(arguments: Sequence[str]) -> list[str]:
             continue
         if not Path(name).exists() and (path := find_config(name)):
             resolved[i] = f"{prefix}{path}"
+        elif name.endswith(".png") and Path(name).is_file():
+            resolved[i] = f"{prefix}{settings_in(Path(name))}"
     return resolved
+
+
+def settings_in(picture: Path) -> str:
+    """The YAML that a sampling program left in a PNG (chunk ``settings``)."""
+    try:
+        with Image.open(picture) as image:
+            text = getattr(image, "text", {}).get("settings")
+    except OSError as error:
+        raise UserError(f"config {picture} cannot be read as a picture: {error}") from None
+    if text is None:
+        raise UserError(f"config {picture} has no settings inside; give a sheet as it was made")
+    return text
+
+
+def _name_positional(arguments: Sequence[str], name: str) -> list[str]:
+    """Put ``--name`` before the first argument that is neither a flag nor a flag's value."""
+    named = list(arguments)
+    for i, argument in enumerate(named):
+        is_value = i and named[i - 1].startswith("--") and "=" not in named[i - 1]
+        if not argument.startswith("-") and not is_value:
+            return [*named[:i], f"--{name}", *named[i:]]
+    return named
 
 
 def _complete_flags(arguments: Sequence[str], config_class: type) -> list[str]:

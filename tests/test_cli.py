@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from moh_dit.cli import load_config, run_program, save_config
 from moh_dit.errors import UserError
@@ -52,6 +54,37 @@ def test_a_flag_alone_means_true():
     assert run("--resume", "true").resume
     assert not run("--resume", "false").resume
     assert not run("--resume=false").resume
+
+
+def test_one_field_may_go_without_its_name():
+    def run(*argv):
+        seen = []
+        options = dict(prog="p", description="d", example="p x", positional="mixed_precision")
+        run_program(seen.append, Outer, argv=argv, **options)
+        return seen[0]
+
+    expected = Outer(num_steps=3, mixed_precision="bf16")
+    assert run("bf16", "--num_steps", "3") == expected
+    assert run("--num_steps", "3", "bf16") == expected
+    assert run("--num_steps=3", "bf16") == expected
+    assert run("--num_steps=3", "--mixed_precision", "bf16") == expected
+    assert run("--num_steps=3") == Outer(num_steps=3)
+    with pytest.raises(SystemExit):
+        run("bf16", "no")
+
+
+def test_a_picture_with_settings_inside_is_a_configuration(tmp_path, capsys):
+    settings = PngInfo()
+    settings.add_itxt("settings", "# a fact\nnum_steps: 7\nplan: [1, 2]\n" + "# more\n" * 200)
+    picture = Image.new("RGB", (2, 2))
+    picture.save(tmp_path / "a.png", pnginfo=settings)
+    picture.save(tmp_path / "b.png")
+    (tmp_path / "c.png").write_text("num_steps: 7")
+    assert run("--config", str(tmp_path / "a.png"), "--resume").num_steps == 7
+    for name, message in (("b.png", "no settings inside"), ("c.png", "cannot be read")):
+        with pytest.raises(SystemExit):
+            run(f"--config={tmp_path / name}")
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -54,11 +54,12 @@ def test_record_alone_reproduces_the_sheet(run, tmp_path, monkeypatch):
         assert sheet.text["settings"] == record
     assert "# guidance on the first 3 of 4 latent channels" in record
     assert yaml.safe_load(record)["checkpoint"].endswith("step-00000002")
-    again = ["sample_dit.py", "--config", str(tmp_path / "a.png.yaml"), "--output"]
-    monkeypatch.setattr(sys, "argv", [*again, str(tmp_path / "b.png")])
-    sample_dit.main()
-    pixels = [np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png")]
-    assert np.array_equal(*pixels)
+    for config, output in (("a.png.yaml", "b.png"), ("a.png", "c.png")):
+        again = ["--config", str(tmp_path / config), "--output", str(tmp_path / output)]
+        monkeypatch.setattr(sys, "argv", ["sample_dit.py", *again])
+        sample_dit.main()
+        pixels = [np.asarray(Image.open(tmp_path / name)) for name in ("a.png", output)]
+        assert np.array_equal(*pixels)
 
 
 def test_forms_of_a_set_hold_the_same_images(run, tmp_path, monkeypatch):

@@ -13,7 +13,6 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs
-from PIL.PngImagePlugin import PngInfo
 
 from .. import __version__
 from ..checkpoints import load_pipeline, resolve_checkpoint
@@ -29,6 +28,7 @@ from .grids import (
     sample_grid,
     sample_strip,
     save_animation,
+    save_sheet,
 )
 from .sweeps import Axis, parse_axis, sample_sweep
 
@@ -52,7 +52,7 @@ def sample(config: SampleConfig) -> None:
         weak = load(config.guidance_checkpoint, config.guidance_weights)
         options["guidance_model"] = weak.transformer
     labels = parse_labels(pipeline, config.class_labels)
-    settings = record(config, pipeline)
+    settings = record(config, facts(config, pipeline))
 
     if config.num_samples is not None:
         classes = set_labels(config.num_samples, labels, config.labels, config.seed)
@@ -145,9 +145,7 @@ def draw(
         )
     else:
         sheet = sample_grid(pipeline, config, labels, per_class, **options)
-    text = PngInfo()
-    text.add_itxt("settings", settings)
-    return lambda path: sheet.save(path, format="PNG", pnginfo=text)
+    return lambda path: save_sheet(sheet, path, settings)
 
 
 def place(
@@ -201,16 +199,20 @@ def parse_labels(pipeline: MoHDiTPipeline, text: str | None) -> list[int]:
     return pipeline.label_ids(labels)
 
 
-def record(config: SampleConfig, pipeline: MoHDiTPipeline) -> str:
-    """The resolved configuration as YAML, which ``--config`` reads, under what else was used."""
+def facts(config: SampleConfig, pipeline: MoHDiTPipeline) -> str:
+    """What was used beside the configuration, as comments: versions, weights, guided channels."""
     channels = pipeline.transformer.config.in_channels
     guided = config.guidance_channels or channels
-    facts = [
+    lines = [
         f"moh-dit {__version__}, torch {torch.__version__}, {pipeline.device.type}",
         f"transformer sha256 {weights_digest(pipeline.transformer)}",
         f"autoencoder sha256 {weights_digest(pipeline.vae)}",
         f"guidance on {'all' if guided == channels else f'the first {guided} of'} {channels} "
         "latent channels",
     ]
-    settings = yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
-    return "".join(f"# {fact}\n" for fact in facts) + settings
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def record(config: SampleConfig, facts: str) -> str:
+    """The resolved configuration as YAML, which ``--config`` reads, under :func:`facts`."""
+    return facts + yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
