@@ -1,11 +1,12 @@
 """The commands that look inside: what each takes. The docstring under a field is its help text."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..cli import run_program
 from ..errors import UserError
 from ..sampling.config import Precision, SampleConfig, SamplingSettings
+from ..training.config import TrainConfig
 
 
 @dataclass(kw_only=True)
@@ -64,4 +65,69 @@ def head_load() -> None:
         "count, and draw. Runs on several processes behind accelerate launch.",
         example="moh-dit-head-load --checkpoint runs/digits --class_labels 0,1,7 "
         "--guidance_scale 2 --num_inference_steps 50 --output head_load",
+    )
+
+
+@dataclass
+class AccountConfig(TrainConfig):
+    """A configuration of training, each part of which may be given as train_dit.py takes it."""
+
+    preset: str | None = None
+    """A published model as published (1000 classes, factor-8 autoencoder), e.g. MoH-DiT-XL/2-75."""
+    image_size: int | None = None
+    """Side of the images in pixels: short for data.image_size; 256 with preset unless given."""
+    checkpoint: str | None = None
+    """A run, one of its checkpoints or a saved pipeline instead: its model, and a run's settings
+    of training where the next five are not given."""
+    num_steps: int | None = None  # type: ignore[assignment]
+    """Optimizer steps; those of checkpoint, else 400000."""
+    batch_size: int | None = None  # type: ignore[assignment]
+    """Images per optimizer step over all GPUs; that of checkpoint, else 256."""
+    gradient_accumulation_steps: int | None = None  # type: ignore[assignment]
+    """Micro-batches per optimizer step; those of checkpoint, else 1."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # type: ignore[assignment]
+    """Arithmetic of the model; that of checkpoint, else no."""
+    gradient_checkpointing: bool | None = None  # type: ignore[assignment]
+    """Recompute activations in the backward pass; as checkpoint does, else false."""
+    gpu: str = "H100"
+    """GPU whose peak is the measure: A100, H100, H100 PCIe, H100 NVL, H200, H200 NVL, GH200."""
+    num_gpus: int = 1
+    """GPUs that share a batch."""
+    mfu: float = 0.4
+    """Share of the peak that training reaches (model FLOP utilisation)."""
+    json: bool = False
+    """Print everything as JSON instead of a table."""
+
+    OPEN: ClassVar = ("num_steps", "batch_size", "gradient_accumulation_steps", "mixed_precision",
+                      "gradient_checkpointing")  # fmt: skip
+
+    def check_choice(self) -> None:
+        """Raise ``UserError`` where the model is named twice."""
+        own = [f"model.{name}" for name, value in vars(self.model).items() if value is not None]
+        if self.checkpoint is not None and (self.preset or self.image_size or own):
+            second = "preset" if self.preset else "image_size" if self.image_size else own[0]
+            raise UserError(f"checkpoint says what the model is; leave out {second}")
+        if self.preset is not None and self.model.preset is not None:
+            raise UserError("preset and model.preset are both given; leave one out")
+        if self.num_gpus < 1:
+            raise UserError(f"num_gpus is {self.num_gpus}; it must be at least 1")
+
+
+def _account(config: AccountConfig) -> None:
+    import json
+
+    from .accounting import account, table
+
+    found = account(config)
+    print(json.dumps(found, indent=1) if config.json else table(found))
+
+
+def account() -> None:
+    run_program(
+        _account,
+        AccountConfig,
+        prog="moh-dit",
+        description="What a configuration costs: parameters, FLOPs, memory, GPU-hours. Nothing "
+        "is computed or downloaded.",
+        example="moh-dit --config imagenet256_moh_dit_xl2_75 --num_gpus 8 --mfu 0.42",
     )
