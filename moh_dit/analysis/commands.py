@@ -131,3 +131,33 @@ def account() -> None:
         "is computed or downloaded.",
         example="moh-dit --config imagenet256_moh_dit_xl2_75 --num_gpus 8 --mfu 0.42",
     )
+
+
+@dataclass
+class ReportConfig:
+    runs: list[str]
+    """Run folders: one, or several to set side by side."""
+    output: str
+    """The report, an .html file; must not exist."""
+    replace: bool = False
+    """Write over a report that exists, as one does while a run goes on."""
+    max_grids: int = 24
+    """Pictures of samples to embed of each run, evenly over its steps."""
+
+
+def _report(config: ReportConfig) -> None:
+    from .report import write_report
+
+    write_report(config)
+
+
+def report() -> None:
+    run_program(
+        _report,
+        ReportConfig,
+        prog="moh-dit-report",
+        description="Turn run folders into one HTML file: settings, curves, head load, samples, "
+        "metrics, speed. It opens from disk and holds everything it shows.",
+        example="moh-dit-report runs/first runs/second --output report.html",
+        positional="runs",
+    )
