@@ -80,7 +80,7 @@ def make_run(folder, steps=4, **settings):
 def test_one_run_whole(tmp_path):
     page = Page(text := render([make_run(tmp_path / "a", batch_size=7)]))
     assert "Missing or left out" not in page.text
-    for words in ("40 of 40", "batch_", "7", "256", "125", "25", "abacus", "few samples",
+    for words in ("40 of 40", "batch_", "7", "256", "125", "25", "abacus", "Note: few samples",
                   "50.0 %", "25.0 %", "fid, lower is better", "layer 1"):  # fmt: skip
         assert words in page.text, words
     images = page.all("img")
