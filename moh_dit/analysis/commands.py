@@ -11,6 +11,8 @@ from ..training.config import TrainConfig
 
 @dataclass(kw_only=True)
 class HeadLoadConfig(SamplingSettings):
+    """What to sample, count and draw"""
+
     checkpoint: str
     """Run folder (its newest checkpoint), one of its checkpoints, or a saved pipeline folder."""
     output: str
@@ -62,15 +64,16 @@ def head_load() -> None:
         HeadLoadConfig,
         prog="moh-dit-head-load",
         description="Show which attention heads the tokens of each class choose: sample images, "
-        "count, and draw. Runs on several processes behind accelerate launch.",
-        example="moh-dit-head-load --checkpoint runs/digits --class_labels 0,1,7 "
-        "--guidance_scale 2 --num_inference_steps 50 --output head_load",
+        "count, and draw. Runs on several processes behind torchrun or accelerate launch.",
+        example="moh-dit-head-load runs/digits --class_labels 0,1,7 --guidance_scale 2 "
+        "--num_inference_steps 50 --output head_load",
+        positional="checkpoint",
     )
 
 
 @dataclass
 class AccountConfig(TrainConfig):
-    """A configuration of training, each part of which may be given as train_dit.py takes it."""
+    """A run, given as train_dit.py takes it or in short, and the GPUs it is to run on"""
 
     preset: str | None = None
     """A published model as published (1000 classes, factor-8 autoencoder), e.g. MoH-DiT-XL/2-75."""
@@ -135,6 +138,8 @@ def account() -> None:
 
 @dataclass
 class ReportConfig:
+    """The runs and their report"""
+
     runs: list[str]
     """Run folders: one, or several to set side by side."""
     output: str

@@ -23,9 +23,10 @@ LEGEND_SWATCH = 14
 def class_bars(load: HeadLoad, class_names: Sequence[str], layer: int) -> Figure:
     """The papers' figure: for each class the share of tokens that activates each routed head.
 
+    Evaluations with the class alone: its null half would only even out what classes differ in.
     Shows the first ``MAX_BAR_CHARTS`` classes; :func:`class_map` shows any number.
     """
-    shares = load.share(layer, "class")[:MAX_BAR_CHARTS]
+    shares = load.share(layer, "class", "half")[:MAX_BAR_CHARTS, 0]
     heads = _head_numbers(load, layer)
     columns = min(COLUMNS, len(shares))
     rows = -(-len(shares) // columns)
@@ -41,16 +42,17 @@ def class_bars(load: HeadLoad, class_names: Sequence[str], layer: int) -> Figure
         axis.set_axis_off()
     title = f"layer {layer}: tokens of each class that activate each routed head (dashed: even)"
     figure.suptitle(title, fontsize=10)
+    axes[0, 0].tick_params(axis="y", labelsize=8)
     figure.supxlabel("head", fontsize=9)
     figure.supylabel("share of tokens", fontsize=9)
     return figure
 
 
 def class_map(load: HeadLoad, class_names: Sequence[str], layer: int) -> Figure:
-    """Classes × routed heads of one layer."""
+    """Classes × routed heads of one layer, of evaluations with the class."""
     return _heat_maps(
         f"layer {layer}, by class",
-        [("", load.share(layer, "class"))],
+        [("", load.share(layer, "class", "half")[:, 0])],
         list(class_names),
         _head_numbers(load, layer),
         "class",
@@ -122,7 +124,9 @@ def _heat_maps(
                     text = f"{100 * share:.0f}"
                     axis.text(head, row, text, ha="center", va="center", color=ink, fontsize=7)
     axes[0].set_ylabel(ylabel, fontsize=9)
-    figure.colorbar(picture, ax=list(axes), label="share of tokens")
+    bar = figure.colorbar(picture, ax=list(axes))
+    bar.set_label("share of tokens", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
 
