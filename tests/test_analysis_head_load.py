@@ -99,6 +99,17 @@ def test_every_token_of_every_image_is_counted_once():
         assert load.even(layer) == active / routed
 
 
+def test_a_compiled_model_is_looked_into_all_the_same():
+    plain = record(tiny_pipeline(), [1, 4])[0].result()
+    pipeline = tiny_pipeline()
+    pipeline.transformer.compile(backend="eager")
+    for _ in generate(pipeline, [1, 4], SamplingSettings(num_inference_steps=1)):
+        pass  # compiled by now, without any hook
+    load = record(pipeline, [1, 4])[0].result()
+    for layer, counts in plain.activated.items():
+        assert np.array_equal(load.activated[layer], counts)
+
+
 def test_null_half_is_counted_where_guidance_acts():
     settings = SamplingSettings(
         num_inference_steps=STEPS, guidance_scale=2.0, guidance_interval=(0.0, 0.5)

@@ -21,6 +21,7 @@ from .memory import activation_bytes, state_bytes
 
 GIB = 2**30
 DIGITS_CLASSES, IMAGENET_CLASSES = 10, 1000
+PUBLISHED_LATENTS = (4, 8)  # channels, and image pixels per latent position along a side
 # Parts of the parameters, by what a name contains; the first that fits counts.
 PARTS = {
     "routers": (".wg",),
@@ -145,10 +146,12 @@ def build_on_meta(
     data, plan = train.data, train.model
     if config.preset is not None:
         plan = replace(plan, preset=config.preset, num_classes=plan.num_classes or IMAGENET_CLASSES)
-        data = replace(data, image_size=config.image_size or 256, autoencoder="a factor-8 one")
-    elif config.image_size is not None:
+        data = replace(data, image_size=256)
+    if config.image_size is not None:
         data = replace(data, image_size=config.image_size)
-    channels, factor, known = latent_layout(data.autoencoder)
+    channels, factor, known = (
+        (*PUBLISHED_LATENTS, True) if config.preset else latent_layout(data.autoencoder)
+    )
     if not known:
         notes.append(f"autoencoder {data.autoencoder}: taken for 4 channels at 1/8 of the side")
     classes = plan.num_classes or (DIGITS_CLASSES if data.source == "digits" else None)
@@ -172,7 +175,7 @@ def latent_layout(autoencoder: str) -> tuple[int, int, bool]:
         if file.is_file():
             found = json.loads(file.read_text())
             return found["latent_channels"], 2 ** (len(found["block_out_channels"]) - 1), True
-    return 4, 8, False
+    return *PUBLISHED_LATENTS, False
 
 
 def by_part(model: MoHDiTTransformer2DModel) -> dict[str, int]:
