@@ -6,11 +6,13 @@ and any ``UserError`` raised later, end the program with one line on stderr and 
 
 import dataclasses
 import difflib
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_origin
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
@@ -52,7 +54,7 @@ def run_program(
     """Parse ``argv`` into ``config_class`` and call ``main`` with it.
 
     ``positional`` is the field that may be given without its name: ``PROG RUN`` for
-    ``PROG --checkpoint RUN``.
+    ``PROG --checkpoint RUN``; a field that is a list takes several.
 
     Exit codes: 2 for the user's mistakes (one line on stderr, no traceback), 130 after Ctrl-C.
     """
@@ -61,7 +63,8 @@ def run_program(
     try:
         arguments = _complete_flags(_resolve_config_names(arguments), config_class)
         if positional is not None:
-            arguments = _name_positional(arguments, positional)
+            several = get_origin(_dotted_fields(config_class)[positional]) is list
+            arguments = _name_positional(arguments, positional, several)
         main(_instantiate(parser, parser.parse_args(arguments)))
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
@@ -160,13 +163,19 @@ def settings_in(picture: Path) -> str:
     return text
 
 
-def _name_positional(arguments: Sequence[str], name: str) -> list[str]:
-    """Put ``--name`` before the first argument that is neither a flag nor a flag's value."""
+def _name_positional(arguments: Sequence[str], name: str, several: bool = False) -> list[str]:
+    """Put ``--name`` before the first argument that is neither a flag nor a flag's value.
+
+    ``several``: it takes that argument and those that follow, up to the next flag, as a list.
+    """
     named = list(arguments)
     for i, argument in enumerate(named):
         is_value = i and named[i - 1].startswith("--") and "=" not in named[i - 1]
         if not argument.startswith("-") and not is_value:
-            return [*named[:i], f"--{name}", *named[i:]]
+            if not several:
+                return [*named[:i], f"--{name}", *named[i:]]
+            values = list(takewhile(lambda value: not value.startswith("-"), named[i:]))
+            return [*named[:i], f"--{name}={json.dumps(values)}", *named[i + len(values) :]]
     return named
 
 

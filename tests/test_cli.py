@@ -73,6 +73,23 @@ def test_one_field_may_go_without_its_name():
         run("bf16", "no")
 
 
+def test_a_list_may_go_without_its_name():
+    @dataclass
+    class Several:
+        runs: list[str]
+        output: str = "o"
+
+    def run(*argv):
+        seen = []
+        options = dict(prog="p", description="d", example="p x y", positional="runs")
+        run_program(seen.append, Several, argv=argv, **options)
+        return seen[0]
+
+    assert run("a b", 'c"d', "--output", "e") == Several(["a b", 'c"d'], "e")
+    assert run("--output=e", "a") == Several(["a"], "e")
+    assert run("--runs=[a, b]") == Several(["a", "b"])
+
+
 def test_a_picture_with_settings_inside_is_a_configuration(tmp_path, capsys):
     settings = PngInfo()
     settings.add_itxt("settings", "# a fact\nnum_steps: 7\nplan: [1, 2]\n" + "# more\n" * 200)

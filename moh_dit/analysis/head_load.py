@@ -89,7 +89,7 @@ class HeadLoad:
                     "routed_heads": self.activated[layer].shape[-1],
                     "active_routed_heads": self.num_active[layer],
                     "share": _rounded(self.share(layer)),
-                    "share_by_class": _rounded(self.share(layer, "class")),
+                    "share_by_class_half": _rounded(self.share(layer, "class", "half")),
                     "share_by_class_half_timestep": _rounded(self.share(layer, *AXES)),
                     "tokens_by_class_half_timestep": self.tokens[layer].tolist(),
                 }
