@@ -152,7 +152,10 @@ def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
     if location.name.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")):
         raise EvaluationError(f"{path}: a compressed tar cannot be read in any order; unpack it")
     if suffix == ".npy":
-        array = np.load(location, mmap_mode="r", allow_pickle=False)
+        try:
+            array = np.load(location, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise EvaluationError(f"{name}: not a complete .npy of images ({error})") from None
         return ImageSet(name, "npy", ArrayReader(array, name, preprocess), path=location)
     raise EvaluationError(
         f"{path}: not a set of images: give a folder, .npz, .npy, .zip, .tar or .safetensors"

@@ -341,3 +341,15 @@ def test_hidden_files_and_circles_of_links_are_passed_over(images, tmp_path):
     (folder / "b" / "circle").symlink_to(folder)
     opened = open_set(str(folder))
     assert opened.images.names == ["a/0.png", "b/1.png"]
+
+
+def test_npy_of_images_or_a_word_why_not(images, tmp_path):
+    np.save(tmp_path / "images.npy", images)
+    np.testing.assert_array_equal(
+        open_set(str(tmp_path / "images.npy")).images.read(0, 3), images[:3]
+    )
+    whole = (tmp_path / "images.npy").read_bytes()
+    for content in (b"hello", b"", whole[:-1]):
+        (tmp_path / "bad.npy").write_bytes(content)
+        with pytest.raises(EvaluationError, match="not a complete \\.npy"):
+            open_set(str(tmp_path / "bad.npy"))
