@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import EvaluationError
-from .images import EXTENSIONS, BadImage, Preprocess, check_file, check_header, check_mode, decode
+from .images import EXTENSIONS, BadImage, Preprocess, check_file, check_header, decode, to_rgb
 from .readers import ArrayReader, ImageReader, ImageSet, check_labels
 from .stored import open_npz, open_safetensors
 
@@ -113,8 +113,7 @@ class EncodedReader(ImageReader):
         data = self.fetch(index)
         if isinstance(data, bytes):
             return decode(data, self.preprocess)
-        check_mode(data.mode)
-        return np.asarray(self.preprocess(data.convert("RGB")))
+        return np.asarray(self.preprocess(to_rgb(data)))
 
 
 def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
