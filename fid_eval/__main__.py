@@ -10,6 +10,7 @@ Exit code: 0, 1 if one of several sets failed, 2 for bad input.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -17,7 +18,7 @@ from typing import Any, NoReturn, get_args
 import torch
 
 from .catalogue import DEFAULT_METRICS, METRICS
-from .distributed import default_device, leave, on_first, together, world
+from .distributed import choose_device, leave, on_first, together, world
 from .errors import EvaluationError
 from .evaluator import Evaluator, ReferenceKind
 from .extractors import EXTRACTORS, NetworkPrecision, get_extractor
@@ -190,6 +191,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Job]]:
 def evaluation(argv: list[str]) -> int:
     options, jobs = parse(argv)
     world()
+    on_first(lambda: check_writable([options.output, options.csv, options.plot]))
     evaluator = together(
         lambda: Evaluator(
             options.reference,
@@ -219,6 +221,18 @@ def evaluation(argv: list[str]) -> int:
         raise EvaluationError(failed[0]["error"])
     on_first(lambda: write_outputs(document, options))
     return 1 if failed else 0
+
+
+def check_writable(outputs: list[str | None]) -> None:
+    """Find out before the work whether results can be written where they are wanted."""
+    for output in filter(None, outputs):
+        folder = Path(output).absolute().parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EvaluationError(f"{output}: cannot make its folder ({error.strerror})") from None
+        if Path(output).is_dir() or not os.access(folder, os.W_OK):
+            raise EvaluationError(f"{output}: cannot be written; choose another path")
 
 
 def write_outputs(document: Document, options: argparse.Namespace) -> None:
@@ -258,7 +272,7 @@ def stats(argv: list[str]) -> int:
     sha256 = by_name(options.weights_sha256, options.extractor).get(options.extractor)
     extractor = get_extractor(options.extractor, weights, sha256)
     runtime = Runtime(
-        torch.device(options.device) if options.device else default_device(),
+        choose_device(options.device),
         options.batch_size or 0,
         options.workers or 0,
         precision=options.precision,

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import EvaluationError
-from .images import EXTENSIONS, BadImage, Preprocess, check_file, check_header, check_mode, decode
+from .images import EXTENSIONS, BadImage, Preprocess, check_file, check_header, decode, to_rgb
 from .readers import ArrayReader, ImageReader, ImageSet, check_labels
 from .stored import open_npz, open_safetensors
 
@@ -113,8 +113,7 @@ class EncodedReader(ImageReader):
         data = self.fetch(index)
         if isinstance(data, bytes):
             return decode(data, self.preprocess)
-        check_mode(data.mode)
-        return np.asarray(self.preprocess(data.convert("RGB")))
+        return np.asarray(self.preprocess(to_rgb(data)))
 
 
 def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
@@ -152,7 +151,10 @@ def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
     if location.name.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")):
         raise EvaluationError(f"{path}: a compressed tar cannot be read in any order; unpack it")
     if suffix == ".npy":
-        array = np.load(location, mmap_mode="r", allow_pickle=False)
+        try:
+            array = np.load(location, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise EvaluationError(f"{name}: not a complete .npy of images ({error})") from None
         return ImageSet(name, "npy", ArrayReader(array, name, preprocess), path=location)
     raise EvaluationError(
         f"{path}: not a set of images: give a folder, .npz, .npy, .zip, .tar or .safetensors"

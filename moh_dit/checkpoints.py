@@ -100,6 +100,8 @@ def load_pipeline(path: str | Path, weights: str = "transformer") -> MoHDiTPipel
         ValueError,
         RuntimeError,
         SafetensorError,
+        AttributeError,
+        LookupError,
     ) as error:  # a torn folder
         raise UserError(f"{path} cannot be opened: {' '.join(str(error).split())}") from None
 

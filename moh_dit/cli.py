@@ -6,6 +6,7 @@ and any ``UserError`` raised later, end the program with one line on stderr and 
 
 import dataclasses
 import difflib
+import errno
 import json
 import re
 import sys
@@ -68,6 +69,15 @@ def run_program(
         main(_instantiate(parser, parser.parse_args(arguments)))
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"{prog}: error: the disk is full ({error}); what is finished stays: free space, then "
+            "go on",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)

@@ -102,9 +102,11 @@ def test_other_weights_strips_and_sweeps(run, tmp_path, monkeypatch):
     [
         (["--class_labels", "catt"], "no class is named 'catt'; the nearest are cat"),
         (["--class_labels", "5"], "out of range 0 … 4"),
+        (["--class_labels=-1"], "class label -1 is out of range 0 … 4"),
         (["--num_inference_steps", "1001"], "1 … 1000"),
         (["--scheduler", "flow-euler"], "those that fit are ddpm, ddim"),
         (["--weights", "ema-0.9"], "has no weights 'ema-0.9'"),
+        (["--num_samples", "100000000000", "--output", "set.npz"], "set.npz needs"),
         (["--num_samples", "0"], "must be at least 1"),
         (["--num_samples", "5"], "a set is written as"),
         (["--num_samples", "5", "--interpolate", "3"], "exclude each other"),
@@ -124,6 +126,18 @@ def test_mistakes_are_one_line_and_leave_nothing(run, tmp_path, monkeypatch, cap
     assert error.startswith("moh-dit-sample: error: ")
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_found_out_before_sampling(
+    run, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("")
+    for name in ("x.png", "x.npz"):
+        more = ["--num_samples", "2"] if name == "x.npz" else []
+        with pytest.raises(SystemExit) as end:
+            command(monkeypatch, run, tmp_path / "file" / name, *more)
+        assert end.value.code == 2
+        assert f"{tmp_path / 'file'} is no folder that can be written to" in capsys.readouterr().err
 
 
 def test_nothing_is_written_over(run, tmp_path, monkeypatch, capsys):

@@ -19,7 +19,15 @@ from ..checkpoints import load_pipeline, resolve_checkpoint
 from ..errors import UserError
 from ..pipeline import MoHDiTPipeline
 from .config import SampleConfig
-from .exact import images_done, partial_folder, sample_set, set_labels, weights_digest
+from .exact import (
+    check_disk_space,
+    image_bytes,
+    images_done,
+    partial_folder,
+    sample_set,
+    set_labels,
+    weights_digest,
+)
 from .formats import format_of
 from .grids import (
     ANIMATIONS,
@@ -55,11 +63,15 @@ def sample(config: SampleConfig) -> None:
     settings = record(config, facts(config, pipeline))
 
     if config.num_samples is not None:
+        check_disk_space(output, config.num_samples * image_bytes(pipeline))
         classes = set_labels(config.num_samples, labels, config.labels, config.seed)
         sample_set(pipeline, config, output, classes, record=settings, state=state, **options)
     elif state.is_main_process:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output {output}: no folder for it ({error.strerror})") from None
         save = draw(config, output.suffix, pipeline, load, labels, settings, options)
-        output.parent.mkdir(parents=True, exist_ok=True)
         aside = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
         try:
             save(aside)
@@ -101,6 +113,9 @@ def check_output(output: Path, config: SampleConfig) -> None:
         begun = 0
     if output.suffix in ANIMATIONS and (config.rows or config.columns or config.interpolate):
         raise UserError(f"output {output}: sweeps and strips are written as .png")
+    folder = next(path for path in output.absolute().parents if path.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"output {output}: {folder} is no folder that can be written to")
     if beside(output).exists() and not begun:
         raise UserError(f"{beside(output)} exists, but not its output; give another name")
 

@@ -8,6 +8,8 @@ from ..objectives import FlowObjective, NoiseObjective, Objective
 from ..presets import preset_config
 from .ema import power_gamma, power_name
 
+WITHOUT_WARMUP = ("constant", "piecewise_constant")
+
 
 @dataclass
 class ModelConfig:
@@ -93,9 +95,22 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of AdamW's averages of the gradient and of its square."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, on matrices alone: never on biases or the label table."""
-    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """Decoupled weight decay of every parameter not named next."""
+    no_weight_decay: list[str] = field(default_factory=lambda: ["*.bias", "*.embedding_table.*"])
+    """Patterns of parameter names without decay; by default biases and the label table."""
+    lr_schedule: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "piecewise_constant",
+    ] = "constant"
     """Learning-rate schedule (diffusers.optimization)."""
+    lr_schedule_options: dict[str, int | float | str] = field(default_factory=dict)
+    """Its further options: num_cycles (cosine…), power (polynomial), step_rules
+    (piecewise_constant, e.g. "1:10000,0.1")."""
     lr_warmup_steps: int = 0
     """Steps over which the learning rate rises linearly; the schedule must be one with warm-up."""
     max_grad_norm: float | None = None
@@ -178,7 +193,7 @@ class TrainConfig:
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints to keep; 0 for all."""
-    trackers: list[str] = field(default_factory=list)
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers of accelerate to log to, e.g. tensorboard or wandb (extra: tracking)."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one GPU, for the model FLOP utilisation; known for A100, H100 and H200."""
@@ -209,8 +224,8 @@ class TrainConfig:
             raise UserError(f"ema_power_stds {self.ema_power_stds} lists a width twice")
         for std in self.ema_power_stds:
             power_gamma(std)
-        if self.optimizer.lr_warmup_steps and self.optimizer.lr_schedule == "constant":
+        if self.optimizer.lr_warmup_steps and self.optimizer.lr_schedule in WITHOUT_WARMUP:
             raise UserError(
                 "optimizer.lr_warmup_steps needs a schedule with warm-up: set "
-                "optimizer.lr_schedule to constant_with_warmup, linear or cosine"
+                "optimizer.lr_schedule to constant_with_warmup, linear, cosine or the like"
             )

@@ -16,6 +16,7 @@ from ..data.latents import LatentSet, LatentStore
 from ..errors import UserError
 from ..flops import peak_flops
 from ..pipeline import MoHDiTPipeline
+from ..processes import on_main
 from ..progress import progress_bar
 from ..transformer import MoHDiTOutput, MoHDiTTransformer2DModel
 from .balance import BalanceLoss
@@ -36,7 +37,13 @@ from .setup import (
     trainable,
     weight_decay_groups,
 )
-from .state import TrainingState, check_resumable, clear_leftovers, flatten
+from .state import (
+    TrainingState,
+    check_resumable,
+    clear_leftovers,
+    flatten,
+    newest_whole_checkpoint,
+)
 from .watch import GradientWatch, first_not_finite
 
 LOSS_TERMS = ("mse", "vlb", "balance")
@@ -97,7 +104,7 @@ class Trainer:
             # Block by block: layers of one plan share a graph, and FSDP2 works between them.
             model.compile_repeated_blocks()
         adamw = torch.optim.AdamW(
-            weight_decay_groups(trainable(model), config.optimizer.weight_decay),
+            weight_decay_groups(trainable(model), config.optimizer),
             lr=config.optimizer.learning_rate,
             betas=config.optimizer.betas,
             fused=True,
@@ -127,8 +134,9 @@ class Trainer:
             average.spread(model)
         self.state = TrainingState(accelerator, model, adamw, self.averages)
         self.start_step = 0
-        if checkpoints := list_checkpoints(self.run_dir):
-            self.start_step = self.state.restore(checkpoints[-1])
+        newest = on_main(accelerator, lambda: newest_whole_checkpoint(self.run_dir))
+        if newest is not None:
+            self.start_step = self.state.restore(newest)
 
     def train(self) -> None:
         """Run to ``num_steps``. After SIGTERM: save, then exit with code 75."""

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import FrameType
 
@@ -213,14 +214,22 @@ def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def weight_decay_groups(
-    parameters: list[tuple[str, Tensor]], weight_decay: float
+    parameters: list[tuple[str, Tensor]], config: OptimizerConfig
 ) -> list[dict[str, object]]:
-    """Decay on matrices alone: biases and the label table keep their scale."""
+    """Parameters with weight decay and those named in ``no_weight_decay``, as AdamW takes them."""
+    for pattern in config.no_weight_decay:
+        if not any(fnmatchcase(name, pattern) for name, _ in parameters):
+            known = ", ".join(sorted({name.rpartition(".")[0] for name, _ in parameters})[-3:])
+            raise UserError(
+                f"optimizer.no_weight_decay has {pattern!r}, which no parameter matches; modules "
+                f"are called {known} and so on"
+            )
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, parameter in parameters:
-        groups[parameter.ndim > 1 and "embedding_table" not in name].append(parameter)
+        exempt = any(fnmatchcase(name, pattern) for pattern in config.no_weight_decay)
+        groups[not exempt].append(parameter)
     return [
-        {"params": params, "weight_decay": weight_decay if decayed else 0.0}
+        {"params": params, "weight_decay": config.weight_decay if decayed else 0.0}
         for decayed, params in groups.items()
     ]
 
@@ -231,12 +240,19 @@ def learning_rate_factor(
     """The schedule as a function of the steps done so far, so that it needs no state."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the schedule itself is never stepped
-        schedule = get_scheduler(
-            config.lr_schedule,
-            optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=num_steps,
-        )
+        try:
+            schedule = get_scheduler(
+                config.lr_schedule,
+                optimizer,
+                num_warmup_steps=config.lr_warmup_steps,
+                num_training_steps=num_steps,
+                **config.lr_schedule_options,
+            )
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"optimizer.lr_schedule {config.lr_schedule} with lr_schedule_options "
+                f"{config.lr_schedule_options}: {error}"
+            ) from None
     return schedule.lr_lambdas[0]
 
 
