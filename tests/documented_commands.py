@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 SKIP = re.compile(r"<!-- test: skip, .+ -->")
 # What a reader puts in: commands of the shell, that change nothing here.
 NOT_RUN = {"source", "git", "cd", "pip"}
+SCRIPT = re.compile(r'^([\w-]+) = "([\w.]+):main"$', re.MULTILINE)
 PROGRAM = re.compile(r"(python|torchrun|accelerate|make|sbatch|fid-eval|moh-dit-[\w-]+)\b")
 
 # Words of the pages, and what stands for them here.
@@ -113,7 +113,7 @@ def run(words: list[str], monkeypatch: Any, parse_only: bool = False) -> None:
         assert (ROOT / arguments[0]).is_file()
         call(arguments[0].removesuffix(".py"), arguments[1:], monkeypatch, parse_only)
     else:
-        scripts = {script.name: script.module for script in entry_points(group="console_scripts")}
+        scripts = dict(SCRIPT.findall((ROOT / "pyproject.toml").read_text()))
         assert program in scripts, f"no program is called {program}; a figure? fence it as text"
         call(scripts[program], arguments, monkeypatch, parse_only)
 
