@@ -69,7 +69,9 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="the hash the weights must have; needed for unpublished ones",
     )
-    group.add_argument("--resize", type=positive, metavar="SIZE", help="make images SIZE × SIZE")
+    group.add_argument(
+        "--resize", type=positive, metavar="SIZE", help="make images SIZE × SIZE pixels"
+    )
     group.add_argument(
         "--crop",
         action="store_true",
@@ -88,13 +90,18 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=positive, help="images at a time (default: 64, 128 on a GPU)"
     )
     group.add_argument("--workers", type=positive, help="decoding threads (default: all cores)")
-    group.add_argument("--cache", metavar="DIR", help="keep features there, by content hash")
+    group.add_argument(
+        "--cache", metavar="DIR", help="keep features there, by content hash (default: nowhere)"
+    )
     group.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def evaluation_parser() -> Parser:
     parser = Parser(
-        prog="fid-eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="fid-eval",
+        description=__doc__,
+        epilog="example: fid-eval digits.npz samples.npz --extractor digits --output metrics.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("reference", metavar="REF", help="reference, or a jobs YAML alone")
     parser.add_argument("samples", metavar="SAMPLES", nargs="*", help="one or more sample sets")
@@ -111,19 +118,22 @@ def evaluation_parser() -> Parser:
         choices=get_args(Precision),
         help="for precision and recall (default: adm-fp16 with Inception, as in papers; else fp32)",
     )
-    group.add_argument("--k", type=positive, default=3, help="neighbours for precision and recall")
+    group.add_argument(
+        "--k", type=positive, default=3, help="neighbours for precision and recall (default: 3)"
+    )
     group.add_argument(
         "--bootstrap",
         type=positive,
         default=0,
         metavar="N",
-        help="95 %% intervals from N resamples",
+        help="95 %% intervals from N resamples (default: none)",
     )
     group.add_argument(
         "--reference-kind",
         choices=get_args(ReferenceKind),
         default="auto",
-        help="Fréchet distance from the reference's statistics or its images",
+        help="Fréchet distance from the reference's statistics or its images (default: auto, the "
+        "statistics where there are any)",
     )
     add_runtime_options(parser)
     group = parser.add_argument_group("results")
@@ -249,7 +259,11 @@ def write_outputs(document: Document, options: argparse.Namespace) -> None:
 
 
 def stats(argv: list[str]) -> int:
-    parser = Parser(prog="fid-eval stats", description="Make an ADM-compatible reference file.")
+    parser = Parser(
+        prog="fid-eval stats",
+        description="Make an ADM-compatible reference file.",
+        epilog="example: fid-eval stats train/ --name birds256 --resize 256 --crop",
+    )
     parser.add_argument("source", help="images: .npz, folder, zip, tar, hf://owner/name")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--name", help=f"save under this name in {home() / 'references'}")
@@ -260,7 +274,9 @@ def stats(argv: list[str]) -> int:
         default=10_000,
         help="images kept for precision and recall (default: 10,000)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of those images")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the choice of those images (default: 0)"
+    )
     add_runtime_options(parser)
     options = parser.parse_args(argv)
     if options.crop and options.resize is None:

@@ -124,8 +124,17 @@ def find_config(name: str) -> Path | None:
 
 
 def _make_parser(config_class: type, *, prog: str, description: str, example: str) -> _Parser:
+    required = [
+        f"--{field.name} {field.name.upper()}"
+        for field in dataclasses.fields(config_class)
+        if field.default is field.default_factory is dataclasses.MISSING
+    ]
     parser = _Parser(
-        prog=prog, description=description, epilog=f"example: {example}", allow_abbrev=False
+        prog=prog,
+        usage=" ".join(["%(prog)s [--config NAME]", *required, "[--KEY VALUE ...]"]),
+        description=description,
+        epilog=f"example: {example}",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--config",

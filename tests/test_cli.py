@@ -1,6 +1,9 @@
 """The configuration mechanism that every program shares."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -9,6 +12,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from moh_dit.cli import load_config, run_program, save_config
 from moh_dit.errors import UserError
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -152,3 +157,32 @@ def test_help_shows_field_docstrings_and_defaults(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "Length of the run, in steps. (type: int, default: 10)" in text
     assert "example: p --x" in text
+
+
+@pytest.mark.parametrize("program", ["train_dit", "sample_dit"])
+def test_help_is_quick_because_torch_stays_out(program):
+    script = (
+        f"import sys, {program}\n"
+        "sys.argv = ['program', '--help']\n"
+        "try:\n"
+        f"    {program}.main()\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code\n"
+        "heavy = {'torch', 'diffusers', 'accelerate', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--seed" in done.stdout
+    assert f"example: {program}.py " in done.stdout
+
+
+def test_usage_names_what_is_required(capsys):
+    from moh_dit.sampling.config import SampleConfig
+
+    with pytest.raises(SystemExit):
+        run_program(print, SampleConfig, prog="p", description="d", example="e", argv=["--help"])
+    usage = capsys.readouterr().out.splitlines()[0]
+    assert usage == (
+        "usage: p [--config NAME] --checkpoint CHECKPOINT --output OUTPUT [--KEY VALUE ...]"
+    )

@@ -123,7 +123,7 @@ def test_mistakes_are_one_line_and_leave_nothing(run, tmp_path, monkeypatch, cap
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert message in error
-    assert error.startswith("moh-dit-sample: error: ")
+    assert error.startswith("sample_dit.py: error: ")
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -27,11 +27,17 @@ class SamplingSettings:
 
 
 @dataclass(kw_only=True)
-class SampleConfig(SamplingSettings):
+class FromTo:
     checkpoint: str
     """Run folder (its newest checkpoint), one of its checkpoints, or a saved pipeline folder."""
     output: str
     """A grid: .png. Its denoising: .gif, .webp, .mp4. A set: .npz, .tar (WebDataset), a folder."""
+
+
+@dataclass(kw_only=True)
+class SampleConfig(SamplingSettings, FromTo):  # the last base comes first in --help
+    """The job"""
+
     weights: str = "transformer"
     """Averaged weights to use: transformer (the first), raw, or a folder such as ema-0.999."""
     guidance_checkpoint: str | None = None

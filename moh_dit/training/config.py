@@ -1,18 +1,24 @@
-"""Everything that defines a training run. The docstring under a field is its help text."""
+"""Everything that defines a training run. The docstring under a field is its help text.
+
+Modules that import torch are imported where they are used, so that ``--help`` is quick.
+"""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
-from ..objectives import FlowObjective, NoiseObjective, Objective
 from ..presets import preset_config
-from .ema import power_gamma, power_name
+
+if TYPE_CHECKING:
+    from ..objectives import Objective
 
 WITHOUT_WARMUP = ("constant", "piecewise_constant")
 
 
 @dataclass
 class ModelConfig:
+    """The model: a preset, its fields, or both"""
+
     preset: str | None = None
     """Published model to start from, e.g. MoH-DiT-XL/2-75 or DiT-B/4. Fields below override it."""
     patch_size: int | None = None
@@ -48,6 +54,8 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
+    """What is learned from"""
+
     source: str = "digits"
     """"digits" (embedded), a folder with one sub-folder of images per class, tar shards, or
     hf:NAME (docs/data.md). Encoded at the start: by one process into memory, by several into the
@@ -68,6 +76,8 @@ class DataConfig:
 
 @dataclass
 class ObjectiveConfig:
+    """What the model learns to predict"""
+
     prediction_type: Literal["epsilon", "v_prediction", "flow"] = "epsilon"
     """What the model predicts: noise, v (arXiv 2202.00512), or the velocity of a rectified flow."""
     learned_variance: bool = True
@@ -77,8 +87,10 @@ class ObjectiveConfig:
     logit_normal: tuple[float, float] = (0.0, 1.0)
     """With flow: mean and standard deviation of the logit of the drawn times."""
 
-    def build(self, device: Any) -> Objective:
+    def build(self, device: Any) -> "Objective":
         """The objective, or a ``UserError`` where the settings contradict each other."""
+        from ..objectives import FlowObjective, NoiseObjective
+
         if self.prediction_type != "flow":
             return NoiseObjective(
                 self.prediction_type, self.learned_variance, self.min_snr_gamma, device
@@ -90,6 +102,8 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimizerConfig:
+    """AdamW and its learning rate"""
+
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -119,6 +133,8 @@ class OptimizerConfig:
 
 @dataclass
 class EvaluationConfig:
+    """Samples and metrics while it trains"""
+
     sample_every: int = 0
     """Steps between grids of samples; 0 for one at the end."""
     fid_every: int = 0
@@ -140,6 +156,8 @@ class EvaluationConfig:
 
 @dataclass
 class TrainConfig:
+    """The run, its length and how it computes"""
+
     run_dir: str = "runs/train"
     """Folder of this run; must not exist unless resuming."""
     resume: bool = False
@@ -200,6 +218,8 @@ class TrainConfig:
 
     def check(self, num_processes: int) -> None:
         """Raise ``UserError`` for values that do not fit together."""
+        from .ema import power_gamma, power_name
+
         share = num_processes * self.gradient_accumulation_steps
         if self.batch_size < 1 or self.batch_size % share:
             raise UserError(

@@ -186,6 +186,10 @@ class Trainer:
         if stop and not last:
             accelerator.print(f"told to stop: saved at step {step}; continue with --resume")
             raise SystemExit(PREEMPTED)
+        accelerator.print(
+            f"wrote {self.run_dir}: curves.png, samples/, checkpoints/; more images with "
+            f"sample_dit.py --checkpoint {self.run_dir} --output grid.png"
+        )
 
     def _open_run_folder(self) -> None:
         run = self.run_dir

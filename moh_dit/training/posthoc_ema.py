@@ -42,6 +42,8 @@ class Profile:
 
 @dataclass
 class PosthocConfig:
+    """The wanted average"""
+
     run: str
     """Folder of a run with snapshots (ema_power_stds)."""
     std: float = 0.1
@@ -162,7 +164,7 @@ def main() -> None:
     run_program(
         reconstruct,
         PosthocConfig,
-        prog="posthoc_ema",
+        prog="python -m moh_dit.training.posthoc_ema",
         description="Make an average of any length from the snapshots of a run.",
         example="python -m moh_dit.training.posthoc_ema --run runs/mine --std 0.08",
     )
