@@ -12,8 +12,18 @@ _EXPORTS = {
     "MoHDiTTransformer2DModel": "transformer",
     "PRESETS": "presets",
     "build_model": "presets",
+    "load_pipeline": "checkpoints",
+    "load_pretrained": "checkpoints",
 }
-__all__ = ["PRESETS", "MoHAttention", "MoHDiTPipeline", "MoHDiTTransformer2DModel", "build_model"]
+__all__ = [
+    "PRESETS",
+    "MoHAttention",
+    "MoHDiTPipeline",
+    "MoHDiTTransformer2DModel",
+    "build_model",
+    "load_pipeline",
+    "load_pretrained",
+]
 
 
 def __getattr__(name: str) -> Any:

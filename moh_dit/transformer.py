@@ -61,6 +61,8 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         num_classes: classes; the label ``num_classes`` is the null class of guidance.
         label_init_std: standard deviation of the label table at the start. At the published 0.02
             a model needs some thousands of steps to hear its labels; short runs want 0.5.
+        timestep_freq_shift: what is taken off the number of timestep frequencies before they are
+            spread: 0 as published; 1 for a model trained in diffusers' ``DiTTransformer2DModel``.
 
     Raises:
         UserError: when the head plan or the sizes do not add up.
@@ -86,6 +88,7 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         label_init_std: float = 0.02,
+        timestep_freq_shift: float = 0,
     ):
         super().__init__()
         if sample_size % patch_size:
@@ -105,7 +108,7 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         positions = get_2d_sincos_pos_embed(hidden_size, grid_size, base_size=grid_size)
         # Frozen, but a parameter: published parameter counts include it.
         self.pos_embed = nn.Parameter(positions.float().unsqueeze(0), requires_grad=False)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, timestep_freq_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.blocks = nn.ModuleList()
         for layer, plan in enumerate(zip(heads, shared, active, strict=True)):
@@ -298,8 +301,9 @@ class TimestepEmbedder(nn.Module):
 
     num_features = 256
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int, freq_shift: float = 0):
         super().__init__()
+        self.freq_shift = freq_shift
         self.mlp = nn.Sequential(
             nn.Linear(self.num_features, hidden_size),
             nn.SiLU(),
@@ -308,7 +312,10 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         features = get_timestep_embedding(
-            timestep, self.num_features, flip_sin_to_cos=True, downscale_freq_shift=0
+            timestep,
+            self.num_features,
+            flip_sin_to_cos=True,
+            downscale_freq_shift=self.freq_shift,
         )
         return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 

@@ -29,11 +29,14 @@ class SamplingSettings:
 @dataclass(kw_only=True)
 class SampleConfig(SamplingSettings):
     checkpoint: str
-    """Run folder (its newest checkpoint), one of its checkpoints, or a saved pipeline folder."""
+    """Run folder (its newest checkpoint), a checkpoint or pipeline folder, a published file, or a
+    hub id of any of these (docs/checkpoints.md)."""
     output: str
     """A grid: .png. Its denoising: .gif, .webp, .mp4. A set: .npz, .tar (WebDataset), a folder."""
     weights: str = "transformer"
     """Averaged weights to use: transformer (the first), raw, or a folder such as ema-0.999."""
+    autoencoder: str | None = None
+    """Autoencoder for a checkpoint that has none, e.g. stabilityai/sd-vae-ft-ema."""
     guidance_checkpoint: str | None = None
     """Autoguidance: guide away from this weaker model instead of from the null class."""
     guidance_weights: str = "transformer"

@@ -137,7 +137,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     init_from: str | None = None
-    """Start from these weights: a run, checkpoint or model folder, or a .safetensors file."""
+    """Start from these weights: a run, a model folder, a file or a hub id (docs/checkpoints.md)."""
     num_steps: int = 400_000
     """Optimizer steps of the whole run."""
     batch_size: int = 256

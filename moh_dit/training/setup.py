@@ -18,12 +18,14 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ..checkpoints import WEIGHTS, apply_weights, read_weights, resolve_checkpoint
+from ..checkpoints import open_checkpoint, state_difference
 from ..data.images import ImageSet, open_images
 from ..data.latents import LatentSet, open_latents
 from ..errors import UserError
+from ..identify import LABEL_TABLE
 from ..objectives import Objective
 from ..transformer import MoHDiTTransformer2DModel
+from ..weights import lazy
 from .config import DataConfig, OptimizerConfig, TrainConfig
 
 
@@ -132,27 +134,25 @@ def build_model(
         )
     model = MoHDiTTransformer2DModel(**arguments)
     if config.init_from is not None:
-        initialise_from(model, Path(config.init_from))
+        initialise_from(model, config.init_from)
     return model
 
 
-def initialise_from(model: MoHDiTTransformer2DModel, path: Path) -> None:
+def initialise_from(model: MoHDiTTransformer2DModel, source: str) -> None:
     """Load weights to fine-tune. A label table for other classes is left as initialised.
 
     Raises:
         UserError: nothing readable there, or any other weight that differs (the keys are named).
     """
-    if path.is_dir() and not list(path.glob("*.safetensors")):
-        is_pipeline = (path / "model_index.json").is_file()
-        path = (path if is_pipeline else resolve_checkpoint(path)[1]) / "transformer" / WEIGHTS
-    elif path.is_dir():
-        path = path / WEIGHTS
-    state = read_weights(path)
-    table, own = "y_embedder.embedding_table.weight", model.state_dict()
-    if table in state and state[table].shape != own[table].shape:
-        print(f"{path}: made for {len(state[table]) - 1} classes; the label table starts afresh")
-        state[table] = own[table]
-    apply_weights(model, state, path)
+    opened = open_checkpoint(source)
+    state, own = dict(opened.state), model.state_dict()
+    if LABEL_TABLE in state and state[LABEL_TABLE].shape != own[LABEL_TABLE].shape:
+        classes = state[LABEL_TABLE].shape[0] - 1
+        print(f"{opened.path}: made for {classes} classes; the label table starts afresh")
+        state[LABEL_TABLE] = lazy(own[LABEL_TABLE])
+    if difference := state_difference(model, state):
+        raise UserError(f"{opened.path} does not match the model: {difference}")
+    model.load_state_dict({name: tensor.read() for name, tensor in state.items()})
 
 
 def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
