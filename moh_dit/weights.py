@@ -192,14 +192,14 @@ def _read_record(file: Path, record: zipfile.ZipInfo, meta: Tensor) -> Tensor:
 
 
 def write_safetensors(
-    file: Path, state: State, on_written: Callable[[int], Any] = lambda nbytes: None
+    file: Path, state: State, on_written: Callable[[], Any] = lambda: None
 ) -> None:
     """Write a state dict as safetensors, one tensor in memory at a time.
 
     Args:
         file: where to write.
         state: what to write.
-        on_written: called with the bytes of each tensor written.
+        on_written: called after each tensor.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     ordered = sorted(state.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
@@ -216,12 +216,10 @@ def write_safetensors(
         out.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
             out.write(values(tensor))
-            on_written(tensor.nbytes)
+            on_written()
 
 
-def write_torch(
-    file: Path, state: State, on_written: Callable[[int], Any] = lambda nbytes: None
-) -> None:
+def write_torch(file: Path, state: State, on_written: Callable[[], Any] = lambda: None) -> None:
     """Write a state dict as ``torch.save`` does, one tensor in memory at a time.
 
     ``torch.load`` opens it, also with ``weights_only=True`` and ``mmap=True``.
@@ -234,7 +232,7 @@ def write_torch(
         _write_record(archive, "byteorder", b"little")
         for number, tensor in enumerate(pickler.tensors):
             _write_record(archive, f"data/{number}", values(tensor))
-            on_written(tensor.nbytes)
+            on_written()
         _write_record(archive, "version", b"3\n")
 
 
