@@ -1,5 +1,6 @@
 """The parts of a run that are made once: accelerator, model, parameter groups, schedule, signal."""
 
+import json
 import math
 import os
 import signal
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import torch
@@ -117,7 +119,9 @@ def build_model(
             f"the data has {classes_in_data} classes, model.num_classes is {num_classes}; "
             "raise it, or leave it out to count them"
         )
+    weights = None if config.init_from is None else initial_weights(Path(config.init_from))
     arguments = config.model.resolve(
+        initial=None if weights is None else initial_config(weights),
         sample_size=size,
         in_channels=channels,
         out_channels=objective.output_channels(channels),
@@ -131,9 +135,26 @@ def build_model(
             f"model.patch_size {patch_size} does not divide; use a multiple of {pixels} pixels"
         )
     model = MoHDiTTransformer2DModel(**arguments)
-    if config.init_from is not None:
-        initialise_from(model, Path(config.init_from))
+    if weights is not None:
+        initialise_from(model, weights)
     return model
+
+
+def initial_weights(path: Path) -> Path:
+    """The weights file that a run, checkpoint, pipeline or model folder (or a file) stands for."""
+    if path.is_dir() and not list(path.glob("*.safetensors")):
+        is_pipeline = (path / "model_index.json").is_file()
+        return (path if is_pipeline else resolve_checkpoint(path)[1]) / "transformer" / WEIGHTS
+    return path / WEIGHTS if path.is_dir() else path
+
+
+def initial_config(weights: Path) -> dict[str, Any]:
+    """The model configuration beside a weights file; empty where there is none."""
+    file = weights.with_name("config.json")
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
 
 
 def initialise_from(model: MoHDiTTransformer2DModel, path: Path) -> None:
@@ -142,11 +163,6 @@ def initialise_from(model: MoHDiTTransformer2DModel, path: Path) -> None:
     Raises:
         UserError: nothing readable there, or any other weight that differs (the keys are named).
     """
-    if path.is_dir() and not list(path.glob("*.safetensors")):
-        is_pipeline = (path / "model_index.json").is_file()
-        path = (path if is_pipeline else resolve_checkpoint(path)[1]) / "transformer" / WEIGHTS
-    elif path.is_dir():
-        path = path / WEIGHTS
     state = read_weights(path)
     table, own = "y_embedder.embedding_table.weight", model.state_dict()
     if table in state and state[table].shape != own[table].shape:
