@@ -64,14 +64,15 @@ class Arm:
         return "-".join(str(part) for part in parts if part is not None)
 
 
-MAIN = [Arm(start, active) for active in PLANS for start in ("dense", "scratch")]
 ARMS = [
-    *(Arm("dense", a) if s == "dense" else Arm("scratch", a, "learned") for a in PLANS
-      for s in ("dense", "scratch")),
+    Arm("dense", 75),
+    Arm("scratch", 75, "learned"),
+    Arm("dense", 50),
+    Arm("scratch", 50, "learned"),
     Arm("dense"),
     Arm("dense", 50, "learned"),
     Arm("dense", 50, shared_heads="importance"),
-]  # fmt: skip
+]
 
 
 def split(folder: Path) -> tuple[Path, Path]:
@@ -90,6 +91,8 @@ def configure(work: Path, name: str, data: Path, num_steps: int) -> TrainConfig:
     config = load_config(TrainConfig, find_config("digits"))
     config.run_dir, config.resume, config.data.source = str(work / name), True, str(data)
     config.num_steps, config.keep_checkpoints = num_steps, 0
+    config.checkpoint_every = min(config.checkpoint_every, num_steps // 2)
+    config.evaluation.num_inference_steps = 2  # grids are not what this is about
     return config
 
 
@@ -122,6 +125,16 @@ class HeldBack:
             output = model(noisy, times, self.labels).sample
             terms.append(torch.stack(self.objective.loss(output, self.clean, noise, times), 1))
         return torch.stack(terms).mean(0)
+
+
+@torch.no_grad()
+def without_attention(model):
+    """A copy whose attention adds nothing: how much there is to lose."""
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+        block.attn.proj.weight.zero_()
+        block.attn.proj.bias.zero_()
+    return model
 
 
 def summary(terms: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
@@ -189,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("runs/continue_tuning"))
     parser.add_argument("--steps", type=int, default=2000, help="steps of the dense model")
-    parser.add_argument("--draws", type=int, default=8, help="times and noises for each image")
+    parser.add_argument("--draws", type=int, default=4, help="times and noises for each image")
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="peak of the tuning")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -220,6 +233,7 @@ def main() -> None:
         "learning_rate": args.learning_rate,
         "dense": score(reference),
         "dense_at_half": score(loss(half)),
+        "without_attention": score(loss(without_attention(dense))),
         "right_after": [
             dict(active=active, router=router, shared_heads=choice)
             | score(loss(converted(active, router, choice)))

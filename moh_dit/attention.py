@@ -6,7 +6,8 @@ The layer stands alone, too: with masks, rotary embeddings, grouped keys and a c
 place of attention in other transformers (``examples/``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,14 @@ from .errors import UserError
 from .kernels import BACKENDS, attend_gathered, choose_backend, moh_attention_triton
 from .routing import ROUTERS, check_head_plan, load_balance_loss, moh_gates, query_norm_gates
 
-__all__ = ["MoHAttention", "load_balance_loss", "moh_attention", "moh_gates", "query_norm_gates"]
+__all__ = [
+    "MoHAttention",
+    "load_balance_loss",
+    "moh_attention",
+    "moh_gates",
+    "query_norm_gates",
+    "recorded_router_stats",
+]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -282,3 +290,36 @@ def merge_masks(
     if mask is None:
         return past, False
     return (mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, -torch.inf)), False
+
+
+@contextmanager
+def recorded_router_stats(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect router_stats (2, E) of the routed layers in a model whose blocks drop them.
+
+        with recorded_router_stats(model) as stats:
+            loss = model(inputs).loss
+        loss = loss + 0.01 * load_balance_loss(stats, [2] * len(stats))
+
+    In the order in which the layers run, each time one runs inside the block.
+
+    Raises:
+        UserError: where activation checkpointing is re-entrant, which would cut the gradient.
+    """
+    stats: list[Tensor] = []
+    learning = torch.is_grad_enabled()
+
+    def record(layer: nn.Module, arguments: tuple, output: tuple[Tensor, Tensor | None]) -> None:
+        if output[1] is None:
+            return
+        if learning and not torch.is_grad_enabled():
+            raise UserError(
+                "router statistics lose their gradient under re-entrant activation checkpointing; "
+                "set use_reentrant=False"
+            )
+        stats.append(output[1])
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, MoHAttention):
+                hooks.callback(module.register_forward_hook(record).remove)
+        yield stats

@@ -38,7 +38,12 @@ def attention_to_moh(
         attention: a layer without a router, left as it is.
         num_shared_heads, num_active_routed_heads, router: see :class:`MoHAttention`.
         order: the heads (h,) in their new order, those to be shared first; as they are if ``None``.
+
+    Raises:
+        UserError: when the layer has a router, or the head plan does not add up.
     """
+    if attention.num_shared_heads is not None:
+        raise UserError("the attention is MoH already; continue-tuning starts from a dense one")
     heads, width, kv = attention.num_heads, attention.head_dim, attention.num_key_value_heads
     qkv, proj = attention.qkv, attention.proj
     with torch.device("meta"):

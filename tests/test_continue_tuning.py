@@ -236,6 +236,18 @@ def test_training_goes_on_from_a_converted_folder(pipeline, tmp_path, monkeypatc
     assert trained([3], num_inference_steps=2).images[0].size == (32, 32)
 
 
+def test_settings_that_contradict_the_converted_folder_are_named(tmp_path, monkeypatch, capsys):
+    dense_to_moh(dense_model(), MoHSettings(**PART)).save_pretrained(tmp_path / "moh")
+    arguments = [f"--init_from={tmp_path / 'moh'}", f"--run_dir={tmp_path}/run"]
+    monkeypatch.setattr(sys, "argv", ["train_dit.py", *arguments, "--model.router=learned"])
+    with pytest.raises(SystemExit):
+        train_dit.main()
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "missing: blocks.0.attn.wg.weight" in message
+    assert "leave the settings of model out" in message
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

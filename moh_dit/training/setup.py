@@ -168,7 +168,12 @@ def initialise_from(model: MoHDiTTransformer2DModel, path: Path) -> None:
     if table in state and state[table].shape != own[table].shape:
         print(f"{path}: made for {len(state[table]) - 1} classes; the label table starts afresh")
         state[table] = own[table]
-    apply_weights(model, state, path)
+    try:
+        apply_weights(model, state, path)
+    except UserError as error:
+        known = path.with_name("config.json").is_file()
+        hint = "; leave the settings of model out to take those beside the weights" if known else ""
+        raise UserError(f"{error}{hint}") from None
 
 
 def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
