@@ -96,6 +96,20 @@ def configure(work: Path, name: str, data: Path, num_steps: int) -> TrainConfig:
     return config
 
 
+def configure_arm(args: argparse.Namespace, arm: Arm, data: Path) -> TrainConfig:
+    config = configure(args.work, arm.folder, data, round(SHARES[-1] * args.steps))
+    config.checkpoint_every = round(SHARES[0] * args.steps)
+    config.optimizer.lr_schedule = "constant_with_warmup"  # so that one run shows all shares
+    config.optimizer.lr_warmup_steps = config.checkpoint_every // 5
+    if arm.start == "scratch":
+        plan = PLANS[arm.active]
+        config.model = ModelConfig(**{**vars(config.model), **plan, "router": arm.router})
+    else:
+        config.init_from = str(args.work / "converted" / arm.folder)
+        config.model, config.optimizer.learning_rate = ModelConfig(), args.learning_rate
+    return config
+
+
 class HeldBack:
     """Loss of each held-back image, with the same times and noise for every model."""
 
@@ -207,7 +221,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    work, interval = args.work, round(SHARES[0] * args.steps)
+    work = args.work
     training, held_back = split(work)
 
     config = configure(work, "dense", training, args.steps)
@@ -249,22 +263,14 @@ def main() -> None:
     }
     (work / "results.json").write_text(json.dumps(results, indent=1))
     for arm in ARMS:
-        config = configure(work, arm.folder, training, round(SHARES[-1] * args.steps))
-        config.checkpoint_every = interval
-        config.optimizer.lr_schedule = "constant_with_warmup"  # so that one run shows all shares
-        config.optimizer.lr_warmup_steps = interval // 5
+        config = configure_arm(args, arm, training)
         entry = {"name": arm.name, **vars(arm)}
-        if arm.start == "scratch":
-            plan = PLANS[arm.active]
-            config.model = ModelConfig(**{**vars(config.model), **plan, "router": arm.router})
-        else:
+        if arm.start == "dense":
             model = dense
             if arm.active is not None:
                 model = converted(arm.active, arm.router, arm.shared_heads)
             entry["right_after"] = score(loss(model))
-            model.save_pretrained(work / "converted" / arm.folder)
-            config.init_from = str(work / "converted" / arm.folder)
-            config.model, config.optimizer.learning_rate = ModelConfig(), args.learning_rate
+            model.save_pretrained(config.init_from)
         Trainer(config).train()
         checkpoints = work / arm.folder / "checkpoints"
         entry["after"] = {
