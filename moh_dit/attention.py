@@ -110,7 +110,8 @@ class MoHAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, num_shared_heads={self.num_shared_heads}, "
-            f"num_active_routed_heads={self.num_active_routed_heads}, head_dim={self.head_dim}"
+            f"num_active_routed_heads={self.num_active_routed_heads}, head_dim={self.head_dim}, "
+            f"num_key_value_heads={self.num_key_value_heads}, router={self.router!r}"
         )
 
     def route(self, hidden_states: Tensor) -> tuple[Tensor | None, Tensor | None]:

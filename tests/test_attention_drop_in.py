@@ -135,6 +135,16 @@ def test_neither_output_nor_routing_sees_the_future(plan):
     assert not torch.allclose(a[:, 5:], b[:, 5:])
 
 
+def test_where_triton_would_be_taken_it_gives_way_or_says_so(monkeypatch):
+    layer = make_layer(**PLANS[1])
+    expected, _ = layer(tokens())
+    monkeypatch.setattr("moh_dit.attention.choose_backend", lambda *arguments: "triton")
+    torch.testing.assert_close(layer(tokens())[0], expected)  # "auto" on a GPU
+    layer.attention_backend = "triton"
+    with pytest.raises(UserError, match=r"no kernels for masks, .* the query-norm router"):
+        layer(tokens())
+
+
 def linears(bias=True, heads=HEADS, kv=2):
     torch.manual_seed(0)
     sizes = [heads * WIDTH, kv * WIDTH, kv * WIDTH]
