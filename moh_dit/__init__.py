@@ -10,8 +10,10 @@ _EXPORTS = {
     "MoHAttention": "attention",
     "MoHDiTPipeline": "pipeline",
     "MoHDiTTransformer2DModel": "transformer",
+    "MoHSettings": "continue_tuning",
     "PRESETS": "presets",
     "build_model": "presets",
+    "dense_to_moh": "continue_tuning",
     "load_pipeline": "checkpoints",
     "load_pretrained": "checkpoints",
 }
@@ -20,7 +22,9 @@ __all__ = [
     "MoHAttention",
     "MoHDiTPipeline",
     "MoHDiTTransformer2DModel",
+    "MoHSettings",
     "build_model",
+    "dense_to_moh",
     "load_pipeline",
     "load_pretrained",
 ]

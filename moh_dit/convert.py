@@ -7,33 +7,24 @@ moh-dit-convert runs/digits --to pipeline --with_code --output shared
 Weights go from file to file tensor by tensor, in the precision they have.
 """
 
-import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers import __version__ as diffusers_version
 
-from .autoencoder import load_autoencoder
-from .bundle import add_code
-from .card import Facts, run_facts, stated_license, write_card
-from .checkpoints import WEIGHTS, Opened, find_weights, load_scheduler, open_checkpoint
+from .checkpoints import Opened, open_checkpoint
 from .cli import run_program
-from .diffusion import make_scheduler
+from .continue_tuning import MoHSettings, dense_to_moh, noisy_batches
 from .errors import UserError
-from .formats import to_diffusers, to_diffusers_config
-from .identify import describe, preset_of
+from .export import PLANS, Extras, surroundings
+from .identify import describe, full_config
 from .pipeline import MoHDiTPipeline
-from .progress import progress_bar
-from .schedulers import named_scheduler
-from .transformer import MoHDiTTransformer2DModel
-from .weights import State, open_weights, write_safetensors, write_torch
+from .weights import State, lazy
 
 Format = Literal["moh-dit", "pipeline", "published", "diffusers", "diffusers-pipeline"]
 
@@ -54,6 +45,24 @@ class Overrides:
 
 
 @dataclass
+class MoHPlan:
+    num_shared_heads: int | list[int | None] | None = None
+    """Make MoH of a dense model, with so many shared heads in every layer or in each."""
+    num_active_routed_heads: int | list[int | None] | None = None
+    """Routed heads that each token activates, likewise."""
+    router: Literal["query_norm", "learned"] = "query_norm"
+    """query_norm: without parameters. learned: MoH's own, fitted on data to select as that does."""
+    shared_heads: Literal["first", "random", "importance"] = "first"
+    """Which heads become shared: the first, a random choice, or the most important on data."""
+    data: str | None = None
+    """Images to measure importance or fit routers on: any source that training knows."""
+    num_images: int = 512
+    """Images drawn from data."""
+    seed: int = 0
+    """Seed of random choices."""
+
+
+@dataclass
 class ConvertConfig:
     source: str
     """Run, checkpoint, model or pipeline folder, .pt or .safetensors file, or a hub id of any."""
@@ -69,6 +78,8 @@ class ConvertConfig:
     """Precision to write."""
     model: Overrides = field(default_factory=Overrides)
     """What the shapes of weights without a configuration leave open; presets need none of it."""
+    moh: MoHPlan = field(default_factory=MoHPlan)
+    """Continue-tuning: a MoH model from a dense one (docs/continue_tuning.md)."""
     autoencoder: str | None = None
     """Autoencoder of a pipeline whose source has none, e.g. stabilityai/sd-vae-ft-ema."""
     with_code: bool = False
@@ -88,6 +99,9 @@ def convert(config: ConvertConfig) -> None:
     )
     given = {key: value for key, value in vars(config.model).items() if value is not None}
     opened = replace(opened, config=opened.resolve(**given))
+    if config.moh.num_shared_heads is not None:
+        print(summary(config.source, opened))
+        opened = to_moh(opened, config)
     if config.dtype != "keep":
         dtype = getattr(torch, config.dtype)
         opened.state = {name: tensor.to(dtype) for name, tensor in opened.state.items()}
@@ -95,11 +109,36 @@ def convert(config: ConvertConfig) -> None:
     if config.to is None:
         return
     output = Path(config.output or "")
-    plan = PLANS[config.to](opened, config)
+    is_hub_id = not Path(config.source).exists()
+    base_model = "/".join(config.source.split("/")[:2]) if is_hub_id else None
+    extras = Extras(config.autoencoder, config.with_code, config.license, base_model)
+    write = PLANS[config.to](opened, extras)
     check_space(output, opened.state)
     with written_aside(output) as aside:
-        plan(aside)
+        write(aside)
     print(f"wrote {output}")
+
+
+def to_moh(opened: Opened, config: ConvertConfig) -> Opened:
+    """The same with mixture-of-head layers; this one holds the whole model in memory."""
+    plan = config.moh
+    settings = MoHSettings(
+        plan.num_shared_heads,
+        plan.num_active_routed_heads,
+        plan.router,
+        plan.shared_heads,
+        plan.seed,
+    )
+    model = opened.build(torch.float32)
+    data = None
+    if plan.data is not None:
+        vae, scheduler = surroundings(opened, config.autoencoder)
+        pipeline = MoHDiTPipeline(model, vae.float(), scheduler)
+        data = noisy_batches(pipeline, plan.data, plan.num_images, seed=plan.seed)
+    dense_to_moh(model, settings, data)
+    stored = next(iter(opened.state.values())).dtype
+    state = {name: lazy(tensor.to(stored)) for name, tensor in model.state_dict().items()}
+    return replace(opened, config=full_config(dict(model.config)), state=state, kind="moh-dit")
 
 
 def summary(source: str, opened: Opened) -> str:
@@ -160,157 +199,6 @@ def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------- what each format needs: checked, then written
-
-Write = Callable[[Path], None]
-
-
-def plan_model(opened: Opened, config: ConvertConfig) -> Write:
-    """This project's model folder: ``config.json`` and safetensors."""
-    with torch.device("meta"):
-        model = MoHDiTTransformer2DModel(**arguments(opened))
-
-    def write(folder: Path) -> None:
-        folder.mkdir()
-        model.save_config(folder)
-        stream(opened.state, write_safetensors, folder / WEIGHTS)
-
-    return write
-
-
-def plan_pipeline(opened: Opened, config: ConvertConfig) -> Write:
-    """This project's pipeline folder: the model, autoencoder, scheduler and a model card."""
-    write_model = plan_model(opened, config)
-    with torch.device("meta"):
-        model = MoHDiTTransformer2DModel(**arguments(opened))
-    vae, scheduler = surroundings(opened, config)
-    pipeline = MoHDiTPipeline(model, vae, scheduler, class_names=opened.class_names())
-    facts = run_facts(opened.home) if opened.home else Facts()
-    stated = stated_license(opened.home) if opened.home else None
-    facts.license = config.license or stated or facts.license
-    if "/" in config.source and not Path(config.source).exists():
-        facts.base_model = "/".join(config.source.split("/")[:2])
-
-    def write(folder: Path) -> None:
-        folder.mkdir()
-        pipeline.save_config(folder)
-        write_model(folder / "transformer")
-        vae.save_pretrained(folder / "vae")
-        scheduler.save_pretrained(folder / "scheduler")
-        write_card(folder, arguments(opened), facts)
-        if config.with_code:
-            add_code(folder)
-
-    return write
-
-
-def plan_published(opened: Opened, config: ConvertConfig) -> Write:
-    """A bare state dict, as the published ``.pt`` files are."""
-    if preset_of(arguments(opened)) is None:
-        print(
-            "note: this is no preset, and a .pt file holds no configuration: who loads it has to "
-            "say its heads"
-        )
-    if arguments(opened).get("router", "learned") != "learned":
-        raise UserError(
-            "a router without parameters leaves no trace in a published .pt file, which would open "
-            "as a dense model; convert to moh-dit or pipeline"
-        )
-    return lambda file: stream(opened.state, write_torch, file)
-
-
-def plan_diffusers(opened: Opened, config: ConvertConfig) -> Write:
-    """A folder of diffusers' ``DiTTransformer2DModel``."""
-    theirs = to_diffusers_config(arguments(opened))
-    state = to_diffusers(opened.state, arguments(opened))
-
-    def write(folder: Path) -> None:
-        folder.mkdir()
-        content = {**theirs, "_diffusers_version": diffusers_version}
-        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-        stream(state, write_safetensors, folder / WEIGHTS)
-
-    return write
-
-
-def plan_diffusers_pipeline(opened: Opened, config: ConvertConfig) -> Write:
-    """A folder of diffusers' ``DiTPipeline``."""
-    write_model = plan_diffusers(opened, config)
-    vae, scheduler = surroundings(opened, config)
-    if scheduler.config.get("variance_type") == "learned_range":
-        scheduler = named_scheduler("ddim", scheduler)  # theirs drops the variance channels
-    index: dict[str, Any] = {
-        "_class_name": "DiTPipeline",
-        "_diffusers_version": diffusers_version,
-        "scheduler": ["diffusers", type(scheduler).__name__],
-        "transformer": ["diffusers", "DiTTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    if names := opened.class_names():
-        index["id2label"] = {str(i): name for i, name in enumerate(names)}
-
-    def write(folder: Path) -> None:
-        folder.mkdir()
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        write_model(folder / "transformer")
-        vae.save_pretrained(folder / "vae")
-        scheduler.save_pretrained(folder / "scheduler")
-
-    return write
-
-
-PLANS: dict[str, Callable[[Opened, ConvertConfig], Write]] = {
-    "moh-dit": plan_model,
-    "pipeline": plan_pipeline,
-    "published": plan_published,
-    "diffusers": plan_diffusers,
-    "diffusers-pipeline": plan_diffusers_pipeline,
-}
-
-
-def arguments(opened: Opened) -> dict[str, Any]:
-    """The arguments of a model that has been resolved."""
-    assert opened.config is not None
-    return opened.config
-
-
-def stream(state: State, write: Callable[..., None], file: Path) -> None:
-    """Write a state dict with a progress bar."""
-    with progress_bar(len(state), desc="writing weights", unit="tensor") as bar:
-        write(file, state, bar.update)
-
-
-def surroundings(opened: Opened, config: ConvertConfig) -> tuple[AutoencoderKL, Any]:
-    """The autoencoder, in its own precision, and the scheduler of a pipeline."""
-    home = opened.home
-    if config.autoencoder is not None:
-        vae = load_autoencoder(config.autoencoder)
-    elif home is not None and (home / "vae").is_dir():
-        vae = open_vae(home / "vae")
-    else:
-        raise UserError(
-            f"{config.source} has no autoencoder; give the one it was trained with, for the "
-            "published models --autoencoder stabilityai/sd-vae-ft-ema"
-        )
-    if home is not None:
-        return vae, load_scheduler(home / "scheduler")
-    channels = arguments(opened)["in_channels"]
-    return vae, make_scheduler(arguments(opened)["out_channels"] == 2 * channels)
-
-
-def open_vae(folder: Path) -> AutoencoderKL:
-    """The autoencoder of a pipeline or run, in the precision of its file."""
-    dtype = max((t.dtype for t in open_weights(find_weights(folder)).values()), key=_width)
-    try:
-        return AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} cannot be opened: {' '.join(str(error).split())}") from None
-
-
-def _width(dtype: torch.dtype) -> int:
-    return dtype.itemsize
 
 
 def main() -> None:

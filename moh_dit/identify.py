@@ -64,6 +64,8 @@ def describe(config: dict[str, Any]) -> str:
         f"a {'MoH-' if moh else ''}DiT of no preset ({config['depth']} layers of width "
         f"{config['hidden_size']}, patch {config['patch_size']})"
     )
+    if _is_parameter_free(config):
+        name += " with the query-norm router"
     size, classes = config["sample_size"], config["num_classes"]
     return f"{name}, latents {config['in_channels']}×{size}×{size}, {classes} classes"
 
@@ -91,7 +93,7 @@ def head_plan(config: dict[str, Any]) -> list[tuple[int, int | None, int, int]]:
 
 
 def _is_parameter_free(config: dict[str, Any]) -> bool:
-    return config.get("router", "learned") != "learned"
+    return config["router"] != "learned"
 
 
 def _sizes(state: State) -> dict[str, Any]:

@@ -59,6 +59,8 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         head_dim: width d of a head in every layer; ``None`` means ``hidden_size / h``.
         mlp_ratio: hidden width of the MLP over C.
         num_classes: classes; the label ``num_classes`` is the null class of guidance.
+        router: "learned", or "query_norm" without parameters, as continue-tuning from a dense model
+            wants it (``moh_dit.continue_tuning``); of all layers that route.
         label_init_std: standard deviation of the label table at the start. At the published 0.02
             a model needs some thousands of steps to hear its labels; short runs want 0.5.
         timestep_freq_shift: what is taken off the number of timestep frequencies before they are
@@ -88,6 +90,7 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         label_init_std: float = 0.02,
+        router: str = "learned",
         timestep_freq_shift: float = 0,
     ):
         super().__init__()
@@ -113,7 +116,7 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         self.blocks = nn.ModuleList()
         for layer, plan in enumerate(zip(heads, shared, active, strict=True)):
             try:
-                self.blocks.append(DiTBlock(hidden_size, mlp_ratio, *plan, head_dim))
+                self.blocks.append(DiTBlock(hidden_size, mlp_ratio, *plan, head_dim, router))
             except UserError as error:
                 raise UserError(f"layer {layer}: {error}") from None
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
@@ -232,11 +235,17 @@ class DiTBlock(nn.Module):
         num_shared_heads: int | None,
         num_active_routed_heads: int | None,
         head_dim: int | None,
+        router: str = "learned",
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.attn = MoHAttention(
-            hidden_size, num_heads, num_shared_heads, num_active_routed_heads, head_dim
+            hidden_size,
+            num_heads,
+            num_shared_heads,
+            num_active_routed_heads,
+            head_dim,
+            router=router,
         )
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))

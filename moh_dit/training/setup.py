@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import torch
@@ -18,11 +19,11 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ..checkpoints import open_checkpoint, state_difference
+from ..checkpoints import Opened, open_checkpoint, state_difference
 from ..data.images import ImageSet, open_images
 from ..data.latents import LatentSet, open_latents
 from ..errors import UserError
-from ..identify import LABEL_TABLE
+from ..identify import LABEL_TABLE, infer_config
 from ..objectives import Objective
 from ..transformer import MoHDiTTransformer2DModel
 from ..weights import lazy
@@ -119,7 +120,9 @@ def build_model(
             f"the data has {classes_in_data} classes, model.num_classes is {num_classes}; "
             "raise it, or leave it out to count them"
         )
+    opened = None if config.init_from is None else open_checkpoint(config.init_from)
     arguments = config.model.resolve(
+        initial=initial_config(opened),
         sample_size=size,
         in_channels=channels,
         out_channels=objective.output_channels(channels),
@@ -133,25 +136,36 @@ def build_model(
             f"model.patch_size {patch_size} does not divide; use a multiple of {pixels} pixels"
         )
     model = MoHDiTTransformer2DModel(**arguments)
-    if config.init_from is not None:
-        initialise_from(model, config.init_from)
+    if opened is not None:
+        initialise_from(model, opened)
     return model
 
 
-def initialise_from(model: MoHDiTTransformer2DModel, source: str) -> None:
+def initial_config(opened: Opened | None) -> dict[str, Any]:
+    """The configuration of weights to start from, as far as they came with one or are a preset."""
+    if opened is None:
+        return {}
+    try:
+        return opened.config or infer_config(opened.state, {})
+    except UserError:
+        return {}
+
+
+def initialise_from(model: MoHDiTTransformer2DModel, opened: Opened) -> None:
     """Load weights to fine-tune. A label table for other classes is left as initialised.
 
     Raises:
         UserError: nothing readable there, or any other weight that differs (the keys are named).
     """
-    opened = open_checkpoint(source)
     state, own = dict(opened.state), model.state_dict()
     if LABEL_TABLE in state and state[LABEL_TABLE].shape != own[LABEL_TABLE].shape:
         classes = state[LABEL_TABLE].shape[0] - 1
         print(f"{opened.path}: made for {classes} classes; the label table starts afresh")
         state[LABEL_TABLE] = lazy(own[LABEL_TABLE])
     if difference := state_difference(model, state):
-        raise UserError(f"{opened.path} does not match the model: {difference}")
+        hint = "; leave the settings of model out to take those of the weights"
+        hint = hint if initial_config(opened) else ""
+        raise UserError(f"{opened.path} does not match the model: {difference}{hint}")
     model.load_state_dict({name: tensor.read() for name, tensor in state.items()})
 
 
