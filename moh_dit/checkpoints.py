@@ -203,12 +203,12 @@ def _open_model(file: Path, config_file: Path, weights: str, home: Path | None =
             return Opened(file, "diffusers", config, state, home)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    if is_diffusers(state):
-        raise UserError(f"{file} is a DiT of diffusers, whose config.json is not beside it")
     if name == MoHDiTTransformer2DModel.__name__:
         return Opened(file, "moh-dit", config, state, home)
     if name is not None:
         raise UserError(f"{config_file} describes {name}, which is no DiT")
+    if is_diffusers(state):
+        raise UserError(f"{file} is a DiT of diffusers, whose config.json is not beside it")
     kind = "moh-dit" if file.name.endswith((".safetensors", ".json")) else "published"
     return Opened(file, kind, None, state, home)
 
