@@ -8,14 +8,13 @@ the whole batch at once. Prints ‖g - g_exact‖ / ‖g_exact‖ over all weigh
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from moh_dit.attention import load_balance_loss
 from moh_dit.autoencoder import latent_scaling, load_autoencoder, sample_latents
-from moh_dit.checkpoints import load_transformer, resolve_checkpoint
+from moh_dit.checkpoints import load_pretrained
 from moh_dit.cli import find_config, load_config
 from moh_dit.data.images import open_images
 from moh_dit.data.latents import encode_images
@@ -45,7 +44,7 @@ def main():
     vae = load_autoencoder("digits")
     latents = encode_images(open_images("digits", 32), vae, progress=False)
     if args.run:
-        model = load_transformer(resolve_checkpoint(Path(args.run))[1], "raw")
+        model = load_pretrained(args.run, weights="raw")
     else:
         config = load_config(TrainConfig, find_config("digits"))
         model = build_model(config, objective, (4, 8, 8), 10)

@@ -10,10 +10,24 @@ _EXPORTS = {
     "MoHAttention": "attention",
     "MoHDiTPipeline": "pipeline",
     "MoHDiTTransformer2DModel": "transformer",
+    "MoHSettings": "continue_tuning",
     "PRESETS": "presets",
     "build_model": "presets",
+    "dense_to_moh": "continue_tuning",
+    "load_pipeline": "checkpoints",
+    "load_pretrained": "checkpoints",
 }
-__all__ = ["PRESETS", "MoHAttention", "MoHDiTPipeline", "MoHDiTTransformer2DModel", "build_model"]
+__all__ = [
+    "PRESETS",
+    "MoHAttention",
+    "MoHDiTPipeline",
+    "MoHDiTTransformer2DModel",
+    "MoHSettings",
+    "build_model",
+    "dense_to_moh",
+    "load_pipeline",
+    "load_pretrained",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,9 +2,12 @@
 
 ``MoHAttention`` is the definition that every kernel is held against. Heads ``0 … s-1`` are shared
 (always active), the other ``E = h - s`` are routed; each token activates its top ``k`` of those.
+The layer stands alone, too: with masks, rotary embeddings, grouped keys and a cache it takes the
+place of attention in other transformers (``examples/``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,18 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .kernels import BACKENDS, attend_gathered, choose_backend, moh_attention_triton
+from .routing import ROUTERS, check_head_plan, load_balance_loss, moh_gates, query_norm_gates
+
+__all__ = [
+    "MoHAttention",
+    "load_balance_loss",
+    "moh_attention",
+    "moh_gates",
+    "query_norm_gates",
+    "recorded_router_stats",
+]
+
+Pair = tuple[Tensor, Tensor]
 
 
 class MoHAttention(nn.Module):
@@ -28,13 +43,21 @@ class MoHAttention(nn.Module):
         qkv_bias: whether the query/key/value projection has a bias.
         attention_backend: how a layer with a router computes, see :func:`moh_attention`; can be
             changed later through the attribute of that name.
+        router: "learned" (MoH §3), or "query_norm" (§4.4): no parameters, see
+            :func:`query_norm_gates`; computed by "reference" or "gathered", on a GPU by the former.
+        num_key_value_heads: keys and values that the heads share in groups (arXiv 2305.13245), a
+            divisor of h; ``None`` means one for each head.
+        proj_bias: whether the output projection has a bias.
 
     Raises:
-        UserError: when the head plan does not add up or the backend is unknown.
+        UserError: when the head plan does not add up or the backend or router is unknown.
 
     Parameter names are those of the published checkpoints: ``wg`` is W_routed (E, C), ``wg_0``
-    W_stage (2, C) and ``wg_1`` W_shared (s, C).
+    W_stage (2, C) and ``wg_1`` W_shared (s, C). ``qkv`` holds the rows of all queries, then keys,
+    then values. With grouped keys the buffer ``key_value_head`` (h,) says whose keys a head asks.
     """
+
+    key_value_head: Tensor
 
     def __init__(
         self,
@@ -45,23 +68,38 @@ class MoHAttention(nn.Module):
         head_dim: int | None = None,
         qkv_bias: bool = True,
         attention_backend: str = "auto",
+        router: str = "learned",
+        num_key_value_heads: int | None = None,
+        proj_bias: bool = True,
     ):
         super().__init__()
         check_head_plan(dim, num_heads, num_shared_heads, num_active_routed_heads, head_dim)
-        if attention_backend not in BACKENDS:
+        for name, value, known in (
+            ("attention_backend", attention_backend, BACKENDS),
+            ("router", router, ROUTERS),
+        ):
+            if value not in known:
+                raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+        key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
+        if key_value_heads < 1 or num_heads % key_value_heads:
             raise UserError(
-                f"attention_backend is {attention_backend!r}; choose one of {', '.join(BACKENDS)}"
+                f"num_key_value_heads is {key_value_heads}; it must divide num_heads {num_heads}"
             )
         self.attention_backend = attention_backend
+        self.router = router
         self.num_heads = num_heads
+        self.num_key_value_heads = key_value_heads
         self.head_dim = head_dim or dim // num_heads
         self.num_shared_heads = num_shared_heads
         self.num_active_routed_heads = num_active_routed_heads or 0
-        inner_dim = num_heads * self.head_dim
 
-        self.qkv = nn.Linear(dim, 3 * inner_dim, bias=qkv_bias)
-        self.proj = nn.Linear(inner_dim, dim)
-        if num_shared_heads is not None:
+        rows = (num_heads + 2 * key_value_heads) * self.head_dim
+        self.qkv = nn.Linear(dim, rows, bias=qkv_bias)
+        self.proj = nn.Linear(num_heads * self.head_dim, dim, bias=proj_bias)
+        if key_value_heads < num_heads:
+            groups = torch.arange(num_heads) // (num_heads // key_value_heads)
+            self.register_buffer("key_value_head", groups)
+        if num_shared_heads is not None and router == "learned":
             if num_shared_heads < num_heads:
                 self.wg = nn.Linear(dim, num_heads - num_shared_heads, bias=False)
                 if num_shared_heads > 0:
@@ -72,12 +110,15 @@ class MoHAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, num_shared_heads={self.num_shared_heads}, "
-            f"num_active_routed_heads={self.num_active_routed_heads}, head_dim={self.head_dim}"
+            f"num_active_routed_heads={self.num_active_routed_heads}, head_dim={self.head_dim}, "
+            f"num_key_value_heads={self.num_key_value_heads}, router={self.router!r}"
         )
 
-    def route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gates (B, N, h) and router_stats (2, E), see :func:`moh_gates`, for inputs (B, N, C)."""
-        logits = F.linear(hidden_states, torch.cat(self.router_weights()))
+    def route(self, hidden_states: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Gates (B, N, h) and router_stats (2, E) for inputs (B, N, C); ``None`` without router."""
+        if not (routers := self.router_weights()):
+            return self._gates(self.qkv(hidden_states))
+        logits = F.linear(hidden_states, torch.cat(routers))
         return moh_gates(
             logits, self.num_heads, self.num_shared_heads or 0, self.num_active_routed_heads
         )
@@ -87,87 +128,101 @@ class MoHAttention(nn.Module):
         names = ("wg_1", "wg", "wg_0")
         return [getattr(self, name).weight for name in names if hasattr(self, name)]
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rotary: Callable[[Tensor, Tensor], Pair] | None = None,
+        cache: Callable[[Tensor, Tensor], Pair] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
         Args:
             hidden_states: (B, N, C), any floating dtype.
+            attention_mask: broadcastable to (B, h, N, M) over M keys, those of the cache included:
+                true where a query may look, or a floating-point number to add to the scores.
+            is_causal: whether a token sees only itself and earlier ones; the N queries are the last
+                of the M tokens. Adds to ``attention_mask``.
+            rotary: hook for relative positions: takes queries (B, h, N, d) and keys
+                (B, key-value heads, N, d), returns both. The router reads the queries before it.
+            cache: hook for generation: takes the keys and values of these N tokens
+                (B, key-value heads, N, d), returns those of all M tokens.
 
         Returns:
             ``(output, router_stats)``: output (B, N, C) in the input's dtype; router_stats as in
             :func:`moh_gates`, ``None`` for a layer without routed heads.
         """
-        if self.num_shared_heads is None:
-            query, key, value = split_heads(self.qkv(hidden_states), self.num_heads, self.head_dim)
-            output = F.scaled_dot_product_attention(query, key, value)
-            return self.proj(output.transpose(1, 2).flatten(2)), None
+        projected = self._project(hidden_states)
+        plan = self.num_heads, self.num_shared_heads or 0, self.num_active_routed_heads
+        plain = attention_mask is None and not is_causal and rotary is None and cache is None
+        fused = self.num_shared_heads is not None and self.router == "learned"
+        if plain and fused and self.num_key_value_heads == self.num_heads:
+            output, router_stats = moh_attention(
+                projected, *plan, self.head_dim, self.attention_backend
+            )
+            return self.proj(output), router_stats
 
+        gates, router_stats = self._gates(projected)
+        query, key, value = self._split(projected)
+        if rotary is not None:
+            query, key = rotary(query, key)
+        if cache is not None:
+            key, value = cache(key, value)
+        if self.num_key_value_heads < self.num_heads:
+            key, value = key[:, self.key_value_head], value[:, self.key_value_head]
+        mask, is_causal = merge_masks(attention_mask, is_causal, query, key)
+        backend = "reference"
+        if gates is not None:
+            backend = choose_backend(self.attention_backend, projected, *plan, self.head_dim)
+        if backend == "triton":
+            if self.attention_backend != "auto":
+                raise UserError(
+                    'attention_backend "triton" has no kernels for masks, hooks, grouped keys or '
+                    'the query-norm router; use "auto"'
+                )
+            backend = "reference"
+        output = attend(query, key, value, gates, plan[1], backend, mask, is_causal)
+        return self.proj(output), router_stats
+
+    def _project(self, hidden_states: Tensor) -> Tensor:
+        """Queries, keys, values and router logits (B, N, columns), see :func:`moh_attention`."""
+        if not (routers := self.router_weights()):
+            return self.qkv(hidden_states)
         # The router maps ride along as extra rows of one product, padded so that rows of the result
         # are whole 128-byte lines: compilers would otherwise pad it themselves, by a copy.
-        rows = [self.qkv.weight, *self.router_weights()]
+        rows = [self.qkv.weight, *routers]
         padding = -sum(map(len, rows)) % 64
         weight = torch.cat([*rows, rows[0].new_zeros(padding, self.qkv.in_features)])
         bias: Tensor | None = self.qkv.bias
         if bias is not None:
             bias = torch.cat([bias, bias.new_zeros(len(weight) - len(bias))])
-        projected = F.linear(hidden_states, weight, bias)
-        output, router_stats = moh_attention(
-            projected,
-            self.num_heads,
-            self.num_shared_heads,
-            self.num_active_routed_heads,
-            self.head_dim,
-            self.attention_backend,
-        )
-        return self.proj(output), router_stats
+        return F.linear(hidden_states, weight, bias)
+
+    def _split(self, projected: Tensor) -> tuple[Tensor, ...]:
+        return split_heads(projected, self.num_heads, self.head_dim, self.num_key_value_heads)
+
+    def _gates(self, projected: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.num_shared_heads is None:
+            return None, None
+        shared, active = self.num_shared_heads, self.num_active_routed_heads
+        if self.router == "query_norm":
+            return query_norm_gates(self._split(projected)[0], shared, active)
+        logits = projected[..., self.qkv.out_features :]
+        return moh_gates(logits, self.num_heads, shared, active)
 
 
-def split_heads(projected: Tensor, num_heads: int, head_dim: int) -> tuple[Tensor, ...]:
-    """Queries, keys, values (B, h, N, d) from the first 3·h·d columns of (B, N, ≥ 3·h·d)."""
+def split_heads(
+    projected: Tensor, num_heads: int, head_dim: int, num_key_value_heads: int | None = None
+) -> tuple[Tensor, ...]:
+    """Queries, keys, values (B, their heads, N, d) from the first columns of (B, N, columns)."""
     batch, tokens, _ = projected.shape
+    if num_key_value_heads not in (None, num_heads):
+        sizes = [num_heads, num_key_value_heads, num_key_value_heads]
+        qkv = projected[..., : sum(sizes) * head_dim].unflatten(-1, (-1, head_dim))
+        return qkv.transpose(1, 2).split(sizes, dim=1)
     qkv = projected[..., : 3 * num_heads * head_dim]
     return qkv.reshape(batch, tokens, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def moh_gates(logits: Tensor, heads: int, shared: int, active: int) -> tuple[Tensor, Tensor | None]:
-    """Gates and routing statistics (MoH §3) from router logits.
-
-    Args:
-        logits: (B, N, ≥ h, or h + 2 where there are shared and routed heads), columns W_shared x,
-            W_routed x, W_stage x; whatever follows is ignored.
-        heads, shared: h and s.
-        active: routed heads k that each token activates, 0 for none. Of equal scores the lowest
-            head wins, in every backend.
-
-    Returns:
-        ``gates`` (B, N, h), at least float32, zero where a head is not selected, with mean 1
-        over the shared and over the active routed heads (twice that share of α where both
-        exist); ``router_stats`` (2, E): the share f of tokens that selected each routed head
-        and its mean score P̄ (the gradient flows through P̄ alone), ``None`` without routed
-        heads. Both are batch means, so processes of equal batch size average them.
-    """
-    # Softmax in bf16 would quantise the gates to 8 bits: at least float32 from here.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    shared_gates = routed_gates = router_stats = None
-    if shared > 0:
-        shared_gates = shared * logits[..., :shared].softmax(-1)  # S
-    if active > 0:
-        scores = logits[..., shared:heads].softmax(-1)  # P
-        order = logits[..., shared:heads].argsort(dim=-1, descending=True, stable=True)
-        selected = torch.zeros_like(scores).scatter(-1, order[..., :active], 1.0)  # M
-        kept = scores * selected
-        routed_gates = active * kept / kept.sum(-1, keepdim=True)  # R; the sum is at least 1/E
-        router_stats = torch.stack([selected.flatten(0, -2).mean(0), scores.flatten(0, -2).mean(0)])
-
-    if shared_gates is None:
-        assert routed_gates is not None
-        return routed_gates, router_stats
-    if routed_gates is None:
-        return shared_gates, router_stats
-    alpha = 2 * logits[..., heads : heads + 2].softmax(-1)  # two-stage α
-    gates = torch.cat([alpha[..., :1] * shared_gates, alpha[..., 1:] * routed_gates], dim=-1)
-    return gates, router_stats
 
 
 def moh_attention(
@@ -200,60 +255,72 @@ def moh_attention(
         return moh_attention_triton(projected, heads, shared, active, head_dim)
     query, key, value = split_heads(projected, heads, head_dim)
     gates, router_stats = moh_gates(projected[..., 3 * heads * head_dim :], heads, shared, active)
-    if backend == "gathered":
-        return attend_gathered(query, key, value, gates, shared), router_stats
-    output = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)  # (B, N, h, d)
-    output = output * gates.to(output.dtype).unsqueeze(-1)
-    return output.flatten(2), router_stats
+    return attend(query, key, value, gates, shared, backend), router_stats
 
 
-def load_balance_loss(
-    router_stats: Sequence[Tensor], num_active_routed_heads: list[int], published: bool = False
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor | None,
+    shared: int,
+    backend: str = "reference",
+    mask: Tensor | None = None,
+    is_causal: bool = False,
 ) -> Tensor:
-    """Mean over routed layers of the load-balance term (MoH eq. 8), as a scalar.
+    """``g_i o_i`` of every head (B, N, h·d) by "reference" or "gathered"; all g = 1 if ``None``."""
+    if gates is not None and backend == "gathered":
+        return attend_gathered(query, key, value, gates, shared, mask, is_causal)
+    output = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
+    output = output.transpose(1, 2)  # (B, N, h, d)
+    if gates is not None:
+        output = output * gates.to(output.dtype).unsqueeze(-1)
+    return output.flatten(2)
 
-    Args:
-        router_stats: (2, E) of each routed layer, f and P̄, averaged over as large a batch as the
-            caller likes (all processes, all micro-steps).
-        num_active_routed_heads: k of the same layers.
-        published: the published scale, ``L_b = E Σ f_i P̄_i``, which is k at even routing, so that
-            layers of different k weigh differently. Default: ``L_b / k``, 1 at even routing
-            whatever the mix.
+
+def merge_masks(
+    mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor
+) -> tuple[Tensor | None, bool]:
+    """One mask or the causal flag, whichever says it: torch takes one, and aligns it top left."""
+    tokens, keys = query.shape[2], key.shape[2]
+    if not is_causal or (mask is None and tokens == keys):
+        return mask, is_causal
+    if tokens == 1:  # the last token sees all
+        return mask, False
+    past = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril(keys - tokens)
+    if mask is None:
+        return past, False
+    return (mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, -torch.inf)), False
+
+
+@contextmanager
+def recorded_router_stats(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect router_stats (2, E) of the routed layers in a model whose blocks drop them.
+
+        with recorded_router_stats(model) as stats:
+            loss = model(inputs).loss
+        loss = loss + 0.01 * load_balance_loss(stats, [2] * len(stats))
+
+    In the order in which the layers run, each time one runs inside the block.
+
+    Raises:
+        UserError: where activation checkpointing is re-entrant, which would cut the gradient.
     """
-    terms = [
-        len(f) * (f * p).sum() / (1 if published else k)
-        for (f, p), k in zip(router_stats, num_active_routed_heads, strict=True)
-    ]
-    return torch.stack(terms).mean()
+    stats: list[Tensor] = []
+    learning = torch.is_grad_enabled()
 
-
-def check_head_plan(
-    dim: int, num_heads: int, shared: int | None, active: int | None, head_dim: int | None
-) -> None:
-    """Raise ``UserError`` unless one layer's heads add up."""
-    if num_heads < 1:
-        raise UserError(f"num_heads is {num_heads}; a layer needs at least one head")
-    if head_dim is None and dim % num_heads:
-        raise UserError(f"width {dim} is not divisible by num_heads {num_heads}; set head_dim")
-    if head_dim is not None and head_dim < 1:
-        raise UserError(f"head_dim is {head_dim}; it must be at least 1")
-    if shared is None:
-        if active:
+    def record(layer: nn.Module, arguments: tuple, output: tuple[Tensor, Tensor | None]) -> None:
+        if output[1] is None:
+            return
+        if learning and not torch.is_grad_enabled():
             raise UserError(
-                f"num_active_routed_heads is {active} but num_shared_heads is not set; "
-                "give num_shared_heads (0 for none), or neither for dense attention"
+                "router statistics lose their gradient under re-entrant activation checkpointing; "
+                "set use_reentrant=False"
             )
-        return
-    active = active or 0
-    if not 0 <= shared <= num_heads:
-        raise UserError(f"num_shared_heads is {shared}; it must lie in 0 … num_heads ({num_heads})")
-    if not 0 <= active <= num_heads - shared:
-        raise UserError(
-            f"num_active_routed_heads is {active}, but {num_heads} heads with {shared} shared "
-            f"leave {num_heads - shared} to route over"
-        )
-    if active == 0 and shared < num_heads:
-        raise UserError(
-            f"num_active_routed_heads is 0 with {num_heads - shared} routed heads, which no token "
-            f"could ever use; set num_shared_heads to {num_heads} or activate at least one"
-        )
+        stats.append(output[1])
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, MoHAttention):
+                hooks.callback(module.register_forward_hook(record).remove)
+        yield stats

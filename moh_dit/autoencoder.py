@@ -19,7 +19,6 @@ from diffusers import AutoencoderKL
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from .cli import run_program
 from .errors import UserError
 
 EMBEDDED = {"digits": Path(__file__).parent / "embedded" / "digits_autoencoder"}
@@ -199,6 +198,7 @@ def _one_line(error: Exception) -> str:
 
 def main() -> None:
     """Console script ``moh-dit-train-autoencoder``."""
+    from .cli import run_program  # here, so that autoencoders open without the command line's needs
     from .data.autoencoder_training import AutoencoderTraining, train_autoencoder
 
     run_program(

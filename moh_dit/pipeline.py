@@ -3,9 +3,11 @@
 import contextlib
 import difflib
 import inspect
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -17,8 +19,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .autoencoder import decode_latents
+from .bundle import add_code, is_bundled, use_installed
+from .card import keep_card
 from .diffusion import LearnedVarianceDDPMScheduler
 from .errors import UserError
+from .hub import snapshot
 from .noise import ImageNoise
 from .schedulers import check_scheduler, check_steps, prepare_scheduler
 from .schedulers import prediction_type as predicted_by
@@ -109,6 +114,42 @@ class MoHDiTPipeline(DiffusionPipeline):
         prediction_type = prediction_type or predicted_by(scheduler)
         self.register_to_config(class_names=class_names, prediction_type=prediction_type)
 
+    @classmethod
+    def load_config(cls, *args: Any, **options: Any) -> Any:
+        """As diffusers'; a folder with its own code opens with this class all the same."""
+        config = super().load_config(*args, **options)
+        return use_installed(config) if isinstance(config, dict) else config
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **options: Any) -> str:
+        """As diffusers', which does not let a repository name a class outside diffusers."""
+        known = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+        given = {key: options[key] for key in known if options.get(key) is not None}
+        return str(snapshot(pretrained_model_name, **given))
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, with_code: bool = False, **options: Any
+    ) -> None:
+        """As diffusers', and a model card beside, which is kept if the folder loaded has one.
+
+        Args:
+            save_directory, args, options: see ``DiffusionPipeline.save_pretrained``.
+            with_code: also put the code there, so that diffusers opens the folder without this
+                package, by ``trust_remote_code=True``. What came with code keeps it.
+        """
+        super().save_pretrained(save_directory, *args, **options)
+        self._complete(Path(save_directory), with_code or is_bundled())
+
+    def _upload_folder(self, working_dir: str | os.PathLike, *args: Any, **options: Any) -> Any:
+        # Behind both ways to push: whoever downloads may not have this package.
+        self._complete(Path(working_dir), with_code=True)
+        return super()._upload_folder(working_dir, *args, **options)
+
+    def _complete(self, folder: Path, with_code: bool) -> None:
+        if with_code:
+            add_code(folder)
+        keep_card(folder, self.name_or_path, dict(self.transformer.config))
+
     def label_ids(self, class_labels: int | str | Sequence[int | str] | Tensor) -> list[int]:
         """Class ids from ids, names, or a mixture.
 
@@ -119,10 +160,13 @@ class MoHDiTPipeline(DiffusionPipeline):
             class_labels = [class_labels]
         names: list[str] = self.config.class_names or []
         num_classes = self.transformer.config.num_classes
+        # ImageNet's names are lists of synonyms: any of them will do, and a whole name before that.
+        synonyms = [(part.strip(), i) for i, name in enumerate(names) for part in name.split(",")]
+        by_name = dict(reversed(synonyms)) | {name: i for i, name in reversed([*enumerate(names)])}
         ids = []
         for label in class_labels:
-            if isinstance(label, str) and label in names:
-                label = names.index(label)
+            if isinstance(label, str) and label in by_name:
+                label = by_name[label]
             elif isinstance(label, str) and not re.fullmatch(r"-?\d+", label):
                 nearest = difflib.get_close_matches(label, names, n=3)
                 nearest = nearest or [name for name in names if label.lower() in name.lower()][:3]

@@ -59,8 +59,12 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         head_dim: width d of a head in every layer; ``None`` means ``hidden_size / h``.
         mlp_ratio: hidden width of the MLP over C.
         num_classes: classes; the label ``num_classes`` is the null class of guidance.
+        router: "learned", or "query_norm" without parameters, as continue-tuning from a dense model
+            wants it (``moh_dit.continue_tuning``); of all layers that route.
         label_init_std: standard deviation of the label table at the start. At the published 0.02
             a model needs some thousands of steps to hear its labels; short runs want 0.5.
+        timestep_freq_shift: what is taken off the number of timestep frequencies before they are
+            spread: 0 as published; 1 for a model trained in diffusers' ``DiTTransformer2DModel``.
 
     Raises:
         UserError: when the head plan or the sizes do not add up.
@@ -86,6 +90,8 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         label_init_std: float = 0.02,
+        router: str = "learned",
+        timestep_freq_shift: float = 0,
     ):
         super().__init__()
         if sample_size % patch_size:
@@ -105,12 +111,12 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         positions = get_2d_sincos_pos_embed(hidden_size, grid_size, base_size=grid_size)
         # Frozen, but a parameter: published parameter counts include it.
         self.pos_embed = nn.Parameter(positions.float().unsqueeze(0), requires_grad=False)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, timestep_freq_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.blocks = nn.ModuleList()
         for layer, plan in enumerate(zip(heads, shared, active, strict=True)):
             try:
-                self.blocks.append(DiTBlock(hidden_size, mlp_ratio, *plan, head_dim))
+                self.blocks.append(DiTBlock(hidden_size, mlp_ratio, *plan, head_dim, router))
             except UserError as error:
                 raise UserError(f"layer {layer}: {error}") from None
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
@@ -229,11 +235,17 @@ class DiTBlock(nn.Module):
         num_shared_heads: int | None,
         num_active_routed_heads: int | None,
         head_dim: int | None,
+        router: str = "learned",
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.attn = MoHAttention(
-            hidden_size, num_heads, num_shared_heads, num_active_routed_heads, head_dim
+            hidden_size,
+            num_heads,
+            num_shared_heads,
+            num_active_routed_heads,
+            head_dim,
+            router=router,
         )
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
@@ -298,8 +310,9 @@ class TimestepEmbedder(nn.Module):
 
     num_features = 256
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int, freq_shift: float = 0):
         super().__init__()
+        self.freq_shift = freq_shift
         self.mlp = nn.Sequential(
             nn.Linear(self.num_features, hidden_size),
             nn.SiLU(),
@@ -308,7 +321,10 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         features = get_timestep_embedding(
-            timestep, self.num_features, flip_sin_to_cos=True, downscale_freq_shift=0
+            timestep,
+            self.num_features,
+            flip_sin_to_cos=True,
+            downscale_freq_shift=self.freq_shift,
         )
         return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 

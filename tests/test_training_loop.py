@@ -398,7 +398,7 @@ def bad_inputs(tmp_path):
         ("--model.num_active_routed_heads=[0,4]", ["layer 1", "leave 3"]),
         ("--model.num_shared_heads=[5,1]", ["layer 0", "num_shared_heads is 5"]),
         ("--model.preset=MoH-DiT-S/2-80", ["MoH-DiT-S/2-80", "MoH-DiT-S/2-90"]),
-        ("--init_from={}/weights.pt", ["weights.pt", "pickle", "safetensors"]),
+        ("--init_from={}/weights.pt", ["weights.pt", "no state dict"]),
         (
             "--init_from={whole} --model.hidden_size=64",
             ["does not match", "proj.bias is (32,), expected (64,)"],

@@ -198,6 +198,7 @@ class HeadLoadRecorder:
         @torch.no_grad()
         def hook(layer: MoHAttention, args: tuple) -> None:
             gates, _ = layer.route(args[0])
+            assert gates is not None  # the layers that route have a router
             self._seen.evaluation.gates[index] = gates[..., layer.num_shared_heads or 0 :]
 
         return hook

@@ -29,7 +29,8 @@ class SamplingSettings:
 @dataclass(kw_only=True)
 class FromTo:
     checkpoint: str
-    """Run folder (its newest checkpoint), one of its checkpoints, or a saved pipeline folder."""
+    """Run folder (its newest checkpoint), a checkpoint or pipeline folder, a published file, or a
+    hub id of any of these (docs/checkpoints.md)."""
     output: str
     """A grid: .png. Its denoising: .gif, .webp, .mp4. A set: .npz, .tar (WebDataset), a folder."""
 
@@ -40,6 +41,8 @@ class SampleConfig(SamplingSettings, FromTo):  # the last base comes first in --
 
     weights: str = "transformer"
     """Averaged weights to use: transformer (the first), raw, or a folder such as ema-0.999."""
+    autoencoder: str | None = None
+    """Autoencoder for a checkpoint that has none, e.g. stabilityai/sd-vae-ft-ema."""
     guidance_checkpoint: str | None = None
     """Autoguidance: guide away from this weaker model instead of from the null class."""
     guidance_weights: str = "transformer"

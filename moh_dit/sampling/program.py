@@ -169,7 +169,7 @@ def place(
     """A pipeline of a checkpoint, in the asked precision, on the device, compiled if asked."""
     if config.compile and device.type != "cuda":
         raise UserError(f"compile is for GPUs, this runs on {device.type}; leave it out")
-    pipeline = load_pipeline(checkpoint, weights)
+    pipeline = load_pipeline(checkpoint, weights, config.autoencoder)
     for module, dtype in (
         (pipeline.transformer, config.dtype),
         (pipeline.vae, config.decode_dtype),
@@ -189,10 +189,10 @@ def place(
 
 
 def resolved(path: str) -> str:
-    """The very checkpoint that a run folder stands for now."""
-    if (Path(path) / "model_index.json").is_file():
-        return path
-    return str(resolve_checkpoint(Path(path))[1])
+    """The very checkpoint that a run folder stands for now; anything else as it is."""
+    if (Path(path) / "config.yaml").is_file():
+        return str(resolve_checkpoint(Path(path))[1])
+    return path
 
 
 def parse_labels(pipeline: MoHDiTPipeline, text: str | None) -> list[int]:

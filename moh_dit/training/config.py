@@ -3,7 +3,7 @@
 Modules that import torch are imported where they are used, so that ``--help`` is quick.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
@@ -35,16 +35,27 @@ class ModelConfig:
     """Routed heads k that each token activates, one number or one per layer."""
     head_dim: int | None = None
     """Width d of a head; C / h unless given."""
+    router: Literal["learned", "query_norm"] | None = None
+    """How routed heads are chosen: by weights of its own, or by the norms of the queries."""
     mlp_ratio: float | None = None
     """Hidden width of the MLP over C."""
     label_init_std: float | None = None
     """Spread of the label table at the start: 0.02 as published, 0.5 for short runs."""
+    timestep_freq_shift: float | None = None
+    """1 to go on from a model trained in diffusers' DiTTransformer2DModel; 0 unless given."""
     num_classes: int | None = None
     """Classes; counted in the data unless given. May exceed those of the data, not fall short."""
 
-    def resolve(self, **derived: Any) -> dict[str, Any]:
-        """Arguments of ``MoHDiTTransformer2DModel``: preset, then overrides, then ``derived``."""
-        config = preset_config(self.preset) if self.preset else {}
+    def resolve(self, initial: dict[str, Any] | None = None, **derived: Any) -> dict[str, Any]:
+        """Arguments of ``MoHDiTTransformer2DModel``.
+
+        The preset, or else what of the configuration ``initial`` is set here; then what is given,
+        then ``derived``.
+        """
+        names = {field.name for field in fields(self)} - {"num_classes"}
+        config = {key: value for key, value in (initial or {}).items() if key in names}
+        if self.preset:
+            config = preset_config(self.preset)
         given = {k: v for k, v in vars(self).items() if v is not None and k != "preset"}
         config = {**config, **given, **derived}
         if missing := [key for key in ("hidden_size", "depth", "num_heads") if key not in config]:
@@ -171,7 +182,8 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     init_from: str | None = None
-    """Start from these weights: a run, checkpoint or model folder, or a .safetensors file."""
+    """Start from these weights: a run, a model folder, a file or a hub id (docs/checkpoints.md).
+    Where no model.preset is set, their own settings hold for those of model that are not given."""
     num_steps: int = 400_000
     """Optimizer steps of the whole run."""
     batch_size: int = 256

@@ -10,6 +10,7 @@ from datetime import timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import torch
@@ -20,14 +21,16 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ..checkpoints import WEIGHTS, apply_weights, read_weights, resolve_checkpoint
+from ..checkpoints import Opened, open_checkpoint, state_difference
 from ..data.encoding import Encoding, encode_data
 from ..data.images import ImageSet, open_images
 from ..data.latents import INDEX_FILE, LatentSet, encode_images, open_latents
 from ..errors import UserError
+from ..identify import LABEL_TABLE, infer_config
 from ..objectives import Objective
 from ..processes import on_main
 from ..transformer import MoHDiTTransformer2DModel
+from ..weights import lazy
 from .config import DataConfig, OptimizerConfig, TrainConfig
 
 LATENTS = "latents"  # in the run folder
@@ -170,7 +173,9 @@ def build_model(
             f"the data has {classes_in_data} classes, model.num_classes is {num_classes}; "
             "raise it, or leave it out to count them"
         )
+    opened = None if config.init_from is None else open_checkpoint(config.init_from)
     arguments = config.model.resolve(
+        initial=initial_config(opened),
         sample_size=size,
         in_channels=channels,
         out_channels=objective.output_channels(channels),
@@ -184,28 +189,37 @@ def build_model(
             f"model.patch_size {patch_size} does not divide; use a multiple of {pixels} pixels"
         )
     model = MoHDiTTransformer2DModel(**arguments)
-    if config.init_from is not None:
-        initialise_from(model, Path(config.init_from))
+    if opened is not None:
+        initialise_from(model, opened)
     return model
 
 
-def initialise_from(model: MoHDiTTransformer2DModel, path: Path) -> None:
+def initial_config(opened: Opened | None) -> dict[str, Any]:
+    """The configuration of weights to start from, as far as they came with one or are a preset."""
+    if opened is None:
+        return {}
+    try:
+        return opened.config or infer_config(opened.state, {})
+    except UserError:
+        return {}
+
+
+def initialise_from(model: MoHDiTTransformer2DModel, opened: Opened) -> None:
     """Load weights to fine-tune. A label table for other classes is left as initialised.
 
     Raises:
         UserError: nothing readable there, or any other weight that differs (the keys are named).
     """
-    if path.is_dir() and not list(path.glob("*.safetensors")):
-        is_pipeline = (path / "model_index.json").is_file()
-        path = (path if is_pipeline else resolve_checkpoint(path)[1]) / "transformer" / WEIGHTS
-    elif path.is_dir():
-        path = path / WEIGHTS
-    state = read_weights(path)
-    table, own = "y_embedder.embedding_table.weight", model.state_dict()
-    if table in state and state[table].shape != own[table].shape:
-        print(f"{path}: made for {len(state[table]) - 1} classes; the label table starts afresh")
-        state[table] = own[table]
-    apply_weights(model, state, path)
+    state, own = dict(opened.state), model.state_dict()
+    if LABEL_TABLE in state and state[LABEL_TABLE].shape != own[LABEL_TABLE].shape:
+        classes = state[LABEL_TABLE].shape[0] - 1
+        print(f"{opened.path}: made for {classes} classes; the label table starts afresh")
+        state[LABEL_TABLE] = lazy(own[LABEL_TABLE])
+    if difference := state_difference(model, state):
+        hint = "; leave the settings of model out to take those of the weights"
+        hint = hint if initial_config(opened) else ""
+        raise UserError(f"{opened.path} does not match the model: {difference}{hint}")
+    model.load_state_dict({name: tensor.read() for name, tensor in state.items()})
 
 
 def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
