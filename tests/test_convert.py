@@ -20,6 +20,7 @@ from moh_dit import MoHDiTPipeline, load_pipeline, load_pretrained
 from moh_dit.card import run_facts, stated_license
 from moh_dit.checkpoints import open_checkpoint
 from moh_dit.convert import main
+from moh_dit.objectives import FlowObjective
 
 HEADS = ("--model.num_heads", "4")
 
@@ -296,6 +297,10 @@ def test_the_card_tells_what_the_run_knows(run_folder, tmp_path, convert):
     assert (tmp_path / "a" / "samples.png").read_bytes() == grid.read_bytes()
     assert convert(tmp_path / "a", "--to", "pipeline", "--output", tmp_path / "b")[0] == 0
     assert stated_license(tmp_path / "b") == "cc-by-nc-4.0"
+    assert (tmp_path / "b" / "README.md").read_text() == card
+    plan = ("--to", "pipeline", "--license", "mit")
+    assert convert(tmp_path / "a", *plan, "--output", tmp_path / "c")[0] == 0
+    assert stated_license(tmp_path / "c") == "mit"
 
 
 def test_a_run_without_evaluations_has_a_card_without_metrics(run_folder):
@@ -362,6 +367,15 @@ def test_hub_ids_open_as_pipelines(tmp_path, monkeypatch):
     assert asked["name"] == "owner/name"
     assert asked["revision"] == "v1"
     assert same(pipeline.transformer.state_dict(), weights(tmp_path / "snapshot"))
+
+
+def test_a_flow_is_not_for_the_pipeline_of_diffusers(run_folder, tmp_path, convert):
+    shutil.rmtree(run_folder / "scheduler")
+    FlowObjective().scheduler.save_pretrained(run_folder / "scheduler")
+    randomized(SMALL).save_pretrained(run_folder / "checkpoints/step-00000020/transformer")
+    code, _, err = convert(run_folder, "--to", "diffusers-pipeline", "--output", tmp_path / "a")
+    assert code == 2
+    assert "predicts a flow" in err
 
 
 def test_kinds_are_told_apart(run_folder, tmp_path):
