@@ -4,7 +4,7 @@ VENV   ?= .venv
 RUN    ?= runs/demo
 BIN    := $(VENV)/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint docs clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -13,6 +13,10 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 # Eight minutes on two CPU cores. Run again, it goes on where it stopped.
@@ -42,6 +46,13 @@ $(RUN)/digits.npz: | $(RUN)/trained
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+# The site, into build/site. No network: what a page would load from elsewhere is an error.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/site
+	@! grep -rlE '(src=|stylesheet"[^>]*href=|url\()["'"'"']?(https?:)?//' build/site --include '*.html' \
+	    --include '*.css' || { echo "these files load from the network"; exit 1; }
+	@echo "open build/site/index.html"
 
 lint: install
 	$(BIN)/ruff check .

@@ -18,9 +18,9 @@ def main() -> None:
     run_program(
         sample,
         SampleConfig,
-        prog="moh-dit-sample",
+        prog="sample_dit.py",
         description="Sample from a trained model: a labelled grid, or an exact set.",
-        example="moh-dit-sample --checkpoint runs/digits --guidance_scale 2 --output grid.png",
+        example="sample_dit.py --checkpoint runs/digits --guidance_scale 2 --output grid.png",
     )
 
 

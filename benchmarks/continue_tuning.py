@@ -185,31 +185,39 @@ def agreement(dense, settings: MoHSettings, data, inputs) -> list[float]:
 
 
 def plot(results: dict, path: Path) -> None:
+    """The distance to the dense model over the tuning, a panel a plan."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, len(PLANS), figsize=(11, 4.2), sharey=True)
-    steps = results["dense_steps"]
     for ax, active in zip(axes, PLANS, strict=True):
         for arm in results["arms"]:
             if arm["active"] not in (active, None):
                 continue
-            points = [(float(share), value["loss"]) for share, value in arm["after"].items()]
+            points = [(float(share), value) for share, value in arm["after"].items()]
             if arm["start"] == "dense":
-                points.insert(0, (0.0, arm["right_after"]["loss"]))
-            style = "--" if arm["start"] == "scratch" else "-"
-            ax.plot(*zip(*points, strict=True), f"o{style}", label=arm["name"])
-        ax.axhline(results["dense"]["loss"], color="grey", linewidth=1, label="dense, as trained")
+                points.insert(0, (0.0, arm["right_after"]))
+            ax.errorbar(
+                [share for share, _ in points],
+                [value["above_dense"] for _, value in points],
+                [value["standard_error"] for _, value in points],
+                fmt="o--" if arm["start"] == "scratch" else "o-",
+                markersize=4,
+                label=arm["name"].removeprefix(f"{active} %, "),
+            )
+        ax.axhline(0, color="grey", linewidth=1)
+        ax.set_yscale("symlog", linthresh=1e-3)
+        ax.set_xticks([0, *SHARES], [f"{share:.0%}" for share in (0, *SHARES)])
+        steps = results["dense_steps"]
         ax.set(title=f"{active} % of the heads active", xlabel=f"training, of {steps:,} steps")
-        ax.xaxis.set_major_formatter("{x:.0%}")
-        ax.set_yscale("log")
-        ax.grid(alpha=0.3, which="both")
+        ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
-    axes[0].set_ylabel("loss on held-back digits")
+    axes[0].set_ylabel("loss on held-back digits, above dense")
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:

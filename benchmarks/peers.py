@@ -57,8 +57,14 @@ def blocks(model):
     return model.transformer_blocks if hasattr(model, "transformer_blocks") else model.blocks
 
 
-def compile_blocks(model):
-    """Compile block by block: layers of one plan share a graph, and seconds do for a minute."""
+COMPILE = ("blocks", "model")
+
+
+def compiled(model, how):
+    """``blocks``: layers of one plan share a graph, and seconds do for a minute; or all as one."""
+    if how == "model":
+        model.compile(dynamic=False)
+        return model
     for block in blocks(model):
         block.compile()
     return model

@@ -12,18 +12,18 @@ import gc
 import torch
 import torch.nn.functional as F
 from common import environment, fastest_dense, table, time_steps, write_json
-from peers import build, compile_blocks, initialise
+from peers import COMPILE, build, compiled, initialise
 
 MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 then mask",
           "diffusers DiT-XL/2"]  # fmt: skip
 BATCH = {256: 160, 512: 40}
 
 
-def measure(name, pixels, batch, seconds):
+def measure(name, pixels, batch, seconds, how):
     torch.manual_seed(0)
     torch._dynamo.reset()
     with torch.device("cuda"):
-        model = compile_blocks(initialise(build(name, pixels // 8)).train())
+        model = compiled(initialise(build(name, pixels // 8)).train(), how)
         x = torch.randn(batch, 4, pixels // 8, pixels // 8)
         t, y = torch.randint(1000, (batch,)), torch.randint(1000, (batch,))
         noise = torch.randn(batch, 4, pixels // 8, pixels // 8)
@@ -57,13 +57,14 @@ def main():
     parser.add_argument("--sizes", nargs="+", type=int, default=list(BATCH))
     parser.add_argument("--batch", type=int, help="instead of the default for each size")
     parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--compile", choices=COMPILE, default="blocks", help="what is one graph")
     parser.add_argument("--json")
     args = parser.parse_args()
     print(environment())
     rows = []
     for pixels in args.sizes:
         for name in args.models:
-            row = measure(name, pixels, args.batch or BATCH[pixels], args.seconds)
+            row = measure(name, pixels, args.batch or BATCH[pixels], args.seconds, args.compile)
             dense = next((r for r in rows if r["pixels"] == pixels), row)
             row[f"over {args.models[0]}"] = row["images_per_s"] / dense["images_per_s"]
             row["memory over"] = row["peak_GiB"] / dense["peak_GiB"]

@@ -10,6 +10,7 @@ Exit code: 0, 1 if one of several sets failed, 2 for bad input.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -17,7 +18,7 @@ from typing import Any, NoReturn, get_args
 import torch
 
 from .catalogue import DEFAULT_METRICS, METRICS
-from .distributed import default_device, leave, on_first, together, world
+from .distributed import choose_device, leave, on_first, together, world
 from .errors import EvaluationError
 from .evaluator import Evaluator, ReferenceKind
 from .extractors import EXTRACTORS, NetworkPrecision, get_extractor
@@ -68,7 +69,9 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="the hash the weights must have; needed for unpublished ones",
     )
-    group.add_argument("--resize", type=positive, metavar="SIZE", help="make images SIZE × SIZE")
+    group.add_argument(
+        "--resize", type=positive, metavar="SIZE", help="make images SIZE × SIZE pixels"
+    )
     group.add_argument(
         "--crop",
         action="store_true",
@@ -87,13 +90,18 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=positive, help="images at a time (default: 64, 128 on a GPU)"
     )
     group.add_argument("--workers", type=positive, help="decoding threads (default: all cores)")
-    group.add_argument("--cache", metavar="DIR", help="keep features there, by content hash")
+    group.add_argument(
+        "--cache", metavar="DIR", help="keep features there, by content hash (default: nowhere)"
+    )
     group.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def evaluation_parser() -> Parser:
     parser = Parser(
-        prog="fid-eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="fid-eval",
+        description=__doc__,
+        epilog="example: fid-eval digits.npz samples.npz --extractor digits --output metrics.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("reference", metavar="REF", help="reference, or a jobs YAML alone")
     parser.add_argument("samples", metavar="SAMPLES", nargs="*", help="one or more sample sets")
@@ -110,19 +118,22 @@ def evaluation_parser() -> Parser:
         choices=get_args(Precision),
         help="for precision and recall (default: adm-fp16 with Inception, as in papers; else fp32)",
     )
-    group.add_argument("--k", type=positive, default=3, help="neighbours for precision and recall")
+    group.add_argument(
+        "--k", type=positive, default=3, help="neighbours for precision and recall (default: 3)"
+    )
     group.add_argument(
         "--bootstrap",
         type=positive,
         default=0,
         metavar="N",
-        help="95 %% intervals from N resamples",
+        help="95 %% intervals from N resamples (default: none)",
     )
     group.add_argument(
         "--reference-kind",
         choices=get_args(ReferenceKind),
         default="auto",
-        help="Fréchet distance from the reference's statistics or its images",
+        help="Fréchet distance from the reference's statistics or its images (default: auto, the "
+        "statistics where there are any)",
     )
     add_runtime_options(parser)
     group = parser.add_argument_group("results")
@@ -190,6 +201,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Job]]:
 def evaluation(argv: list[str]) -> int:
     options, jobs = parse(argv)
     world()
+    on_first(lambda: check_writable([options.output, options.csv, options.plot]))
     evaluator = together(
         lambda: Evaluator(
             options.reference,
@@ -221,6 +233,18 @@ def evaluation(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
+def check_writable(outputs: list[str | None]) -> None:
+    """Find out before the work whether results can be written where they are wanted."""
+    for output in filter(None, outputs):
+        folder = Path(output).absolute().parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EvaluationError(f"{output}: cannot make its folder ({error.strerror})") from None
+        if Path(output).is_dir() or not os.access(folder, os.W_OK):
+            raise EvaluationError(f"{output}: cannot be written; choose another path")
+
+
 def write_outputs(document: Document, options: argparse.Namespace) -> None:
     failed = [entry for entry in document["sets"] if "error" in entry]
     if options.output:
@@ -235,7 +259,11 @@ def write_outputs(document: Document, options: argparse.Namespace) -> None:
 
 
 def stats(argv: list[str]) -> int:
-    parser = Parser(prog="fid-eval stats", description="Make an ADM-compatible reference file.")
+    parser = Parser(
+        prog="fid-eval stats",
+        description="Make an ADM-compatible reference file.",
+        epilog="example: fid-eval stats train/ --name birds256 --resize 256 --crop",
+    )
     parser.add_argument("source", help="images: .npz, folder, zip, tar, hf://owner/name")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--name", help=f"save under this name in {home() / 'references'}")
@@ -246,7 +274,9 @@ def stats(argv: list[str]) -> int:
         default=10_000,
         help="images kept for precision and recall (default: 10,000)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of those images")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the choice of those images (default: 0)"
+    )
     add_runtime_options(parser)
     options = parser.parse_args(argv)
     if options.crop and options.resize is None:
@@ -258,7 +288,7 @@ def stats(argv: list[str]) -> int:
     sha256 = by_name(options.weights_sha256, options.extractor).get(options.extractor)
     extractor = get_extractor(options.extractor, weights, sha256)
     runtime = Runtime(
-        torch.device(options.device) if options.device else default_device(),
+        choose_device(options.device),
         options.batch_size or 0,
         options.workers or 0,
         precision=options.precision,

@@ -57,8 +57,8 @@ class Pair:
         return extras.density_coverage(*self.rows)
 
     def gaussians(self, layer: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        both = (*self.reference.gaussian(layer), *self.samples.gaussian(layer))
-        return tuple(x.to(self.device) for x in both)  # type: ignore[return-value]
+        sets = (self.reference, self.samples)
+        return sum((one.gaussian(layer, self.device) for one in sets), ())  # type: ignore[return-value]
 
     def spread(self, value: float, of_subset: Callable[[Tensor], float], count: int) -> float:
         """Notes a 95 % interval by resampling, when asked, and returns the value."""

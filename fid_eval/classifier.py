@@ -191,9 +191,18 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("data", help=".npz with uint8 arr_0 (N, H, W, 3) and labels arr_1")
     command.add_argument("--output", required=True, help=".safetensors to write; never overwritten")
     command.add_argument("--name", help="name in metric names (default: the data file's)")
-    command.add_argument("--epochs", type=int, default=40)
-    command.add_argument("--seed", type=int, default=0, help="split, initial weights, augmentation")
-    command.add_argument("--width", type=int, default=64, help="dimensions of the pooled feature")
+    command.add_argument(
+        "--epochs", type=int, default=40, help="passes over the images (default: 40)"
+    )
+    command.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of split, initial weights and augmentation (default: 0)",
+    )
+    command.add_argument(
+        "--width", type=int, default=64, help="dimensions of the pooled feature (default: 64)"
+    )
     arguments = parser.parse_args(argv)
     try:
         train_command(arguments)

@@ -38,8 +38,16 @@ def leave() -> None:
         _group, _joined = None, False
 
 
-def default_device() -> torch.device:
-    """This process's GPU, else the CPU."""
+def choose_device(name: str | torch.device | None = None) -> torch.device:
+    """The device called ``name``; unless given, this process's GPU, else the CPU."""
+    if name is not None:
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except Exception as error:  # torch raises many kinds
+            reason = " ".join(str(error).split()).split(". ")[0]
+            raise EvaluationError(f"device {str(name)!r} cannot be used: {reason}") from None
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
     return torch.device("cpu")

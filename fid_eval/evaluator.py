@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from .catalogue import DEFAULT_METRICS, METRICS, Pair
-from .distributed import default_device, on_first, world
+from .distributed import choose_device, on_first, world
 from .errors import EvaluationError
 from .extractors import Extractor, NetworkPrecision, get_extractor, wrap_extractor
 from .features import Features, Runtime, extract
@@ -98,7 +98,7 @@ class Evaluator:
         self.explicit = metrics is not None
         self.names = check_metrics(metrics or DEFAULT_METRICS)
         self.runtime = Runtime(
-            torch.device(device) if device is not None else default_device(),
+            choose_device(device),
             batch_size=batch_size or 0,
             workers=workers or 0,
             precision=precision,

@@ -86,10 +86,10 @@ class Extractor:
         return {key: value.float().flatten(1) for key, value in out.items()}
 
     def logits(self, pool: Tensor, device: torch.device) -> Tensor:
-        """Class logits (n, classes) of pooled features (n, d), on the CPU."""
+        """Class logits (n, classes) of pooled features (n, d), on ``device``."""
         self.load(device)
         with torch.inference_mode(), network_precision("float32"):
-            return torch.cat([self.network.logits(x.to(device)).cpu() for x in pool.split(8192)])
+            return torch.cat([self.network.logits(x.to(device)) for x in pool.split(8192)])
 
 
 @contextlib.contextmanager

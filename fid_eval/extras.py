@@ -105,8 +105,9 @@ def density_coverage(reference: Array, samples: Array, k: int = 5) -> tuple[floa
     radii = neighbour_radii(ref, k)
     hits = torch.zeros((), dtype=torch.int64, device=ref.device)
     covered = torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
-    for rows, _, block in PairDistances(ref, fake, "fp32").tiles():
-        inside = block < radii[rows, None]
+    distances = PairDistances(ref, fake, "fp32")
+    for rows, columns, block in distances.tiles():
+        inside = distances.within(rows, columns, block, radii[rows, None], strictly=True)
         hits += inside.sum()
         covered[rows] |= inside.any(1)
     return float(hits) / (k * len(fake)), float(covered.double().mean())

@@ -59,15 +59,13 @@ class Features:
     seconds: float = 0.0
     computed: int = 0  # images that went through the network, not the cache
 
-    def gaussian(self, layer: str) -> tuple[Tensor, Tensor]:
-        """Mean (d,) and F (d, k) with Σ = F Fᵀ, for the Fréchet distance."""
-        if layer in self.stored:
-            mean, covariance = self.stored[layer]
-            return mean, covariance_factor(covariance)
-        if layer in self.rows and len(self.rows[layer]) <= self.rows[layer].shape[1]:
-            return feature_factor(self.rows[layer])
+    def gaussian(self, layer: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean (d,) and F (d, k) with Σ = F Fᵀ, for the Fréchet distance; on ``device``."""
+        few = layer in self.rows and len(self.rows[layer]) <= self.rows[layer].shape[1]
+        if few and layer not in self.stored:
+            return feature_factor(self.rows[layer].to(device))
         mean, covariance = self.mean_and_covariance(layer)
-        return mean, covariance_factor(covariance)
+        return mean.to(device), covariance_factor(covariance.to(device))
 
     def mean_and_covariance(self, layer: str) -> tuple[Tensor, Tensor]:
         if layer in self.stored:
@@ -204,14 +202,13 @@ def _computed_chunks(
     """(chunk, {pool, spatial, labels}) for the chunks ``owned``, computed on the device."""
     reader = images.images
     assert reader is not None
-    cuda = runtime.device.type == "cuda"
     held: list[dict[str, Tensor]] = []
     current = -1
 
     def joined() -> dict[str, Tensor]:
         return {key: torch.cat([values[key] for values in held]) for key in held[0]}
 
-    batches = reader.batches(runtime.batch_size, owned, runtime.workers, pin=cuda)
+    batches = reader.batches(runtime.batch_size, owned, runtime.workers, runtime.device)
     for start, batch, labels in batches:
         chunk = start // CHUNK
         if held and chunk != current:

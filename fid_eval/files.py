@@ -9,7 +9,7 @@ import tarfile
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import EvaluationError
-from .images import EXTENSIONS, BadImage, Preprocess, check_file, check_header, check_mode, decode
+from .images import EXTENSIONS, BadImage, Preprocess, check_file, check_header, decode, to_rgb
 from .readers import ArrayReader, ImageReader, ImageSet, check_labels
 from .stored import open_npz, open_safetensors
 
@@ -113,8 +113,7 @@ class EncodedReader(ImageReader):
         data = self.fetch(index)
         if isinstance(data, bytes):
             return decode(data, self.preprocess)
-        check_mode(data.mode)
-        return np.asarray(self.preprocess(data.convert("RGB")))
+        return np.asarray(self.preprocess(to_rgb(data)))
 
 
 def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
@@ -152,7 +151,10 @@ def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
     if location.name.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")):
         raise EvaluationError(f"{path}: a compressed tar cannot be read in any order; unpack it")
     if suffix == ".npy":
-        array = np.load(location, mmap_mode="r", allow_pickle=False)
+        try:
+            array = np.load(location, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise EvaluationError(f"{name}: not a complete .npy of images ({error})") from None
         return ImageSet(name, "npy", ArrayReader(array, name, preprocess), path=location)
     raise EvaluationError(
         f"{path}: not a set of images: give a folder, .npz, .npy, .zip, .tar or .safetensors"
@@ -160,25 +162,43 @@ def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
 
 
 def _open_folder(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
-    files = sorted(
-        (Path(folder) / file)
-        for folder, _, names in os.walk(path, followlinks=True)
-        for file in names
-        if Path(file).suffix.lower() in EXTENSIONS
+    # Strings: with Path objects, listing and sorting take longer than reading the headers.
+    found = (
+        name if inside == "." else f"{inside}/{name}"
+        for folder, names in _walk(path)
+        for inside in [Path(os.path.relpath(folder, path)).as_posix()]
+        for name in names
     )
-    names = [file.relative_to(path).as_posix() for file in files]
+    names = sorted(filter(_is_image, found), key=lambda name: name.split("/"))
+    files = [os.path.join(path, name) for name in names]
     listing = path / "dataset.json"
     listed = listing.read_bytes() if listing.exists() else None
     reader = EncodedReader(
         "folder",
         name,
         names,
-        lambda i: files[i].read_bytes(),
+        lambda i: _contents(files[i]),
         lambda i: check_file(files[i]),
         preprocess,
         _labels(names, listed, name),
     )
     return ImageSet(name, "folder", reader)
+
+
+def _contents(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder under ``path`` and its files; links are followed, but not in circles."""
+    for folder, inner, names in os.walk(path, followlinks=True):
+        for child in [Path(folder, name) for name in inner]:
+            if child.is_symlink():
+                target = child.resolve()
+                if any(parent.resolve() == target for parent in child.absolute().parents):
+                    inner.remove(child.name)
+        yield folder, names
 
 
 def _open_zip(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
@@ -212,9 +232,9 @@ def _open_zip(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
 
 
 def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    hidden = path.name.startswith(".") or "__MACOSX" in path.parts
-    return path.suffix.lower() in EXTENSIONS and not hidden
+    if os.path.splitext(name)[1].lower() not in EXTENSIONS:
+        return False
+    return not any(part == "__MACOSX" or part.startswith(".") for part in name.split("/"))
 
 
 def check_bytes(data: bytes) -> tuple:

@@ -1,8 +1,9 @@
-"""Content hashes of files and folders, by threads (hashlib releases the interpreter lock)."""
+"""Content hashes of files and folders."""
 
 import hashlib
+import multiprocessing
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 BLOCK = 1 << 26
@@ -34,6 +35,18 @@ def path_hash(path: Path) -> str:
             for file, content in zip(files, pool.map(file_sha256, files), strict=True):
                 digest.update(f"{file.relative_to(path).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()
+
+
+def path_hash_aside(path: Path) -> str:
+    """``path_hash`` that leaves the interpreter to others; for a thread to wait for.
+
+    The blocks of a file are hashed without the interpreter lock, but the thousands of files of a
+    folder ask for it all the time, and the thread that launches kernels asks as often: a process.
+    """
+    if path.is_file() or "fork" not in multiprocessing.get_all_start_methods():
+        return path_hash(path)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(path_hash, path).result()
 
 
 def _block_digest(path: Path, start: int) -> bytes:

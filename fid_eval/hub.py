@@ -10,7 +10,9 @@ from PIL import Image
 from .errors import EvaluationError
 from .files import EncodedReader, check_bytes
 from .images import Preprocess, check_mode
-from .readers import ImageSet
+from .readers import ImageSet, IterableReader
+
+OPTIONS = ("split", "config", "image", "label", "streaming")
 
 
 def datasets_package() -> Any:
@@ -24,18 +26,19 @@ def datasets_package() -> Any:
 
 
 def open_hub(path: str, preprocess: Preprocess, name: str) -> ImageSet:
-    """hf://OWNER/NAME?split=train&config=…&image=column&label=column."""
+    """hf://OWNER/NAME?split=train&config=…&image=column&label=column&streaming=1."""
     location, _, query = path.removeprefix("hf://").partition("?")
     options = dict(parse_qsl(query))
-    unknown = set(options) - {"split", "config", "image", "label"}
+    unknown = set(options) - set(OPTIONS)
     if unknown:
-        raise EvaluationError(
-            f"{path}: unknown {sorted(unknown)}; known: split, config, image, label"
-        )
+        raise EvaluationError(f"{path}: unknown {sorted(unknown)}; known: {', '.join(OPTIONS)}")
     datasets = datasets_package()
     try:
         dataset = datasets.load_dataset(
-            location, options.get("config"), split=options.get("split", "train")
+            location,
+            options.get("config"),
+            split=options.get("split", "train"),
+            streaming=options.get("streaming", "0") not in ("0", "false"),
         )
     except Exception as error:  # network, name, split: datasets raises many kinds
         raise EvaluationError(f"{path}: cannot load the dataset: {error}") from None
@@ -49,20 +52,27 @@ def open_dataset(
     image: str | None = None,
     label: str | None = None,
 ) -> ImageSet:
-    """A Hugging Face ``Dataset`` (one split); columns by name or by their Image/ClassLabel type."""
+    """A Hugging Face ``Dataset`` or ``IterableDataset`` (one split).
+
+    Columns are found by their names or by their types, Image and ClassLabel.
+    """
 
     def column(kind: str) -> str | None:
-        names = [key for key, value in dataset.features.items() if type(value).__name__ == kind]
+        features = (dataset.features or {}).items()
+        names = [key for key, value in features if type(value).__name__ == kind]
         return names[0] if names else None
 
     if isinstance(dataset, dict):
         raise EvaluationError(f"{name}: has splits {sorted(dataset)}; choose one")
     image, label = image or column("Image"), label or column("ClassLabel")
     for wanted in (image, label):
-        if wanted is not None and wanted not in dataset.column_names:
+        if wanted is not None and wanted not in (dataset.column_names or []):
             raise EvaluationError(f"{name}: no column {wanted!r} among {dataset.column_names}")
     if image is None:
         raise EvaluationError(f"{name}: no column of images among {dataset.column_names}")
+    if not hasattr(dataset, "__len__"):
+        pictures = ((row[image], row[label]) if label else row[image] for row in dataset)
+        return ImageSet(name, "iterable", IterableReader(pictures, name, preprocess, False))
     feature = dataset.features[image]
     if hasattr(feature, "decode") and hasattr(dataset, "cast_column"):
         dataset = dataset.cast_column(image, type(feature)(decode=False))  # bytes: checkable

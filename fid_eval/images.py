@@ -96,7 +96,13 @@ def check_mode(mode: str) -> str:
     raise BadImage(f"colour mode {mode} (convert it to RGB first)")
 
 
-def check_file(path: Path) -> tuple:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture in RGB; BadImage where that would change what is measured."""
+    check_mode(image.mode)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def check_file(path: str | Path) -> tuple:
     """``check_header`` of a file, reading little of it."""
     file = os.open(path, os.O_RDONLY)
     try:
@@ -115,8 +121,7 @@ def decode(data: bytes, preprocess: Preprocess) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             check_mode(image.mode)
             image.load()
-            rgb = image if image.mode == "RGB" else image.convert("RGB")
-            return np.asarray(preprocess(rgb))
+            return np.asarray(preprocess(to_rgb(image)))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         if isinstance(error, BadImage):
             raise

@@ -135,8 +135,8 @@ def precision_recall(
     reference images inside some sample's; a ball reaches to the k-th nearest neighbour in the
     own set, its centre excluded, boundary included.
 
-    ``mode="fp32"``: distances of the float32 features, computed in float64 so that no tie is
-    decided by rounding. ``mode="adm-fp16"``: ADM's half-precision distances, which move both
+    ``mode="fp32"``: distances of the float32 features, in float64; ties, as between copies, are
+    not decided by rounding. ``mode="adm-fp16"``: ADM's half-precision distances, which move both
     numbers by up to a percent; use it to compare with published ADM numbers. No (n, m) array is
     held. Needs more than k images in each set.
     """

@@ -1,15 +1,18 @@
 """Nearest neighbours by tiles of a distance matrix that is never held whole.
 
 All distances are squared Euclidean. In the mode ``fp32`` they are those of the float32 features,
-in float64. In ``adm-fp16`` they are those of ADM's evaluator: features, norms and product rounded
-to float16, ((‖u‖² − 2u·v) + ‖v‖²) rounded after each step, negative ones set to 0; where a block of
-10,000 × 10,000 overflows float16, that block in float32.
+in float64: by matrix products, whose rounding is bounded, and where that much decides, by summing
+squared differences, so that equal distances are equal. In ``adm-fp16`` they are those of ADM's
+evaluator: features, norms and product rounded to float16, ((‖u‖² − 2u·v) + ‖v‖²) rounded after each
+step, negative ones set to 0; where a block of 10,000 × 10,000 overflows float16, that block in
+float32.
 """
 
 from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import EvaluationError
@@ -18,6 +21,8 @@ Precision = Literal["fp32", "adm-fp16"]
 ADM_BLOCK = 10_000  # ADM decides about overflow block by block
 HALF_MAX = 65504.0
 TILE = {"cpu": 2_500, "cuda": 10_000}
+PAIRS = 1024  # distances summed from differences at once; always as many, so that they round alike
+SPARE_NEIGHBOURS = 8  # looked at beyond the k-th, as rounding may have swapped some
 
 
 def neighbour_radii(features: Tensor, k: int, mode: Precision = "fp32") -> Tensor:
@@ -32,22 +37,32 @@ def neighbour_radii(features: Tensor, k: int, mode: Precision = "fp32") -> Tenso
             f"{n} images: the {k} nearest neighbours of each need at least {k + 1}"
         )
     distances = PairDistances(features, features, mode)
-    wanted = k + 1 if mode == "adm-fp16" else k
+    wanted = k + 1 if mode == "adm-fp16" else min(k + SPARE_NEIGHBOURS, n - 1)
     smallest = torch.full((n, wanted), torch.inf, dtype=distances.dtype, device=features.device)
+    where = torch.zeros(n, wanted, dtype=torch.int64, device=features.device)
     for rows, columns, block, transposed in distances.upper_tiles():
         if mode == "fp32" and rows == columns:
             block.fill_diagonal_(torch.inf)
-        _keep_smallest(smallest, rows, block)
+        _keep_smallest(smallest, where, rows, columns, block)
         if rows != columns:
-            _keep_smallest(smallest, columns, transposed)
-    return smallest.amax(1)
+            _keep_smallest(smallest, where, columns, rows, transposed)
+    if mode == "adm-fp16":
+        return smallest.amax(1)
+    own = torch.arange(n, device=features.device).repeat_interleave(wanted)
+    exact = distances.exact(own, where.flatten()).view(n, wanted)
+    return exact.kthvalue(k, dim=1).values
 
 
-def _keep_smallest(smallest: Tensor, rows: slice, block: Tensor) -> None:
+def _keep_smallest(
+    smallest: Tensor, where: Tensor, rows: slice, columns: slice, block: Tensor
+) -> None:
+    """Take the distances of ``block`` into the smallest of each row, with where they are."""
     k = smallest.shape[1]
-    nearest = block.topk(min(k, block.shape[1]), dim=1, largest=False, sorted=False).values
-    candidates = torch.cat((smallest[rows], nearest), 1)
-    smallest[rows] = candidates.topk(k, dim=1, largest=False, sorted=False).values
+    found = block.topk(min(k, block.shape[1]), dim=1, largest=False, sorted=False)
+    candidates = torch.cat((smallest[rows], found.values), 1)
+    places = torch.cat((where[rows], found.indices + columns.start), 1)
+    smallest[rows], chosen = candidates.topk(k, dim=1, largest=False, sorted=False)
+    where[rows] = places.gather(1, chosen)
 
 
 def coverage_flags(
@@ -56,9 +71,10 @@ def coverage_flags(
     """(n_a,) bool: a point of ``a`` lies within some ball of b; (n_b,) bool: the converse."""
     a_in = torch.zeros(len(a), dtype=torch.bool, device=a.device)
     b_in = torch.zeros(len(b), dtype=torch.bool, device=a.device)
-    for rows, columns, block in PairDistances(a, b, mode).tiles():
-        a_in[rows] |= (block <= radii_b[columns]).any(1)
-        b_in[columns] |= (block <= radii_a[rows, None]).any(0)
+    distances = PairDistances(a, b, mode)
+    for rows, columns, block in distances.tiles():
+        a_in[rows] |= distances.within(rows, columns, block, radii_b[None, columns]).any(1)
+        b_in[columns] |= distances.within(rows, columns, block, radii_a[rows, None]).any(0)
     return a_in, b_in
 
 
@@ -66,12 +82,13 @@ def nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """For each of ``a`` (n, d) the squared distance to its nearest in ``b``, and its index."""
     best = torch.full((len(a),), torch.inf, dtype=torch.float64, device=a.device)
     index = torch.zeros(len(a), dtype=torch.int64, device=a.device)
-    for rows, columns, block in PairDistances(a, b, "fp32").tiles():
+    distances = PairDistances(a, b, "fp32")
+    for rows, columns, block in distances.tiles():
         distance, where = block.min(1)
         closer = distance < best[rows]
         best[rows] = torch.where(closer, distance, best[rows])
         index[rows] = torch.where(closer, where + columns.start, index[rows])
-    return best, index
+    return distances.exact(torch.arange(len(a), device=a.device), index), index
 
 
 class PairDistances:
@@ -87,6 +104,7 @@ class PairDistances:
         self.mode = mode
         self.same = a is b
         self.tile = TILE.get(a.device.type, TILE["cpu"])
+        self.raw_a, self.raw_b = a, b
         if mode == "fp32":
             self.dtype = torch.float64
             centre = b.double().mean(0)  # distances do not change, cancellation shrinks
@@ -106,6 +124,34 @@ class PairDistances:
         for rows in _slices(len(self.a), self.tile):
             for columns in _slices(len(self.b), self.tile):
                 yield rows, columns, self.block(rows, columns)[0]
+
+    def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Distances of the pairs (rows[i], columns[i]) from their differences, float64."""
+        parts = []
+        for i, j in zip(rows.split(PAIRS), columns.split(PAIRS), strict=True):
+            i, j = (F.pad(index, (0, PAIRS - len(index))) for index in (i, j))
+            parts.append((self.raw_a[i].double() - self.raw_b[j].double()).square().sum(1))
+        return torch.cat([*parts, rows.new_empty(0, dtype=torch.float64)])[: len(rows)]
+
+    def within(
+        self, rows: slice, columns: slice, block: Tensor, radii: Tensor, strictly: bool = False
+    ) -> Tensor:
+        """Which distances of a tile reach no further than ``radii`` (r, 1) or (1, c); bool (r, c).
+
+        ``strictly``: fall short of them.
+        """
+        if self.mode != "fp32":
+            return block < radii if strictly else block <= radii
+        # |error| ≤ γ (‖u‖ + ‖v‖)² for products and norms of d terms, γ = d ε (Higham 2002, §3.1)
+        reach = self.norm_a[rows].max().sqrt() + self.norm_b[columns].max().sqrt()
+        slack = (self.a.shape[1] + 8) * torch.finfo(torch.float64).eps * reach.square()
+        inside = block <= radii - slack
+        i, j = (inside ^ (block <= radii + slack)).nonzero(as_tuple=True)
+        if len(i):
+            exact = self.exact(i + rows.start, j + columns.start)
+            at = radii.expand_as(block)[i, j]
+            inside[i, j] = exact < at if strictly else exact <= at
+        return inside
 
     def upper_tiles(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Tiles on and above the diagonal of a set with itself, each with the mirrored one."""

@@ -5,7 +5,7 @@ several of them: an ADM reference file has both images and statistics.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .errors import EvaluationError
-from .hashing import path_hash
-from .images import AS_IS, Preprocess
-from .loading import CHUNK, PROCESSES_FROM, batch_spans, load_spans
+from .hashing import path_hash_aside
+from .images import AS_IS, BadImage, Preprocess, to_rgb
+from .loading import CHUNK, CPU, PROCESSES_FROM, batch_spans, load_spans
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 Batch = tuple[int, Tensor, Tensor | None]  # first index, uint8 (n, 3, H, W), labels (n,)
@@ -45,9 +46,16 @@ class ImageReader:
         return None
 
     def batches(
-        self, batch_size: int, owned: Callable[[int], bool], workers: int, pin: bool = False
+        self,
+        batch_size: int,
+        owned: Callable[[int], bool],
+        workers: int,
+        device: torch.device = CPU,
     ) -> Iterator[Batch]:
-        """Batches of the chunks that ``owned(chunk)`` claims, in order, read ahead by threads."""
+        """Batches of the chunks that ``owned(chunk)`` claims, in order, read ahead.
+
+        ``device`` is where they are going; they may be there already.
+        """
         assert self.count is not None
         spans = list(batch_spans(self.count, batch_size, owned))
         if not spans:
@@ -61,7 +69,7 @@ class ImageReader:
             batch_size * image_bytes,
             min(workers, self.max_workers or workers),
             self.decodes and self.count >= PROCESSES_FROM,
-            pin,
+            device,
         )
         for (start, stop), images in zip(spans, loaded, strict=True):
             labels = None if self.labels is None else torch.from_numpy(self.labels[start:stop])
@@ -126,12 +134,17 @@ class IterableReader(ImageReader):
     def __init__(self, batches: Iterable, name: str, preprocess: Preprocess, share: bool) -> None:
         self.source, self.name, self.preprocess = iter(batches), name, preprocess
         self.is_share = share
+        self.labelled: bool | None = None  # whether the batches have labels
 
     def read(self, start: int, stop: int) -> np.ndarray:
         raise NotImplementedError("batches only")
 
     def batches(
-        self, batch_size: int, owned: Callable[[int], bool], workers: int, pin: bool = False
+        self,
+        batch_size: int,
+        owned: Callable[[int], bool],
+        workers: int,
+        device: torch.device = CPU,
     ) -> Iterator[Batch]:
         held: list[tuple[Tensor, Tensor | None]] = []
         position = available = 0
@@ -169,8 +182,18 @@ class IterableReader(ImageReader):
         self.count = position
 
     def _convert(self, item: Any) -> tuple[Tensor, Tensor | None]:
-        images, labels = item if isinstance(item, tuple | list) else (item, None)
-        images = torch.as_tensor(images).detach()
+        images, labels = item, None
+        if isinstance(item, tuple | list) and len(item) == 2 and not _are_pictures(item):
+            images, labels = item
+        if _are_pictures(images):
+            images = self._pixels(images)
+        try:
+            images = torch.as_tensor(images).detach()
+        except (TypeError, ValueError, RuntimeError):
+            raise EvaluationError(
+                f"{self.name}: a batch is uint8 images (N, H, W, 3) or (N, 3, H, W), or these and "
+                f"their labels, not a {type(images).__name__}"
+            ) from None
         if images.dtype != torch.uint8:
             raise EvaluationError(
                 f"{self.name}: a batch of dtype {images.dtype}, uint8 is needed: scale to 0..255, "
@@ -188,6 +211,9 @@ class IterableReader(ImageReader):
                 "resize"
             )
         self.size = size
+        if self.labelled not in (None, labels is not None):
+            raise EvaluationError(f"{self.name}: some batches have labels, others have none")
+        self.labelled = labels is not None
         if labels is not None:
             labels = torch.as_tensor(labels).detach().cpu().long().reshape(-1)
             if len(labels) != len(images):
@@ -195,6 +221,22 @@ class IterableReader(ImageReader):
                     f"{self.name}: a batch of {len(images)} images with {len(labels)} labels"
                 )
         return images, labels
+
+    def _pixels(self, pictures: Image.Image | Sequence[Image.Image]) -> np.ndarray:
+        """uint8 (N, H, W, 3) of one picture of Pillow's or several."""
+        pictures = [pictures] if isinstance(pictures, Image.Image) else pictures
+        try:
+            arrays = [np.asarray(self.preprocess(to_rgb(picture))) for picture in pictures]
+        except BadImage as error:
+            raise EvaluationError(f"{self.name}: a picture has {error}") from None
+        if len({array.shape for array in arrays}) > 1:
+            raise EvaluationError(f"{self.name}: pictures of several sizes; ask for a resize")
+        return np.stack(arrays)
+
+
+def _are_pictures(item: Any) -> bool:
+    items = item if isinstance(item, tuple | list) and item else [item]
+    return all(isinstance(part, Image.Image) for part in items)
 
 
 @dataclass
@@ -206,6 +248,8 @@ class Share:
 
 def image_layout(shape: tuple[int, ...], name: str) -> str:
     """ "NHWC", "NCHW" or "NHW" of an array of images; refuses what is neither grey nor RGB."""
+    if len(shape) == 3 and shape[2] in (3, 4):
+        raise EvaluationError(f"{name}: an array {shape} is one image; give batches (N, H, W, 3)")
     if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
         return "NHW"
     if len(shape) == 4 and shape[3] == 3:
@@ -271,7 +315,7 @@ class ImageSet:
         try:
             value = self.images.content_hash() if self.images is not None else None
             if value is None and self.path is not None:
-                value = path_hash(self.path)
+                value = path_hash_aside(self.path)
             future.set_result(value)
         except Exception as error:
             future.set_exception(error)
@@ -299,6 +343,8 @@ def open_set(source: Any, preprocess: Preprocess = AS_IS, name: str | None = Non
         from .hub import open_dataset
 
         return open_dataset(source, preprocess, name)
+    if isinstance(source, dict):
+        raise EvaluationError(f"{name}: a dictionary of {', '.join(map(str, source))}; choose one")
     share = isinstance(source, Share)
     batches = source.batches if isinstance(source, Share) else source
     if isinstance(batches, Iterable):

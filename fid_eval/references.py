@@ -157,6 +157,7 @@ def save_reference(
         raise EvaluationError(f"{output}: a reference file ends in .npz")
     if output.exists():
         raise EvaluationError(f"{output}: exists and is not overwritten; choose another name")
+    output.parent.mkdir(parents=True, exist_ok=True)  # or find out now that it cannot be
     opened = open_set(source, preprocess)
     if opened.images is None:
         raise EvaluationError(f"{opened.name}: holds no images to make a reference of")
@@ -206,7 +207,6 @@ def _write(
         "fid_eval": __version__,
     }
     arrays["fid_eval"] = np.array(json.dumps(metadata))
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_suffix(f".partial-{os.getpid()}.npz")
     np.savez(partial, **arrays)  # type: ignore[arg-type]
     partial.replace(output)

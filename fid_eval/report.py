@@ -55,6 +55,8 @@ def format_value(value: float | None, interval: list[float] | None = None) -> st
     if value is None:
         return "–"
     text = f"{value:.4f}" if abs(value) < 100 else f"{value:.2f}"
+    if not float(text):
+        text = text.removeprefix("-")  # a distance of nothing, rounded
     if interval:
         text += f" ± {(interval[1] - interval[0]) / 2:.2g}"
     return text

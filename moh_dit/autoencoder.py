@@ -9,6 +9,7 @@ a local folder or a hub id, takes its place. Train one with
 import contextlib
 import hashlib
 import json
+import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,13 +171,15 @@ def _require_safetensors(where: str, names: list[str]) -> None:
 
 def _from_pretrained(name: str, **options: Any) -> AutoencoderKL:
     try:
-        vae, report = AutoencoderKL.from_pretrained(
-            name,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            output_loading_info=True,
-            **options,
-        )
+        with warnings.catch_warnings():  # diffusers passes on an option that the hub has retired
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
+            vae, report = AutoencoderKL.from_pretrained(
+                name,
+                use_safetensors=True,
+                torch_dtype=torch.float32,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:  # whatever is wrong with the files, the user has to mend it
         raise UserError(f"autoencoder {name} cannot be opened: {_one_line(error)}") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -300,6 +300,8 @@ def load_pipeline(
         ValueError,
         RuntimeError,
         SafetensorError,
+        AttributeError,
+        LookupError,
     ) as error:  # a torn folder
         raise UserError(f"{source} cannot be opened: {' '.join(str(error).split())}") from None
 

@@ -6,14 +6,18 @@ and any ``UserError`` raised later, end the program with one line on stderr and 
 
 import dataclasses
 import difflib
+import errno
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_origin
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from PIL import Image
 
 from .errors import UserError
 
@@ -45,19 +49,35 @@ def run_program(
     prog: str,
     description: str,
     example: str,
+    positional: str | None = None,
     argv: Sequence[str] | None = None,
 ) -> None:
     """Parse ``argv`` into ``config_class`` and call ``main`` with it.
 
+    ``positional`` is the field that may be given without its name: ``PROG RUN`` for
+    ``PROG --checkpoint RUN``; a field that is a list takes several.
+
     Exit codes: 2 for the user's mistakes (one line on stderr, no traceback), 130 after Ctrl-C.
     """
     parser = _make_parser(config_class, prog=prog, description=description, example=example)
-    arguments = _resolve_config_names(sys.argv[1:] if argv is None else argv)
-    arguments = _complete_flags(arguments, config_class)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        arguments = _complete_flags(_resolve_config_names(arguments), config_class)
+        if positional is not None:
+            several = get_origin(_dotted_fields(config_class)[positional]) is list
+            arguments = _name_positional(arguments, positional, several)
         main(_instantiate(parser, parser.parse_args(arguments)))
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"{prog}: error: the disk is full ({error}); what is finished stays: free space, then "
+            "go on",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
@@ -104,11 +124,22 @@ def find_config(name: str) -> Path | None:
 
 
 def _make_parser(config_class: type, *, prog: str, description: str, example: str) -> _Parser:
+    required = [
+        f"--{field.name} {field.name.upper()}"
+        for field in dataclasses.fields(config_class)
+        if field.default is field.default_factory is dataclasses.MISSING
+    ]
     parser = _Parser(
-        prog=prog, description=description, epilog=f"example: {example}", allow_abbrev=False
+        prog=prog,
+        usage=" ".join(["%(prog)s [--config NAME]", *required, "[--KEY VALUE ...]"]),
+        description=description,
+        epilog=f"example: {example}",
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML file, or the name of one in configs/."
+        "--config",
+        action=ActionConfigFile,
+        help="YAML file, the name of one in configs/, or a PNG with its settings inside.",
     )
     parser.add_class_arguments(config_class, None)
     parser.config_class = config_class
@@ -122,7 +153,8 @@ def _instantiate(parser: _Parser, namespace: Any) -> Any:
 
 
 def _resolve_config_names(arguments: Sequence[str]) -> list[str]:
-    """Replace ``--config NAME`` by the shipped file of that name where no such path exists."""
+    """Replace ``--config NAME`` by the shipped file of that name where no such path exists, and
+    ``--config SHEET.png`` by the settings inside the picture."""
     resolved = list(arguments)
     for i, argument in enumerate(resolved):
         if i and resolved[i - 1] == "--config":
@@ -133,7 +165,37 @@ def _resolve_config_names(arguments: Sequence[str]) -> list[str]:
             continue
         if not Path(name).exists() and (path := find_config(name)):
             resolved[i] = f"{prefix}{path}"
+        elif name.endswith(".png") and Path(name).is_file():
+            resolved[i] = f"{prefix}{settings_in(Path(name))}"
     return resolved
+
+
+def settings_in(picture: Path) -> str:
+    """The YAML that a sampling program left in a PNG (chunk ``settings``)."""
+    try:
+        with Image.open(picture) as image:
+            text = getattr(image, "text", {}).get("settings")
+    except OSError as error:
+        raise UserError(f"config {picture} cannot be read as a picture: {error}") from None
+    if text is None:
+        raise UserError(f"config {picture} has no settings inside; give a sheet as it was made")
+    return text
+
+
+def _name_positional(arguments: Sequence[str], name: str, several: bool = False) -> list[str]:
+    """Put ``--name`` before the first argument that is neither a flag nor a flag's value.
+
+    ``several``: it takes that argument and those that follow, up to the next flag, as a list.
+    """
+    named = list(arguments)
+    for i, argument in enumerate(named):
+        is_value = i and named[i - 1].startswith("--") and "=" not in named[i - 1]
+        if not argument.startswith("-") and not is_value:
+            if not several:
+                return [*named[:i], f"--{name}", *named[i:]]
+            values = list(takewhile(lambda value: not value.startswith("-"), named[i:]))
+            return [*named[:i], f"--{name}={json.dumps(values)}", *named[i + len(values) :]]
+    return named
 
 
 def _complete_flags(arguments: Sequence[str], config_class: type) -> list[str]:

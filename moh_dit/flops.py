@@ -4,6 +4,7 @@ from typing import cast
 
 import torch
 
+from .attention import MoHAttention
 from .transformer import DiTBlock, MoHDiTTransformer2DModel
 
 # Dense peaks of the data sheets in TFLOP/s, by what torch.cuda.get_device_name contains: matrix
@@ -19,35 +20,68 @@ PEAKS = {
 }
 
 
-def flops_per_image(model: MoHDiTTransformer2DModel) -> int:
-    """FLOPs of one image's forward pass: two for each multiply-add of a matrix product.
+def count_flops(model: MoHDiTTransformer2DModel) -> dict[str, int]:
+    """FLOPs of one image's forward pass by part: two for each multiply-add of a matrix product.
 
-    Of a routed layer only the queries that a token's selected heads ask are counted: what the
-    method needs, however it is computed. A training step is three times as much; recomputed
-    activations do not count.
+    Of a routed layer only the queries that a token's selected heads ask are counted in
+    ``"attention"`` (q kᵀ and p v): what the method needs, however it is computed.
     """
     config = model.config
     tokens, width = (config.sample_size // config.patch_size) ** 2, config.hidden_size
     pixels = config.patch_size**2
-    per_token = pixels * config.in_channels * width + width * pixels * config.out_channels
-    per_image = model.t_embedder.num_features * width + width**2  # timestep MLP
-    per_image += 2 * width**2  # adaLN of the last layer
+    timestep = model.t_embedder.num_features * width + width**2
+    parts = {
+        "patches, timestep": tokens * pixels * config.in_channels * width + timestep,
+        "adaLN": 2 * width**2,  # of the last layer
+        "projections": 0,
+        "routers": 0,
+        "attention": 0,
+        "MLP": 0,
+        "output": tokens * width * pixels * config.out_channels,
+    }
     for block in model.blocks:
         attention, mlp = cast(DiTBlock, block).attn, cast(DiTBlock, block).mlp
-        per_image += 6 * width**2  # adaLN
-        per_token += 2 * mlp.fc1.in_features * mlp.fc1.out_features
-        inner, active = attention.num_heads * attention.head_dim, attention.num_heads
-        per_token += 4 * width * inner + width * sum(map(len, attention.router_weights()))
-        if attention.num_shared_heads is not None:
-            active = attention.num_shared_heads + attention.num_active_routed_heads
-        per_token += 2 * tokens * attention.head_dim * active  # q kᵀ and p v
-    return 2 * (tokens * per_token + per_image)
+        inner = attention.num_heads * attention.head_dim
+        parts["adaLN"] += 6 * width**2
+        parts["projections"] += 4 * tokens * width * inner
+        parts["routers"] += tokens * width * sum(map(len, attention.router_weights()))
+        heads = attention.num_heads - skipped_heads(attention)
+        parts["attention"] += 2 * tokens**2 * attention.head_dim * heads
+        parts["MLP"] += 2 * tokens * mlp.fc1.in_features * mlp.fc1.out_features
+    return {name: 2 * multiply_adds for name, multiply_adds in parts.items()}
+
+
+def flops_per_image(model: MoHDiTTransformer2DModel) -> int:
+    """FLOPs of one image's forward pass, see :func:`count_flops`.
+
+    A training step is three times as much; recomputed activations do not count.
+    """
+    return sum(count_flops(model).values())
+
+
+def skipped_flops(model: MoHDiTTransformer2DModel) -> int:
+    """FLOPs of one image's forward pass that the heads which tokens do not select would cost."""
+    tokens = (model.config.sample_size // model.config.patch_size) ** 2
+    layers = [cast(DiTBlock, block).attn for block in model.blocks]
+    return sum(4 * tokens**2 * layer.head_dim * skipped_heads(layer) for layer in layers)
+
+
+def skipped_heads(attention: MoHAttention) -> int:
+    """How many heads of a layer a token leaves out."""
+    if attention.num_shared_heads is None:
+        return 0
+    active = attention.num_shared_heads + attention.num_active_routed_heads
+    return attention.num_heads - active
 
 
 def peak_flops(mixed_precision: str, allow_tf32: bool) -> float | None:
     """FLOP/s of the current GPU in the arithmetic of a run; ``None`` where no figure is known."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
+    return peak_of(torch.cuda.get_device_name(), mixed_precision, allow_tf32)
+
+
+def peak_of(gpu: str, mixed_precision: str, allow_tf32: bool) -> float | None:
+    """FLOP/s of a GPU by name; ``None`` where no figure is known."""
     column = 0 if mixed_precision != "no" else 1 if allow_tf32 else 2
-    return next((1e12 * peak[column] for part, peak in PEAKS.items() if part in name), None)
+    return next((1e12 * peak[column] for part, peak in PEAKS.items() if part in gpu), None)

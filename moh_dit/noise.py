@@ -17,7 +17,9 @@ WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 DRAWS_AHEAD = 64
-VALUES_AHEAD = 1 << 18
+# Values made at once: what stays in a CPU's cache, and what keeps a GPU busy for longer than it
+# takes to launch a hundred small kernels.
+VALUES_AHEAD = {"cpu": 1 << 18, "cuda": 1 << 23}
 
 
 def philox(counter: Sequence[Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -88,7 +90,8 @@ class ImageNoise(TorchFunctionMode):
         if not self.ahead or self.ahead[-1].shape[1:] != (count,):
             # The first draw is often the only one; later ones come in blocks, so that a small
             # model does not wait for many small operations at every step.
-            draws = max(1, min(DRAWS_AHEAD, VALUES_AHEAD // (len(self.indices) * count)))
+            values = VALUES_AHEAD.get(self.indices.device.type, VALUES_AHEAD["cpu"])
+            draws = max(1, min(DRAWS_AHEAD, values // (len(self.indices) * count)))
             draws = draws if self.next_draw else 1
             made = philox_normal(self.seed, self.indices, self.next_draw, draws, count)
             self.ahead = list(made.to(dtype).to(self.device).unbind())[::-1]

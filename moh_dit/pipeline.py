@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,7 @@ class MoHDiTPipeline(DiffusionPipeline):
         for label in class_labels:
             if isinstance(label, str) and label in names:
                 label = names.index(label)
-            elif isinstance(label, str) and not label.isdecimal():
+            elif isinstance(label, str) and not re.fullmatch(r"-?\d+", label):
                 nearest = difflib.get_close_matches(label, names, n=3)
                 nearest = nearest or [name for name in names if label.lower() in name.lower()][:3]
                 hint = f"the nearest are {', '.join(nearest)}" if nearest else "give an id"

@@ -1,10 +1,12 @@
 """The published models, one line each (MoH §4.2, appendix; DiT table 1)."""
 
 import difflib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .transformer import MoHDiTTransformer2DModel
+
+if TYPE_CHECKING:
+    from .transformer import MoHDiTTransformer2DModel
 
 SIZES: dict[str, dict[str, Any]] = {
     "S": dict(depth=12, hidden_size=384, num_heads=6),
@@ -46,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_model(preset: str, **overrides: Any) -> MoHDiTTransformer2DModel:
+def build_model(preset: str, **overrides: Any) -> "MoHDiTTransformer2DModel":
     """Build a model by name, e.g. ``build_model("MoH-DiT-XL/2-75", sample_size=64)``.
 
     Args:
@@ -57,6 +59,8 @@ def build_model(preset: str, **overrides: Any) -> MoHDiTTransformer2DModel:
     Raises:
         UserError: when there is no preset of that name.
     """
+    from .transformer import MoHDiTTransformer2DModel  # imports torch; naming presets need not
+
     return MoHDiTTransformer2DModel(**{**preset_config(preset), **overrides})
 
 

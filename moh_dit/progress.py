@@ -21,7 +21,7 @@ class _Lines:
 
 
 def progress_bar(
-    total: int, *, desc: str, unit: str, enabled: bool = True, initial: int = 0
+    total: int | None, *, desc: str, unit: str, enabled: bool = True, initial: int = 0
 ) -> tqdm:
     """A tqdm bar with rate and remaining time."""
     options: dict[str, Any] = {"dynamic_ncols": True}

@@ -1,5 +1,6 @@
 """Samplers by name, as diffusers schedulers, and which of them fit what a model predicts."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import diffusers
@@ -73,7 +74,10 @@ def named_scheduler(name: str, trained: Any) -> Any:
         config.pop("variance_type", None)
     if not sampler.scheduler.startswith("FlowMatch") and "shift" in config:
         config["flow_shift"] = config["shift"]  # the same under the other classes' name
-    return getattr(diffusers, sampler.scheduler).from_config(config, **sampler.options)
+    kind = getattr(diffusers, sampler.scheduler)
+    known = inspect.signature(kind.__init__).parameters  # what the class would warn about, left out
+    config = {key: value for key, value in config.items() if key in known or key[0] == "_"}
+    return kind.from_config(config, **sampler.options)
 
 
 def check_scheduler(scheduler: Any, prediction: str) -> None:

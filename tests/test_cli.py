@@ -1,12 +1,19 @@
 """The configuration mechanism that every program shares."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from moh_dit.cli import load_config, run_program, save_config
 from moh_dit.errors import UserError
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -52,6 +59,54 @@ def test_a_flag_alone_means_true():
     assert run("--resume", "true").resume
     assert not run("--resume", "false").resume
     assert not run("--resume=false").resume
+
+
+def test_one_field_may_go_without_its_name():
+    def run(*argv):
+        seen = []
+        options = dict(prog="p", description="d", example="p x", positional="mixed_precision")
+        run_program(seen.append, Outer, argv=argv, **options)
+        return seen[0]
+
+    expected = Outer(num_steps=3, mixed_precision="bf16")
+    assert run("bf16", "--num_steps", "3") == expected
+    assert run("--num_steps", "3", "bf16") == expected
+    assert run("--num_steps=3", "bf16") == expected
+    assert run("--num_steps=3", "--mixed_precision", "bf16") == expected
+    assert run("--num_steps=3") == Outer(num_steps=3)
+    with pytest.raises(SystemExit):
+        run("bf16", "no")
+
+
+def test_a_list_may_go_without_its_name():
+    @dataclass
+    class Several:
+        runs: list[str]
+        output: str = "o"
+
+    def run(*argv):
+        seen = []
+        options = dict(prog="p", description="d", example="p x y", positional="runs")
+        run_program(seen.append, Several, argv=argv, **options)
+        return seen[0]
+
+    assert run("a b", 'c"d', "--output", "e") == Several(["a b", 'c"d'], "e")
+    assert run("--output=e", "a") == Several(["a"], "e")
+    assert run("--runs=[a, b]") == Several(["a", "b"])
+
+
+def test_a_picture_with_settings_inside_is_a_configuration(tmp_path, capsys):
+    settings = PngInfo()
+    settings.add_itxt("settings", "# a fact\nnum_steps: 7\nplan: [1, 2]\n" + "# more\n" * 200)
+    picture = Image.new("RGB", (2, 2))
+    picture.save(tmp_path / "a.png", pnginfo=settings)
+    picture.save(tmp_path / "b.png")
+    (tmp_path / "c.png").write_text("num_steps: 7")
+    assert run("--config", str(tmp_path / "a.png"), "--resume").num_steps == 7
+    for name, message in (("b.png", "no settings inside"), ("c.png", "cannot be read")):
+        with pytest.raises(SystemExit):
+            run(f"--config={tmp_path / name}")
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -102,3 +157,32 @@ def test_help_shows_field_docstrings_and_defaults(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "Length of the run, in steps. (type: int, default: 10)" in text
     assert "example: p --x" in text
+
+
+@pytest.mark.parametrize("program", ["train_dit", "sample_dit"])
+def test_help_is_quick_because_torch_stays_out(program):
+    script = (
+        f"import sys, {program}\n"
+        "sys.argv = ['program', '--help']\n"
+        "try:\n"
+        f"    {program}.main()\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code\n"
+        "heavy = {'torch', 'diffusers', 'accelerate', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--seed" in done.stdout
+    assert f"example: {program}.py " in done.stdout
+
+
+def test_usage_names_what_is_required(capsys):
+    from moh_dit.sampling.config import SampleConfig
+
+    with pytest.raises(SystemExit):
+        run_program(print, SampleConfig, prog="p", description="d", example="e", argv=["--help"])
+    usage = capsys.readouterr().out.splitlines()[0]
+    assert usage == (
+        "usage: p [--config NAME] --checkpoint CHECKPOINT --output OUTPUT [--KEY VALUE ...]"
+    )

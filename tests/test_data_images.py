@@ -238,3 +238,31 @@ def test_jpeg_with_trailing_data_is_kept(folder):
     picture(40, 30).save(path)
     path.write_bytes(path.read_bytes() + bytes(100_000))  # as some cameras append
     assert len(open_images(folder, 8, progress=False)) == 5
+
+
+def test_links_are_followed_but_not_in_circles(folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    picture(20, 16).save(elsewhere / "far.png")
+    (folder / "b" / "linked").symlink_to(elsewhere)
+    (folder / "b" / "near.png").symlink_to(elsewhere / "far.png")
+    (folder / "b" / "circle").symlink_to(folder / "b")
+    (elsewhere / "back").symlink_to(folder)
+    images = open_images(folder, 8, progress=False)
+    b = [images._name(i) for i in range(len(images)) if images.labels[i] == 1]
+    assert len(b) == len({name.removeprefix(str(folder)) for name in b})
+    assert [name for name in b if "circle" in name] == []
+    assert {f"{folder}/b/{name}" for name in ("linked/far.png", "near.png", "2.png")} <= set(b)
+
+
+def test_the_end_of_a_thumbnail_is_not_the_end_of_the_image(folder):
+    picture(8, 8).save(folder / "thumbnail.jpg")
+    thumbnail = (folder / "thumbnail.jpg").read_bytes()
+    (folder / "thumbnail.jpg").unlink()
+    path = folder / "a" / "photo.jpg"
+    exif = b"Exif\0\0" + thumbnail
+    picture(200, 160).save(path, exif=exif)
+    assert len(open_images(folder, 8, progress=False)) == 5
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(UserError, match=r"photo\.jpg cannot be read .*truncated"):
+        open_images(folder, 8, progress=False)

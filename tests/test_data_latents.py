@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from moh_dit.autoencoder import autoencoder_identity, encode_moments, load_autoencoder
-from moh_dit.data import encoding
+from moh_dit.data import encoding, shards
 from moh_dit.data.encoding import Encoding, encode_data
 from moh_dit.data.images import load_batch, open_images
 from moh_dit.data.latents import LatentMoments, LatentStore, encode_images, open_latents
@@ -212,7 +212,7 @@ def test_resume_after_a_kill(config, tmp_path, monkeypatch, small_shards):
     encode_data(config)
     expected = contents(config.output)
     config.output = str(tmp_path / "killed")
-    write = encoding._write_aside
+    write = shards.write_aside
 
     def die_in_second_shard(path, data):
         if path.name == "moments-00001-of-00002.npy":
@@ -221,7 +221,7 @@ def test_resume_after_a_kill(config, tmp_path, monkeypatch, small_shards):
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "_write_aside", die_in_second_shard)
+        patch.setattr(shards, "write_aside", die_in_second_shard)
         with pytest.raises(KeyboardInterrupt):
             encode_data(config)
     with pytest.raises(UserError, match=r"not finished.*--resume"):
@@ -246,7 +246,7 @@ def test_resume_refuses_changed_data(config, images, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "_write_shard", stop)
+        patch.setattr(encoding, "write_shard", stop)
         with pytest.raises(KeyboardInterrupt):
             encode_data(config)
     extra = images.root / "a" / "extra.png"
@@ -296,13 +296,11 @@ def test_full_disk_is_told(config, monkeypatch, tmp_path):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding.os, "fsync", full)
+        patch.setattr(shards.os, "fsync", full)
         with pytest.raises(UserError, match="No space left on device"):
             encode_data(config)
     assert not list(Path(config.output).iterdir())
-    monkeypatch.setattr(
-        encoding.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})
-    )
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
     config.output = str(tmp_path / "other")
     with pytest.raises(UserError, match="are free"):
         encode_data(config)

@@ -106,6 +106,12 @@ def test_bad_shards_are_named(tmp_path):
     write_tar(tmp_path / "empty.tar", [("readme.txt", b"")])
     with pytest.raises(UserError, match=r"empty\.tar has no images"):
         open_images(tmp_path / "empty.tar", 8, progress=False)
+    write_tar(tmp_path / "binary.tar", [("a.png", png(0)), ("a.cls", b"\xff\xfe")])
+    with pytest.raises(UserError, match=r"binary\.tar/a\.cls is not text"):
+        open_images(tmp_path / "binary.tar", 8, progress=False)
+    write_tar(tmp_path / "negative.tar", [("a.png", png(0)), ("a.cls", b"-1")])
+    with pytest.raises(UserError, match="an image of class -1: classes count from 0"):
+        open_images(tmp_path / "negative.tar", 8, progress=False)
 
 
 def test_unreadable_images_are_named_or_skipped(shards):

@@ -241,3 +241,31 @@ def test_two_processes_give_the_results_of_one(folder, tmp_path):
         assert code == (1 if line[:6] == "rank 0" else 0)  # a set failed; the first says so
         assert distance == pytest.approx(alone["fd_digits"], rel=1e-5)
         assert score == pytest.approx(alone["class_score_digits"], rel=1e-5)
+
+
+@pytest.mark.parametrize("option", ["--output", "--csv", "--plot"])
+def test_results_that_cannot_be_written_are_found_out_before_the_work(
+    option, folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(Evaluator, "__call__", lambda *a, **k: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path / "file" / "r.json", tmp_path):
+        assert run(folder / "ref.npz", folder / "step-100.npz", option, target) == 2
+        assert str(target) in capsys.readouterr().err
+    code = main(["stats", str(folder / "ref.npz"), "--output", f"{tmp_path}/file/r.npz",
+                 "--extractor", "digits", "--quiet"])  # fmt: skip
+    assert code == 2
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda"])
+def test_a_device_that_is_not_there_is_one_line(device, folder, capsys):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    code = main([str(folder / "ref.npz"), str(folder / "step-100.npz"), "--device", device])
+    assert code == 2
+    assert f"error: device '{device}' cannot be used" in capsys.readouterr().err
+
+
+def test_a_distance_of_nothing_has_no_sign():
+    assert report.format_value(-1e-13) == "0.0000"
+    assert report.format_value(-0.5) == "-0.5000"

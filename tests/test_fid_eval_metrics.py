@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import load_reference
 
-from fid_eval import metrics
+from fid_eval import extras, metrics
 from fid_eval.errors import EvaluationError
 from fid_eval.moments import Moments
 from fid_eval.neighbours import PairDistances, nearest
@@ -87,6 +87,39 @@ def test_precision_and_recall_in_half_are_adms_within_one_image(case):
     one_sample, one_reference = 1 / len(arrays["sample_pool"]), 1 / len(arrays["ref_pool"])
     assert abs(precision - expected["precision_adm_fp16"]) <= one_sample * 1.001
     assert abs(recall - expected["recall_adm_fp16"]) <= one_reference * 1.001
+
+
+def sets_with_ties(kind):
+    """Reference and samples, float32, between which equal distances are common."""
+    random = np.random.default_rng(0)
+    if kind == "whole numbers":
+        return (random.integers(0, 3, (n, 8)).astype(np.float32) for n in (200, 300))
+    if kind == "copies":
+        few = random.standard_normal((40, 64)).astype(np.float32)
+        return few[random.integers(0, 40, 200)], few[random.integers(0, 40, 100)]
+    far = (random.standard_normal((150, 64)) + 1000).astype(np.float32)
+    return far, np.concatenate([far[:20], far[20:] + random.standard_normal((130, 64))], 0)
+
+
+@pytest.mark.parametrize("kind", ["whole numbers", "copies", "far from the origin"])
+def test_ties_are_not_decided_by_rounding(kind):
+    """Against distances from differences, which are equal where they should be."""
+    reference, samples = (np.asarray(x, np.float32) for x in sets_with_ties(kind))
+    a, b = reference.astype(np.float64), samples.astype(np.float64)
+
+    def distances(x, y):
+        return np.square(x[:, None] - y[None]).sum(2)
+
+    def radii(x, k):
+        return np.sort(distances(x, x), 1)[:, k]  # itself is the first
+
+    across = distances(a, b)
+    precision = (across <= radii(a, 3)[:, None]).any(0).mean()
+    recall = (across <= radii(b, 3)[None]).any(1).mean()
+    assert metrics.precision_recall(reference, samples) == (precision, recall)
+    inside = across < radii(a, 5)[:, None]
+    expected = inside.sum() / (5 * len(b)), inside.any(1).mean()
+    assert extras.density_coverage(reference, samples) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["fp32", "adm-fp16"])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 import zipfile
 
@@ -14,8 +15,9 @@ from safetensors.torch import save_file
 
 from fid_eval import Share, readers
 from fid_eval.errors import EvaluationError
+from fid_eval.hashing import path_hash, path_hash_aside
 from fid_eval.images import Preprocess
-from fid_eval.loading import CHUNK, batch_spans
+from fid_eval.loading import CHUNK, batch_spans, load_spans
 from fid_eval.npz import NpzFile
 from fid_eval.readers import open_set
 
@@ -331,3 +333,88 @@ def test_hugging_face_datasets_are_an_optional_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(EvaluationError, match="pip install datasets"):
         open_set("hf://mnist?split=test")
+
+
+def test_hidden_files_and_circles_of_links_are_passed_over(images, tmp_path):
+    folder = tmp_path / "set"
+    for name in ("a/0.png", "b/1.png", "b/._1.png", "b/.ipynb_checkpoints/1.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[0]).save(folder / name)
+    (folder / "b" / "circle").symlink_to(folder)
+    opened = open_set(str(folder))
+    assert opened.images.names == ["a/0.png", "b/1.png"]
+
+
+def test_processes_decode_in_order_through_few_slots():
+    def read(start, stop):
+        return np.stack([np.full((2, 3, 3), index % 256, np.uint8) for index in range(start, stop)])
+
+    spans = [(start, min(start + 7, 300)) for start in range(0, 300, 7)]
+    loaded = list(load_spans(read, spans, 7 * 18, workers=2, decoding=True))
+    assert [len(images) for images in loaded] == [stop - start for start, stop in spans]
+    assert torch.equal(torch.cat(loaded)[:, 0, 0, 0], torch.arange(300).to(torch.uint8))
+
+
+def test_a_killed_decoding_process_is_an_error():
+    def read(start, stop):
+        os._exit(9)
+
+    with pytest.raises(EvaluationError, match=r"was killed, .* fewer --workers"):
+        list(load_spans(read, [(0, 4)], 4, workers=1, decoding=True))
+
+
+def test_a_folder_hashed_aside_has_the_same_hash(tmp_path):
+    for name in ("b.png", "a/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    assert path_hash_aside(tmp_path) == path_hash(tmp_path)
+
+
+def test_npy_of_images_or_a_word_why_not(images, tmp_path):
+    np.save(tmp_path / "images.npy", images)
+    np.testing.assert_array_equal(
+        open_set(str(tmp_path / "images.npy")).images.read(0, 3), images[:3]
+    )
+    whole = (tmp_path / "images.npy").read_bytes()
+    for content in (b"hello", b"", whole[:-1]):
+        (tmp_path / "bad.npy").write_bytes(content)
+        with pytest.raises(EvaluationError, match="not a complete \\.npy"):
+            open_set(str(tmp_path / "bad.npy"))
+
+
+def batches_of(source, name="samples"):
+    """All images (N, 3, H, W) and labels of a source, through its reader."""
+    parts = list(open_set(source, name=name).images.batches(4, lambda chunk: True, 1))
+    labels = [labels for _, _, labels in parts]
+    return torch.cat([images for _, images, _ in parts]), labels[0] is None or torch.cat(labels)
+
+
+def test_pictures_of_pillow_and_streamed_datasets_are_iterables(images, labels):
+    expected = torch.from_numpy(images).permute(0, 3, 1, 2)
+    pictures = [Image.fromarray(image) for image in images]
+    kinds = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=int(labels.max()) + 1)}
+    )
+    rows = {"image": pictures, "label": labels.tolist()}
+    stream = datasets.Dataset.from_dict(rows, features=kinds).to_iterable_dataset()
+    for source in (pictures, [pictures[:2], pictures[2:]], stream):
+        found, found_labels = batches_of(source)
+        assert torch.equal(found, expected)
+    assert torch.equal(found_labels, torch.from_numpy(labels).long())
+
+
+@pytest.mark.parametrize(
+    ("batches", "reason"),
+    [
+        ([np.zeros((8, 8, 3), np.uint8)] * 4, "is one image; give batches"),
+        ([Image.new("RGBA", (8, 8))], "a picture has transparency"),
+        ([[Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))] * 2], "pictures of several sizes"),
+        ([(np.zeros((2, 8, 8, 3), np.uint8), [0, 1]), np.zeros((2, 8, 8, 3), np.uint8)],
+         "some batches have labels"),
+        (["a", "b"], "a batch is uint8 images"),
+        ({"train": [], "test": []}, "a dictionary of train, test; choose one"),
+    ],
+)  # fmt: skip
+def test_batches_that_are_none_are_refused_in_words(batches, reason):
+    with pytest.raises(EvaluationError, match=reason):
+        batches_of(batches)

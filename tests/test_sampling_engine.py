@@ -16,6 +16,7 @@ from moh_dit.sampling.engine import (
     plan_units,
     run_units,
     sample_latents,
+    to_uint8,
     use_settings,
 )
 
@@ -133,6 +134,41 @@ def test_batches_of_an_accelerator_have_one_size(monkeypatch):
     in_batches = sampled(pipeline, labels, None, 4)
     assert set(sizes) == {8}  # guided: two of each; the last batch is filled up
     assert abs(in_batches.astype(int) - in_units.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("in_units", [True, False])
+def test_every_step_of_every_image_can_be_watched(monkeypatch, in_units):
+    pipeline, labels = tiny_pipeline(), [index % 5 for index in range(11)]
+    monkeypatch.setattr("moh_dit.sampling.engine.works_in_units", lambda transformer: in_units)
+    states = {}
+
+    def watch(positions, step, latents):
+        rows = zip(positions.tolist(), latents.clone(), strict=True)
+        states.update({(position, step): state for position, state in rows if position >= 0})
+
+    settings = SamplingSettings(num_inference_steps=STEPS)
+    batches = list(generate(pipeline, labels, settings, batch_size=4, on_step=watch))
+    assert states.keys() == {(image, step) for image in range(11) for step in range(STEPS)}
+    images = np.concatenate([images for _, images in batches])
+    last = torch.stack([states[image, STEPS - 1] for image in range(11)])
+    with torch.no_grad():
+        decoded = to_uint8(pipeline.decode(last, 1)).astype(int)
+    assert abs(decoded - images).max() <= 1
+
+
+def test_what_a_watcher_raises_ends_the_work():
+    pipeline, calls = tiny_pipeline(), []
+
+    def stop(positions, step, latents):
+        calls.append(step)
+        raise InterruptedError
+
+    batches = generate(
+        pipeline, [0] * 40, SamplingSettings(num_inference_steps=STEPS), on_step=stop
+    )
+    with pytest.raises(InterruptedError):
+        next(batches)
+    assert set(calls) == {0}
 
 
 def test_units_give_every_image_its_place():

@@ -54,11 +54,12 @@ def test_record_alone_reproduces_the_sheet(run, tmp_path, monkeypatch):
         assert sheet.text["settings"] == record
     assert "# guidance on the first 3 of 4 latent channels" in record
     assert yaml.safe_load(record)["checkpoint"].endswith("step-00000002")
-    again = ["sample_dit.py", "--config", str(tmp_path / "a.png.yaml"), "--output"]
-    monkeypatch.setattr(sys, "argv", [*again, str(tmp_path / "b.png")])
-    sample_dit.main()
-    pixels = [np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png")]
-    assert np.array_equal(*pixels)
+    for config, output in (("a.png.yaml", "b.png"), ("a.png", "c.png")):
+        again = ["--config", str(tmp_path / config), "--output", str(tmp_path / output)]
+        monkeypatch.setattr(sys, "argv", ["sample_dit.py", *again])
+        sample_dit.main()
+        pixels = [np.asarray(Image.open(tmp_path / name)) for name in ("a.png", output)]
+        assert np.array_equal(*pixels)
 
 
 def test_forms_of_a_set_hold_the_same_images(run, tmp_path, monkeypatch):
@@ -101,9 +102,11 @@ def test_other_weights_strips_and_sweeps(run, tmp_path, monkeypatch):
     [
         (["--class_labels", "catt"], "no class is named 'catt'; the nearest are cat"),
         (["--class_labels", "5"], "out of range 0 … 4"),
+        (["--class_labels=-1"], "class label -1 is out of range 0 … 4"),
         (["--num_inference_steps", "1001"], "1 … 1000"),
         (["--scheduler", "flow-euler"], "those that fit are ddpm, ddim"),
         (["--weights", "ema-0.9"], "has no weights 'ema-0.9'"),
+        (["--num_samples", "100000000000", "--output", "set.npz"], "set.npz needs"),
         (["--num_samples", "0"], "must be at least 1"),
         (["--num_samples", "5"], "a set is written as"),
         (["--num_samples", "5", "--interpolate", "3"], "exclude each other"),
@@ -120,9 +123,21 @@ def test_mistakes_are_one_line_and_leave_nothing(run, tmp_path, monkeypatch, cap
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert message in error
-    assert error.startswith("moh-dit-sample: error: ")
+    assert error.startswith("sample_dit.py: error: ")
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_found_out_before_sampling(
+    run, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("")
+    for name in ("x.png", "x.npz"):
+        more = ["--num_samples", "2"] if name == "x.npz" else []
+        with pytest.raises(SystemExit) as end:
+            command(monkeypatch, run, tmp_path / "file" / name, *more)
+        assert end.value.code == 2
+        assert f"{tmp_path / 'file'} is no folder that can be written to" in capsys.readouterr().err
 
 
 def test_nothing_is_written_over(run, tmp_path, monkeypatch, capsys):

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_dit
-from moh_dit.checkpoints import list_checkpoints, load_pipeline
+from moh_dit.checkpoints import WEIGHTS, list_checkpoints, load_pipeline
 from moh_dit.data.encoding import Encoding, encode_data
+from moh_dit.data.latents import open_latents
 from moh_dit.errors import UserError
 from moh_dit.flops import flops_per_image
 from moh_dit.training import state
@@ -33,7 +34,8 @@ from moh_dit.training.config import (
     TrainConfig,
 )
 from moh_dit.training.loop import PREEMPTED, Trainer
-from moh_dit.training.record import read_log, shown
+from moh_dit.training.record import RunLog, read_log, shown
+from moh_dit.training.setup import learning_rate_factor, weight_decay_groups
 
 ROOT = Path(__file__).parent.parent
 MODEL = dict(hidden_size=32, depth=2, num_heads=4, num_shared_heads=[4, 1],
@@ -42,7 +44,8 @@ NUM_STEPS = 12
 
 
 def tiny(run_dir, **options):
-    options = dict(num_steps=NUM_STEPS, batch_size=8, checkpoint_every=3, log_every=2) | options
+    options = dict(num_steps=NUM_STEPS, batch_size=8, checkpoint_every=3, log_every=2,
+                   trackers=[]) | options  # fmt: skip
     return TrainConfig(
         run_dir=str(run_dir),
         model=ModelConfig(**(MODEL | options.pop("model", {}))),
@@ -62,7 +65,7 @@ def command(run_dir, *extra, processes=1):
     return [*launcher, str(ROOT / "train_dit.py"), f"--run_dir={run_dir}", *model,
             f"--num_steps={NUM_STEPS}", "--batch_size=8", "--checkpoint_every=3", "--log_every=2",
             "--optimizer.learning_rate=1e-2", "--optimizer.max_grad_norm=1",
-            "--ema_decays=[0.9, 0.5]", "--keep_checkpoints=3", *extra]  # fmt: skip
+            "--ema_decays=[0.9, 0.5]", "--keep_checkpoints=3", "--trackers=[]", *extra]  # fmt: skip
 
 
 def environment():
@@ -174,13 +177,109 @@ def test_sigterm_saves_and_asks_to_be_requeued(whole, tmp_path):
 def test_two_processes_compute_the_same_run_and_one_can_finish_it(whole, tmp_path):
     first = run(tmp_path / "run", "--num_steps=6", processes=2)
     assert first.returncode == 0, first.stderr
+    # Both encoded their share, once; one process goes on from there.
+    store = tmp_path / "run" / "latents"
+    made = {path.name: path.stat().st_mtime_ns for path in store.iterdir()}
+    assert len(open_latents(store)) == 1797
+    assert sorted(made) == ["index.json", "labels.npy", "moments-00000-of-00001.npy"]
     second = run(tmp_path / "run", "--resume=true")
     assert second.returncode == 0, second.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in store.iterdir()} == made
     a, b = (read_log(d / "log.jsonl") for d in (whole, tmp_path / "run"))
     for key in ("mse", "vlb", "balance", "grad_norm"):
         # Sums are rounded in another order, and AdamW at 1e-2 lets that grow from step to step.
         assert [entry[key] for entry in b] == pytest.approx([entry[key] for entry in a], rel=1e-2)
         assert b[0][key] == pytest.approx(a[0][key], rel=1e-5)
+
+
+def test_latents_of_other_images_are_not_trained_on(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    encode_data(Encoding(output=str(tmp_path / "run" / "latents"), flip=False))
+    index = tmp_path / "run" / "latents" / "index.json"
+    Trainer(tiny(tmp_path / "run", resume=True))
+    index.write_text(index.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    with pytest.raises(UserError, match=r"digits has changed since .*latents was made"):
+        Trainer(tiny(tmp_path / "run", resume=True))
+
+
+def test_what_a_kill_left_half_written_or_half_deleted_goes_at_the_next_start(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-00000006").rename(checkpoints / ".deleting-step-00000006")
+    (checkpoints / ".writing-step-00000015" / "state").mkdir(parents=True)
+    Trainer(tiny(tmp_path / "run", resume=True, num_steps=13, checkpoint_every=100)).train()
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "step-00000009", "step-00000012", "step-00000013"
+    ]  # fmt: skip
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    for step, name in ((12, "state/optimizer.safetensors"), (9, "ema-0.5/" + WEIGHTS)):
+        file = tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / name
+        file.write_bytes(file.read_bytes()[:-1])
+    trainer = Trainer(tiny(tmp_path / "run", resume=True))
+    assert trainer.start_step == 6
+    assert "step-00000012/state/optimizer.safetensors is damaged" in capsys.readouterr().err
+    trainer.train()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "damaged-step-00000012")
+    assert_identical(whole, tmp_path / "run")
+
+
+def test_a_disk_that_is_full_while_logging_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(self, entry):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunLog, "write", full)
+    monkeypatch.setattr(sys, "argv", command(tmp_path / "run")[1:])
+    with pytest.raises(SystemExit) as end:
+        train_dit.main()
+    assert end.value.code == 2
+    assert "error: the disk is full" in capsys.readouterr().err
+
+
+def test_weight_decay_follows_the_names(tmp_path):
+    def groups(*patterns):
+        options = OptimizerConfig(weight_decay=0.1)
+        if patterns:
+            options.no_weight_decay = list(patterns)
+        model = [
+            (name, torch.zeros(2)) for name in ("a.bias", "a.weight", "y.embedding_table.weight")
+        ]
+        decayed, exempt = weight_decay_groups(model, options)
+        assert decayed["weight_decay"] == 0.1
+        assert exempt["weight_decay"] == 0
+        return [
+            [name for name, p in model if any(p is q for q in group["params"])]
+            for group in (decayed, exempt)
+        ]
+
+    assert groups() == [["a.weight"], ["a.bias", "y.embedding_table.weight"]]
+    assert groups("*.bias", "a.w*") == [["y.embedding_table.weight"], ["a.bias", "a.weight"]]
+    with pytest.raises(UserError, match=r"'\*\.wg\.\*', which no parameter matches"):
+        groups("*.bias", "*.wg.*")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),  # the rate after 0, 5 and 9 of ten steps
+    [
+        ("cosine_with_restarts", {"num_cycles": 2}, [1, 1, 0.0955]),
+        ("polynomial", {"power": 2.0}, [1, 0.25, 0.01]),
+        ("piecewise_constant", {"step_rules": "1:5,0.1"}, [1, 0.1, 0.1]),
+        ("linear", {}, [1, 0.5, 0.1]),
+    ],
+)
+def test_learning_rates_are_diffusers_schedules(name, options, expected):
+    adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    config = OptimizerConfig(lr_schedule=name, lr_schedule_options=options)
+    factor = learning_rate_factor(config, 10, adamw)
+    assert [factor(step) for step in (0, 5, 9)] == pytest.approx(expected, abs=1e-3)
+
+
+def test_options_that_a_schedule_lacks_are_named(tmp_path):
+    options = OptimizerConfig(lr_schedule="piecewise_constant")
+    with pytest.raises(UserError, match="lr_schedule piecewise_constant with lr_schedule_options"):
+        learning_rate_factor(options, 10, torch.optim.AdamW([torch.zeros(1)]))
 
 
 def test_a_value_that_is_not_finite_is_caught_where_it_happens(tmp_path, monkeypatch):
@@ -369,6 +468,7 @@ def test_evaluation_during_training_is_logged(tmp_path):
 
 
 def test_trackers_get_what_the_log_gets(tmp_path):
+    assert TrainConfig().trackers == ["tensorboard"]
     Trainer(tiny(tmp_path / "run", num_steps=2, trackers=["tensorboard"])).train()
     (file,) = (tmp_path / "run" / "moh-dit").glob("events.out.tfevents.*")
     events = EventAccumulator(str(file.parent)).Reload()

@@ -1,18 +1,13 @@
 """Encode a data set into sharded latents: any number of processes, resumable, deterministic.
 
-A shard is a ``.npy`` of the moments of consecutive images, (1 or 2, n, 2C, h, w); it is written
-aside, synced and renamed, so whatever has its name is whole. A process works on
-every n-th missing shard. The network always sees ``IMAGES_PER_PASS`` images, the same ones together
-whatever the number of processes, the batch size and the threads, so the bits come out the same.
+A process works on every n-th missing shard of a set of images, or every n-th file of a stream
+(``streaming``); how shards are kept whole is in ``shards``. The network always sees
+``IMAGES_PER_PASS`` images, the same ones together whatever the number of processes, the batch size
+and the threads, so the bits come out the same.
 """
 
 import contextlib
-import hashlib
-import io
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,28 +18,30 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 
 from ..autoencoder import autoencoder_identity, latent_scaling, latent_shape, load_autoencoder
 from ..errors import UserError
+from ..processes import on_main
 from ..progress import progress_bar
+from .hub import is_stream
 from .images import ImageSet, open_images, read_batches
-from .latents import (
-    FORMAT,
-    INDEX_FILE,
-    LABELS_FILE,
-    PLAN_FILE,
-    content_hash,
-    encode_both,
-    index_batches,
+from .latents import FORMAT, encode_both, index_batches
+from .shards import (
+    SHARD_PREFIX,
+    check_disk_space,
+    open_folder,
+    refuse_existing,
+    write_index,
+    write_shard,
 )
+from .streaming import HubStream
 
 IMAGES_PER_PASS = 8
 MAX_IMAGES_PER_SHARD = 4096
 MAX_BYTES_PER_SHARD = 256 * 2**20
-HASH_SUFFIX = ".sha256"
-PARTIAL_SUFFIX = ".partial"
+
+Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # uint8 (B, S, S, 3) and int64 (B,)
 
 
 @dataclass
@@ -54,7 +51,8 @@ class Encoding:
     output: str
     """Folder to write; must not exist, unless resumed."""
     data: str = "digits"
-    """"digits", a folder with one sub-folder for each class, tar shards, or hf:NAME."""
+    """"digits", a folder with one sub-folder for each class, tar shards, hf:NAME, or
+    hf-stream:NAME, which is encoded as it arrives and never stored."""
     image_size: int = 32
     """Side of the images in pixels."""
     autoencoder: str = "digits"
@@ -70,13 +68,17 @@ class Encoding:
     skip_unreadable: bool = False
     """Leave out images that cannot be read instead of stopping."""
     num_workers: int = 0
-    """Loader processes per encoding process."""
+    """Loader processes per encoding process (of a stream: threads that decode images)."""
     resume: bool = False
     """Continue an encoding that was stopped."""
 
 
-def encode_data(config: Encoding) -> None:
+def encode_data(config: Encoding, images: ImageSet | None = None) -> None:
     """Encode into ``config.output``; run by each process of an ``accelerate launch``.
+
+    Args:
+        config: what to encode, and how.
+        images: ``config.data``, where it is open already.
 
     Raises:
         UserError: bad data, an output that exists, or resuming with other settings or data.
@@ -85,65 +87,76 @@ def encode_data(config: Encoding) -> None:
     patience = timedelta(days=1)
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=patience)
     vae = load_autoencoder(config.autoencoder)
-    # The main process looks at the data and the folder; the others hear what it found.
-    heard: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            heard = [_prepare(config, vae)]
-        except UserError as error:
-            heard = [error]
-    if state.num_processes > 1:
-        broadcast_object_list(heard)
-    if isinstance(heard[0], UserError):
-        raise heard[0]
-    images, plan, missing = heard[0]
-
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    source, plan = on_main(state, lambda: _prepare(config, vae, images))
     folder = Path(config.output)
-    mine = missing[state.process_index :: state.num_processes]
+    state.wait_for_everyone()
+    place = state.process_index, state.num_processes
+    mine: Iterator[tuple[str, Batches]]
+    if isinstance(source, HubStream):
+        total = source.num_images
+        mine = source.parts(
+            folder,
+            plan["images_per_shard"],
+            whole_passes(config.batch_size),
+            max(1, config.num_workers),
+            *place,
+        )
+    else:
+        total, mine = _missing_shards(folder, plan, source, config, *place)
+    state.wait_for_everyone()  # all have seen the same shards before new ones come
     vae = vae.to(state.device)
     with (
-        _encoding_threads(state.device) as pool,
+        _arithmetic(state.device, config.tf32) as pool,
         progress_bar(
-            sum(len(_members(plan, shard)) for shard in mine),
+            total,
             desc="encoding" + (f", 1 of {n}" if (n := state.num_processes) > 1 else ""),
             unit="img",
             enabled=state.is_main_process,
         ) as bar,
     ):
-        for shard in mine:
-            moments = np.empty(_shard_shape(plan, shard), plan["dtype"])
-            start = 0
-            for part in _encode_shard(images, vae, plan, shard, config, pool):
-                moments[:, start : start + part.shape[1]] = part
-                start += part.shape[1]
-                bar.update(part.shape[1])
-            _write_shard(folder, _shard_name(plan, shard), moments)
+        for name, batches in mine:
+            parts: list[np.ndarray] = []
+            labels: list[np.ndarray] = [np.empty(0, np.int64)]
+            for pixels, of_them in batches:
+                parts += _encode(pixels, vae, plan, pool)
+                labels.append(of_them)
+                bar.update(len(of_them))
+            nothing = np.empty((1 + plan["flipped"], 0, *plan["moments_shape"]), plan["dtype"])
+            moments = np.concatenate([nothing, *parts], axis=1, dtype=plan["dtype"])
+            write_shard(folder / name, moments, np.concatenate(labels))
     state.wait_for_everyone()
     if state.is_main_process:
-        _write_index(folder, plan, images)
-        print(f"wrote {folder}: {len(images)} images of {len(images.class_names)} classes")
+        if isinstance(source, HubStream):
+            names = source.finish(folder)
+        else:
+            names = [_shard_name(plan, shard) for shard in range(_num_shards(plan))]
+        count = write_index(folder, plan, names)
+        print(f"wrote {folder}: {count} images of {len(source.class_names)} classes")
     state.wait_for_everyone()
 
 
-def _prepare(config: Encoding, vae: AutoencoderKL) -> tuple[ImageSet, dict[str, Any], list[int]]:
-    """Check everything, make the folder; return the images, the plan and the shards to make."""
+def _prepare(
+    config: Encoding, vae: AutoencoderKL, images: ImageSet | None
+) -> tuple[ImageSet | HubStream, dict[str, Any]]:
+    """Check everything and make the folder; return the source and the plan."""
     folder = Path(config.output)
     if config.batch_size < 1:
         raise UserError(f"batch size {config.batch_size}: must be at least 1")
-    if (folder / INDEX_FILE).exists():
-        raise UserError(f"latents {folder} are already complete: give a new name")
-    if folder.exists() and not config.resume:
-        raise UserError(f"output folder {folder} exists: give a new name, or --resume")
+    refuse_existing(folder, config.resume)
     shape = latent_shape(vae, config.image_size)
-    images = open_images(config.data, config.image_size, skip_unreadable=config.skip_unreadable)
+    options = dict(skip_unreadable=config.skip_unreadable)
+    source: ImageSet | HubStream
+    if is_stream(config.data):
+        source = HubStream(config.data, config.image_size, **options)
+    else:
+        source = images or open_images(config.data, config.image_size, **options)
     moments_shape = (2 * shape[0], *shape[1:])
     image_bytes = int(np.prod(moments_shape)) * (1 + config.flip) * np.dtype(config.dtype).itemsize
     images_per_shard = min(MAX_IMAGES_PER_SHARD, MAX_BYTES_PER_SHARD // image_bytes)
+    num_images = source.num_images if isinstance(source, HubStream) else len(source)
     plan = {
         "format": FORMAT,
-        "num_images": len(images),
+        "num_images": num_images,
         "image_size": config.image_size,
         "moments_shape": list(moments_shape),
         "flipped": config.flip,
@@ -155,67 +168,54 @@ def _prepare(config: Encoding, vae: AutoencoderKL) -> tuple[ImageSet, dict[str, 
             "name": config.autoencoder,
             **latent_scaling(vae)._asdict(),
         },
-        "data": {"source": config.data, "fingerprint": images.fingerprint()},
-        "class_names": images.class_names,
+        "data": {"source": config.data, "fingerprint": source.fingerprint()},
+        "class_names": source.class_names,
     }
-    if (folder / PLAN_FILE).is_file():
-        _check_same_plan(folder, plan)
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"output folder {folder} holds other things: give a new name")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_aside(folder / PLAN_FILE, json.dumps(plan, indent=2).encode() + b"\n")
-    for leftover in folder.glob(f".*{PARTIAL_SUFFIX}"):  # of a process that was killed
-        leftover.unlink()
+    open_folder(folder, plan)
+    made = sum(path.stat().st_size for path in folder.glob(f"{SHARD_PREFIX}*.npy"))
+    if num_images is not None:
+        check_disk_space(folder, num_images * image_bytes - made)
+    return source, plan
+
+
+def _missing_shards(
+    folder: Path, plan: dict[str, Any], images: ImageSet, config: Encoding, rank: int, size: int
+) -> tuple[int, Iterator[tuple[str, Batches]]]:
+    """Number of images, and name and images of each shard, that this process has to encode."""
     present = set(os.listdir(folder))
     missing = [i for i in range(_num_shards(plan)) if _shard_name(plan, i) not in present]
-    need = len(missing) * int(np.prod(_shard_shape(plan, 0))) * np.dtype(config.dtype).itemsize
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise UserError(
-            f"output folder {folder}: the latents need {need / 1e9:.1f} GB, "
-            f"and {free / 1e9:.1f} GB are free"
-        )
-    return images, plan, missing
+    mine = missing[rank::size]
+
+    def shards() -> Iterator[tuple[str, Batches]]:
+        for shard in mine:
+            batches = index_batches(_members(plan, shard), whole_passes(config.batch_size))
+            yield _shard_name(plan, shard), read_batches(images, batches, config.num_workers)
+
+    return sum(len(_members(plan, shard)) for shard in mine), shards()
 
 
-def _check_same_plan(folder: Path, plan: dict[str, Any]) -> None:
-    earlier = json.loads((folder / PLAN_FILE).read_text())
-    if earlier["autoencoder"]["identity"] == plan["autoencoder"]["identity"]:
-        earlier["autoencoder"] = plan["autoencoder"]  # the same weights from wherever
-    if earlier["data"]["fingerprint"] == plan["data"]["fingerprint"]:
-        earlier["data"] = plan["data"]
-    if different := [key for key in plan if earlier.get(key) != plan[key]]:
-        raise UserError(
-            f"latents {folder} were begun with other settings ({', '.join(different)} differ): "
-            "give the same ones, or a new name"
-        )
+def whole_passes(batch_size: int) -> int:
+    """The batch size that cuts no pass in two."""
+    return max(1, batch_size // IMAGES_PER_PASS) * IMAGES_PER_PASS
 
 
-def _encode_shard(
-    images: ImageSet,
-    vae: AutoencoderKL,
-    plan: dict[str, Any],
-    shard: int,
-    config: Encoding,
-    pool: ThreadPoolExecutor,
+def _encode(
+    pixels: np.ndarray, vae: AutoencoderKL, plan: dict[str, Any], pool: ThreadPoolExecutor
 ) -> Iterator[np.ndarray]:
-    """Moments of a shard in order, (1 or 2, IMAGES_PER_PASS or fewer, 2C, h, w) at a time."""
+    """Moments of a batch in order, (1 or 2, IMAGES_PER_PASS or fewer, 2C, h, w) at a time."""
 
     def encode(part: np.ndarray) -> np.ndarray:
         whole = np.resize(part, (IMAGES_PER_PASS, *part.shape[1:]))  # the last one is filled up
-        return encode_both(vae, whole, plan["flipped"])[:, : len(part)].numpy()
+        moments = encode_both(vae, whole, plan["flipped"])[:, : len(part)]
+        return moments.numpy().astype(plan["dtype"])
 
-    passes = max(1, config.batch_size // IMAGES_PER_PASS)
-    batches = index_batches(_members(plan, shard), passes * IMAGES_PER_PASS)
-    for pixels, _ in read_batches(images, batches, config.num_workers):
-        starts = range(0, len(pixels), IMAGES_PER_PASS)
-        yield from pool.map(encode, [pixels[i : i + IMAGES_PER_PASS] for i in starts])
+    starts = range(0, len(pixels), IMAGES_PER_PASS)
+    return pool.map(encode, [pixels[i : i + IMAGES_PER_PASS] for i in starts])
 
 
 @contextlib.contextmanager
-def _encoding_threads(device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """Threads that each encode whole passes.
+def _arithmetic(device: torch.device, tf32: bool) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each encode whole passes, to the same bits every time.
 
     On a CPU the bits of a convolution depend on the number of threads that share it, and launchers
     set that number by the number of processes: so a pass gets one thread, and passes run beside
@@ -223,6 +223,10 @@ def _encoding_threads(device: torch.device) -> Iterator[ThreadPoolExecutor]:
     """
     num_threads = torch.get_num_threads()
     on_cpu = device.type == "cpu"
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.deterministic, cudnn.benchmark = True, False
+    cudnn.allow_tf32 = matmul.allow_tf32 = tf32
     try:
         with ThreadPoolExecutor(
             num_threads if on_cpu else 1,
@@ -232,6 +236,7 @@ def _encoding_threads(device: torch.device) -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(num_threads)
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def _members(plan: dict[str, Any], shard: int) -> range:
@@ -239,60 +244,9 @@ def _members(plan: dict[str, Any], shard: int) -> range:
     return range(shard * size, min((shard + 1) * size, plan["num_images"]))
 
 
-def _shard_shape(plan: dict[str, Any], shard: int) -> tuple[int, ...]:
-    return (1 + plan["flipped"], len(_members(plan, shard)), *plan["moments_shape"])
-
-
 def _num_shards(plan: dict[str, Any]) -> int:
     return -(-plan["num_images"] // plan["images_per_shard"])
 
 
 def _shard_name(plan: dict[str, Any], shard: int) -> str:
-    return f"moments-{shard:05}-of-{_num_shards(plan):05}.npy"
-
-
-def _write_shard(folder: Path, name: str, moments: np.ndarray) -> None:
-    content = io.BytesIO()
-    np.save(content, moments)
-    data = content.getbuffer()
-    # The hash first: once the shard has its name, the hash is there too.
-    _write_aside(folder / f"{name}{HASH_SUFFIX}", hashlib.sha256(data).hexdigest().encode())
-    _write_aside(folder / name, data)
-
-
-def _write_index(folder: Path, plan: dict[str, Any], images: ImageSet) -> None:
-    names = [_shard_name(plan, shard) for shard in range(_num_shards(plan))]
-    shards = [
-        {
-            "file": name,
-            "num_images": len(_members(plan, shard)),
-            "sha256": (folder / f"{name}{HASH_SUFFIX}").read_text(),
-        }
-        for shard, name in enumerate(names)
-    ]
-    labels = io.BytesIO()
-    np.save(labels, np.asarray(images.labels, np.int64))
-    _write_aside(folder / LABELS_FILE, labels.getbuffer())
-    index = {**plan, "shards": shards}
-    index["content_hash"] = content_hash(index, images.labels)
-    _write_aside(folder / INDEX_FILE, json.dumps(index, indent=1).encode() + b"\n")
-    for name in [PLAN_FILE, *(f"{name}{HASH_SUFFIX}" for name in names)]:
-        (folder / name).unlink()  # the index has it all now
-
-
-def _write_aside(path: Path, data: bytes | memoryview) -> None:
-    handle, name = tempfile.mkstemp(prefix=".", suffix=PARTIAL_SUFFIX, dir=path.parent)
-    aside = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.chmod(0o644)
-        aside.rename(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); what is finished stays: mend that and "
-            "give the command again with --resume"
-        ) from None
+    return f"{SHARD_PREFIX}{shard:05}-of-{_num_shards(plan):05}.npy"

@@ -3,12 +3,16 @@
 import hashlib
 import io
 import os
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from ..errors import UserError
 from .sources import ImageFiles, sha256
+
+PREFIX = "hf:"
+STREAM_PREFIX = "hf-stream:"
 
 
 class HubImages(ImageFiles):
@@ -21,31 +25,17 @@ class HubImages(ImageFiles):
     def __init__(
         self, source: str, image_size: int, *, skip_unreadable: bool = False, progress: bool = True
     ):
-        try:
-            import datasets
-        except ImportError:
-            raise UserError(
-                f"data {source} needs the datasets library: pip install datasets"
-            ) from None
         self.source = source
         self.image_size = image_size
-        data = _load_hub_split(datasets, source)
-        kinds = {name: type(feature).__name__ for name, feature in data.features.items()}
-        images = [name for name, kind in kinds.items() if kind == "Image"]
-        labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
-        if not images or not labels:
-            columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-            raise UserError(
-                f"data {source} needs a column of type Image and one of type ClassLabel; "
-                f"it has {columns}"
-            )
-        self.class_names = list(data.features[labels[0]].names)
-        self.labels = np.array(data[labels[0]], np.int64)
+        data, _ = open_hub(source.removeprefix(PREFIX), source)
+        image, label = choose_columns(data, source)
+        self.class_names = list(data.features[label].names)
+        self.labels = np.array(data[label], np.int64)
         if len(self.labels) == 0 or self.labels.min() < 0:
             raise UserError(f"data {source} has images without a label, as test splits often do")
-        self._column = images[0]
-        self._data = data.select_columns(images[:1]).cast_column(
-            images[0], datasets.Image(decode=False)
+        self._column = image
+        self._data = data.select_columns([image]).cast_column(
+            image, datasets_library(source).Image(decode=False)
         )
         readable = self._check(skip_unreadable, progress)
         if not readable.all():
@@ -70,17 +60,66 @@ class HubImages(ImageFiles):
         return open(image["path"], "rb")
 
 
-def _load_hub_split(datasets: Any, source: str) -> Any:
-    name, _, split = source.removeprefix("hf:").partition("@")
+def is_stream(source: str | Path) -> bool:
+    """Whether ``source`` names a data set to be read from start to end, once."""
+    return str(source).startswith(STREAM_PREFIX)
+
+
+def datasets_library(source: str) -> Any:
+    """The module ``datasets``, or a ``UserError`` that says how to get it."""
     try:
-        if os.path.isdir(name) and os.path.isfile(os.path.join(name, "dataset_info.json")):
-            return datasets.load_from_disk(name)
-        if os.path.isdir(name) and os.path.isfile(os.path.join(name, "dataset_dict.json")):
-            return datasets.load_from_disk(name)[split or "train"]
+        import datasets
+    except ImportError:
+        raise UserError(f"data {source} needs the datasets library: pip install datasets") from None
+    return datasets
+
+
+def choose_columns(data: Any, source: str) -> tuple[str, str]:
+    """The names of the first column of images and the first of labels."""
+    kinds = {name: type(kind).__name__ for name, kind in (data.features or {}).items()}
+    images = [name for name, kind in kinds.items() if kind == "Image"]
+    labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+    if not images or not labels:
+        columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none it tells"
+        raise UserError(
+            f"data {source} needs a column of type Image and one of type ClassLabel; "
+            f"it has {columns}"
+        )
+    return images[0], labels[0]
+
+
+def open_hub(text: str, source: str, *, streaming: bool = False) -> tuple[Any, list]:
+    """One split of ``NAME[/CONFIG][@SPLIT]``: stored first, or streamed.
+
+    Args:
+        text: a name on the hub, or a folder.
+        source: what the user wrote, for messages.
+        streaming: give an ``IterableDataset``, and store nothing.
+
+    Returns:
+        The split, and what tells a stream from another (its files and their versions).
+    """
+    datasets = datasets_library(source)
+    name, _, split = text.partition("@")
+    try:
+        for file in ("dataset_info.json", "dataset_dict.json"):
+            if os.path.isfile(os.path.join(name, file)):
+                data = datasets.load_from_disk(name)
+                data = data[split or "train"] if isinstance(data, dict) else data
+                if not streaming:
+                    return data, []
+                files = max(1, len(data.cache_files))
+                return data.to_iterable_dataset(num_shards=files), [data._fingerprint]
         config = None
         if name.count("/") == 2 and not os.path.isdir(name):
             name, _, config = name.rpartition("/")
-        return datasets.load_dataset(name, config, split=split or "train")
+        split = split or "train"
+        if not streaming:
+            return datasets.load_dataset(name, config, split=split), []
+        builder = datasets.load_dataset_builder(name, config)
+        files = (builder.config.data_files or {}).get(split, [])
+        origin = [split, builder.hash, *map(str, files), str(getattr(files, "origin_metadata", ""))]
+        return builder.as_streaming_dataset(split), origin
     except Exception as error:  # no network, no such name, split or config: all the user's to mend
         reason = " ".join(str(error).split())
         raise UserError(f"data {source} cannot be opened: {reason[:300]}") from None

@@ -11,7 +11,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from .hub import HubImages
+from .hub import PREFIX as HUB
+from .hub import HubImages, is_stream
 from .sources import DigitImages, ImageFolder
 from .tars import TarImages, tar_shards
 
@@ -53,8 +54,13 @@ def open_images(
         raise UserError(f"image size {image_size}: must be at least 1 pixel")
     if str(source) == "digits":
         return DigitImages(image_size)
+    if is_stream(source):
+        raise UserError(
+            f"data {source} can only be read from start to end, and images are needed in any "
+            "order: encode it once with moh-dit-encode and train from data.latents, or use hf:"
+        )
     options = dict(skip_unreadable=skip_unreadable, progress=progress)
-    if str(source).startswith("hf:"):
+    if str(source).startswith(HUB):
         return HubImages(str(source), image_size, **options)
     if shards := tar_shards(source):
         return TarImages(shards, image_size, **options)

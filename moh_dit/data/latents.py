@@ -143,9 +143,10 @@ class LatentStore(LatentSet):
         self.image_size: int = self.index["image_size"]
         self.moments_shape: tuple[int, ...] = tuple(self.index["moments_shape"])
         self.dtype = np.dtype(self.index["dtype"])
-        self.images_per_shard: int = self.index["images_per_shard"]
+        counts = [shard["num_images"] for shard in self.index["shards"]]
+        self._starts = np.cumsum([0, *counts])  # first image of each shard
         self.labels: np.ndarray = np.load(folder / LABELS_FILE, mmap_mode="r")
-        if len(self.labels) != self.index["num_images"]:
+        if not len(self.labels) == self._starts[-1] == self.index["num_images"]:
             raise UserError(f"latents {folder}: {LABELS_FILE} does not fit {INDEX_FILE}")
         self._maps: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
         self._touched = 0
@@ -180,8 +181,13 @@ class LatentStore(LatentSet):
     def _record(self, index: int, flip: bool) -> np.ndarray:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        number, position = divmod(index, self.images_per_shard)
+        number, position = self._place(index)
         return self._shard(number)[1][int(flip), position]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Shard of an image, and its place in it."""
+        number = int(self._starts.searchsorted(index, "right")) - 1
+        return number, index - int(self._starts[number])
 
     def _shard(self, number: int) -> tuple[mmap.mmap, np.ndarray]:
         """The mapped file and the moments in it, (1 or 2, n, 2C, h, w)."""
@@ -203,7 +209,7 @@ class LatentStore(LatentSet):
 
     def _read_ahead(self, index: int, flip: bool) -> None:
         """Ask for one record without waiting, so that a batch is fetched in parallel."""
-        number, position = divmod(index, self.images_per_shard)
+        number, position = self._place(index)
         data, moments = self._shard(number)
         size = moments[0, 0].nbytes
         header = len(data) - moments.nbytes

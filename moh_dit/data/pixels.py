@@ -92,10 +92,13 @@ def find_fault(file: IO[bytes]) -> str | None:
 
 
 def _has_jpeg_end(file: IO[bytes]) -> bool:
-    """Whether the end-of-image marker is near the end, as in any file that was not cut off."""
+    """Whether the end-of-image marker is near the end, as in any file that was not cut off.
+
+    Pillow has read as far as the pixels: the marker before that is a thumbnail's.
+    """
     position = file.tell()
     size = file.seek(0, 2)
-    file.seek(max(0, size - 65536))
+    file.seek(max(position, size - 65536))
     found = b"\xff\xd9" in file.read()
     file.seek(position)
     return found

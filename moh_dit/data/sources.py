@@ -207,10 +207,22 @@ def read_class_names(path: Path) -> list[str] | None:
 def _images_under(folder: Path) -> Iterator[str]:
     """Paths, relative to ``folder``, of the files that end like images."""
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not _leads_back(Path(parent, name))
+        ]
         for name in files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
                 yield os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether a folder is a link to one on the way to it: following it would never end."""
+    if not folder.is_symlink():
+        return False
+    target = folder.resolve()
+    return any(parent.resolve() == target for parent in folder.absolute().parents)
 
 
 def sha256(*parts: list[str] | np.ndarray | bytes) -> str:

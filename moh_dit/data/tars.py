@@ -96,7 +96,10 @@ def _tar_samples(shard: Path) -> Iterator[tuple[str, int, int, str]]:
                     elif kind in (".cls", ".json"):
                         content = archive.extractfile(member)
                         assert content is not None  # it is a file
-                        found = _label_text(content.read(), kind)
+                        try:
+                            found = _label_text(content.read(), kind)
+                        except UnicodeDecodeError:
+                            raise UserError(f"{shard}/{member.name} is not text") from None
                         label = found if found is not None else label
                 if image is None:
                     continue
@@ -139,6 +142,8 @@ def _number_classes(texts: list[str], folder: Path) -> tuple[list[str], np.ndarr
                 f"{len(names)} classes"
             )
         return names, labels
+    if negative := [text for text in texts if text[:1] == "-" and text[1:].isdecimal()]:
+        raise UserError(f"{folder} has an image of class {negative[0]}: classes count from 0")
     names = names or sorted(set(texts))
     number = {name: i for i, name in enumerate(names)}
     if unknown := sorted(set(texts) - set(names)):

@@ -27,12 +27,18 @@ class SamplingSettings:
 
 
 @dataclass(kw_only=True)
-class SampleConfig(SamplingSettings):
+class FromTo:
     checkpoint: str
     """Run folder (its newest checkpoint), a checkpoint or pipeline folder, a published file, or a
     hub id of any of these (docs/checkpoints.md)."""
     output: str
     """A grid: .png. Its denoising: .gif, .webp, .mp4. A set: .npz, .tar (WebDataset), a folder."""
+
+
+@dataclass(kw_only=True)
+class SampleConfig(SamplingSettings, FromTo):  # the last base comes first in --help
+    """The job"""
+
     weights: str = "transformer"
     """Averaged weights to use: transformer (the first), raw, or a folder such as ema-0.999."""
     autoencoder: str | None = None

@@ -10,7 +10,7 @@ run side by side. On other devices a unit is a batch.
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,7 +27,11 @@ from .config import SamplingSettings
 # empty places of its unit.
 TOKENS_PER_UNIT = 256
 
-REQUEST = np.dtype([("label", "i8"), ("index", "i8"), ("other", "i8"), ("fraction", "f8")])
+# ``position``: which of the asked images it is, -1 for one that only fills up a batch.
+REQUEST = np.dtype(
+    [("label", "i8"), ("index", "i8"), ("other", "i8"), ("fraction", "f8"), ("position", "i8")]
+)
+OnStep: TypeAlias = Callable[[np.ndarray, int, Tensor], None]
 
 
 def use_settings(
@@ -68,6 +72,7 @@ def generate(
     pad: bool | None = None,
     decode_batch_size: int | None = None,
     guidance_model: MoHDiTTransformer2DModel | None = None,
+    on_step: OnStep | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Images of ``class_labels``, batch by batch.
 
@@ -85,6 +90,9 @@ def generate(
             more than one batch unless given.
         decode_batch_size: images decoded at once; on the CPU always one.
         guidance_model: the weaker model of autoguidance.
+        on_step: called after each evaluation of the model as ``f(positions, step, latents)``:
+            int64 (B,), which of the N the rows are (-1: none, a filler), the number of the step,
+            and (B, C, h, w); on the CPU from several threads. What it raises ends the work.
 
     Yields:
         ``(positions, images)``: int64 (B,), which of the N these are, and uint8 (B, H, W, 3), or
@@ -96,7 +104,8 @@ def generate(
     chosen, guidance = use_settings(pipeline, settings, guidance_model)
     requests = np.zeros(len(class_labels), REQUEST)
     requests["label"] = chosen.label_ids(class_labels)
-    requests["index"] = np.arange(len(requests)) if indices is None else indices
+    requests["position"] = np.arange(len(requests))
+    requests["index"] = requests["position"] if indices is None else indices
     if towards is not None:
         requests["other"], requests["fraction"] = towards
     on_cpu = works_in_units(chosen.transformer)
@@ -104,9 +113,8 @@ def generate(
     pad = len(requests) > batch_size if pad is None else pad
 
     def images_of(requests: np.ndarray) -> np.ndarray:
-        return render(
-            chosen, guidance, settings, requests, frames, 1 if on_cpu else decode_batch_size
-        )
+        decoded_at_once = 1 if on_cpu else decode_batch_size
+        return render(chosen, guidance, settings, requests, frames, decoded_at_once, on_step)
 
     def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(requests), batch_size):
@@ -116,6 +124,7 @@ def generate(
                     images = run_units(chosen.transformer, images_of, batch)
                 elif pad:
                     filler = np.zeros(batch_size - len(batch), REQUEST)
+                    filler["position"] = -1
                     images = images_of(np.concatenate([batch, filler]))[: len(batch)]
                 else:
                     images = images_of(batch)
@@ -131,26 +140,41 @@ def render(
     requests: np.ndarray,
     frames: int = 0,
     decode_batch_size: int | None = None,
+    on_step: OnStep | None = None,
 ) -> np.ndarray:
     """One batch as it is: uint8 (B, H, W, 3), or (B, frames, H, W, 3)."""
     shown: list[Tensor] = []
-    callback: Any = None
+    wanted: set[int] = set()
     if frames:
-        steps = len(prepare_scheduler(pipeline.scheduler, settings.num_inference_steps).timesteps)
+        steps = count_steps(pipeline, settings)
         wanted = set(np.linspace(0, steps - 1, frames).round().astype(int).tolist())
 
-        def callback(pipeline: Any, step: int, timestep: Tensor, tensors: dict) -> None:
-            if step in wanted:
-                shown.append(tensors["latents"])
+    def callback(pipeline: Any, step: int, timestep: Tensor, tensors: dict) -> None:
+        if step in wanted:
+            shown.append(tensors["latents"])
+        if on_step is not None:
+            on_step(requests["position"], step, tensors["latents"])
 
     latents = sample_latents(pipeline, guidance, settings, requests, callback)
+    images = to_uint8(pipeline.decode(latents, decode_batch_size))
     if not frames:
-        return to_uint8(pipeline.decode(latents, decode_batch_size))
+        return images
+    states = [decode_state(pipeline, state, decode_batch_size) for state in shown[:-1]]
+    return np.stack([*states, images], axis=1)
+
+
+def count_steps(pipeline: MoHDiTPipeline, settings: SamplingSettings) -> int:
+    """Evaluations of the model on the way to an image: some samplers take two a step."""
+    return len(prepare_scheduler(pipeline.scheduler, settings.num_inference_steps).timesteps)
+
+
+def decode_state(
+    pipeline: MoHDiTPipeline, latents: Tensor, decode_batch_size: int | None = None
+) -> np.ndarray:
+    """A state of the process (B, C, h, w) to look at: uint8 (B, H, W, 3)."""
     # Early states may be far larger than what the autoencoder knows.
-    scales = [state.std(dim=(1, 2, 3), keepdim=True).clamp(min=1) for state in shown[:-1]]
-    states = [state / scale for state, scale in zip(shown[:-1], scales, strict=True)] + [latents]
-    decoded = [to_uint8(pipeline.decode(state, decode_batch_size)) for state in states]
-    return np.stack(decoded, axis=1)
+    scale = latents.std(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+    return to_uint8(pipeline.decode(latents / scale, decode_batch_size))
 
 
 def sample_latents(
@@ -220,7 +244,7 @@ def run_units(
         # An empty place computes image number ``place`` of class 0, and is thrown away.
         filled = unit >= 0
         asked = np.zeros(size, REQUEST)
-        asked["index"] = np.arange(size)
+        asked["index"], asked["position"] = np.arange(size), -1
         asked[filled] = requests[unit[filled]]
         return compute(asked)[filled]
 

@@ -22,6 +22,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from ..autoencoder import downsampling_factor
 from ..errors import UserError
 from ..noise import WORD, philox
 from ..pipeline import MoHDiTPipeline
@@ -93,10 +94,8 @@ def sample_set(
     described = describe(chosen, settings, labels, guidance_model)
     partial = partial_folder(output)
     check_output(output, partial, described)
-    config = chosen.transformer.config
-    side = config.sample_size * 2 ** (len(chosen.vae.config.block_out_channels) - 1)
-    image_bytes = side * side * 3
-    check_disk_space(output, (2 * len(labels) - images_done(partial)) * image_bytes)
+    to_write = 2 * len(labels) - images_done(partial)
+    check_disk_space(output, to_write * image_bytes(chosen))
     state.wait_for_everyone()  # every process has looked before the first one writes
 
     if state.is_main_process:
@@ -196,6 +195,12 @@ def flattened(settings: dict[str, Any]) -> dict[str, Any]:
         inner = flattened(value) if isinstance(value, dict) else {"": value}
         flat |= {f"{key}.{name}".rstrip("."): item for name, item in inner.items()}
     return flat
+
+
+def image_bytes(pipeline: MoHDiTPipeline) -> int:
+    """Bytes of one image of the pipeline, as uint8."""
+    side = pipeline.transformer.config.sample_size * downsampling_factor(pipeline.vae)
+    return side * side * 3
 
 
 def check_disk_space(output: Path, needed: int) -> None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from ..errors import UserError
 from ..pipeline import MoHDiTPipeline
@@ -33,14 +34,13 @@ def sample_grid(
         class_labels: ids or names; ``None`` for all classes.
         images_per_class: columns. The image in row r and column c has index
             ``r * images_per_class + c``.
-        options: ``batch_size``, ``decode_batch_size`` and ``guidance_model`` of
+        options: ``batch_size``, ``decode_batch_size``, ``guidance_model`` and ``on_step`` of
             :func:`~moh_dit.sampling.engine.generate`.
 
     Raises:
         UserError: before any work, for settings or labels that do not fit the model.
     """
-    images, names = _class_rows(pipeline, settings, class_labels, images_per_class, options)
-    return draw_sheet(images, names)
+    return draw_sheet(*class_rows(pipeline, settings, class_labels, images_per_class, **options))
 
 
 def sample_animation(
@@ -58,24 +58,25 @@ def sample_animation(
     last one is the grid.
     """
     options = {**options, "frames": frames}
-    images, names = _class_rows(pipeline, settings, class_labels, images_per_class, options)
+    images, names = class_rows(pipeline, settings, class_labels, images_per_class, **options)
     return [draw_sheet(images[:, :, frame], names) for frame in range(images.shape[2])]
 
 
-def _class_rows(
+def class_rows(
     pipeline: MoHDiTPipeline,
     settings: SamplingSettings,
     class_labels: Sequence[int | str] | None,
-    columns: int,
-    options: dict[str, Any],
+    images_per_class: int,
+    **options: Any,
 ) -> tuple[np.ndarray, list[str]]:
+    """What :func:`sample_grid` draws: uint8 (rows, columns, H, W, 3) and the name of each row."""
     if class_labels is None:
         class_labels = range(pipeline.transformer.config.num_classes)
     rows = pipeline.label_ids(class_labels)
-    batches = generate(pipeline, np.repeat(rows, columns).tolist(), settings, **options)
+    batches = generate(pipeline, np.repeat(rows, images_per_class).tolist(), settings, **options)
     images = np.concatenate([images for _, images in batches])
     names = [class_name(pipeline, label) for label in rows]
-    return images.reshape(len(rows), columns, *images.shape[1:]), names
+    return images.reshape(len(rows), images_per_class, *images.shape[1:]), names
 
 
 def sample_strip(
@@ -145,6 +146,13 @@ def draw_sheet(
             image = image.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(image, (left + column * step + (step - width) // 2, y))
     return sheet
+
+
+def save_sheet(sheet: Image.Image, file: Path | BinaryIO, settings: str) -> None:
+    """Write a PNG with its settings inside (chunk ``settings``), which ``--config`` reads."""
+    text = PngInfo()
+    text.add_itxt("settings", settings)
+    sheet.save(file, format="PNG", pnginfo=text)
 
 
 ANIMATIONS = (".gif", ".webp", ".mp4")

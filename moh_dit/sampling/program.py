@@ -13,14 +13,21 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs
-from PIL.PngImagePlugin import PngInfo
 
 from .. import __version__
 from ..checkpoints import load_pipeline, resolve_checkpoint
 from ..errors import UserError
 from ..pipeline import MoHDiTPipeline
 from .config import SampleConfig
-from .exact import images_done, partial_folder, sample_set, set_labels, weights_digest
+from .exact import (
+    check_disk_space,
+    image_bytes,
+    images_done,
+    partial_folder,
+    sample_set,
+    set_labels,
+    weights_digest,
+)
 from .formats import format_of
 from .grids import (
     ANIMATIONS,
@@ -29,6 +36,7 @@ from .grids import (
     sample_grid,
     sample_strip,
     save_animation,
+    save_sheet,
 )
 from .sweeps import Axis, parse_axis, sample_sweep
 
@@ -52,14 +60,18 @@ def sample(config: SampleConfig) -> None:
         weak = load(config.guidance_checkpoint, config.guidance_weights)
         options["guidance_model"] = weak.transformer
     labels = parse_labels(pipeline, config.class_labels)
-    settings = record(config, pipeline)
+    settings = record(config, facts(config, pipeline))
 
     if config.num_samples is not None:
+        check_disk_space(output, config.num_samples * image_bytes(pipeline))
         classes = set_labels(config.num_samples, labels, config.labels, config.seed)
         sample_set(pipeline, config, output, classes, record=settings, state=state, **options)
     elif state.is_main_process:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output {output}: no folder for it ({error.strerror})") from None
         save = draw(config, output.suffix, pipeline, load, labels, settings, options)
-        output.parent.mkdir(parents=True, exist_ok=True)
         aside = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
         try:
             save(aside)
@@ -101,6 +113,9 @@ def check_output(output: Path, config: SampleConfig) -> None:
         begun = 0
     if output.suffix in ANIMATIONS and (config.rows or config.columns or config.interpolate):
         raise UserError(f"output {output}: sweeps and strips are written as .png")
+    folder = next(path for path in output.absolute().parents if path.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"output {output}: {folder} is no folder that can be written to")
     if beside(output).exists() and not begun:
         raise UserError(f"{beside(output)} exists, but not its output; give another name")
 
@@ -145,9 +160,7 @@ def draw(
         )
     else:
         sheet = sample_grid(pipeline, config, labels, per_class, **options)
-    text = PngInfo()
-    text.add_itxt("settings", settings)
-    return lambda path: sheet.save(path, format="PNG", pnginfo=text)
+    return lambda path: save_sheet(sheet, path, settings)
 
 
 def place(
@@ -168,8 +181,10 @@ def place(
     pipeline.to(device)
     if config.compile:
         # One batch size guided, one not: shapes as constants, two programs.
-        mode = "reduce-overhead" if config.cuda_graphs else "default"
-        pipeline.transformer.compile(mode=mode, dynamic=False)
+        if config.cuda_graphs:
+            pipeline.transformer.compile(mode="reduce-overhead", dynamic=False)
+        else:  # block by block: as fast, and ready in a quarter of the time
+            pipeline.transformer.compile_repeated_blocks(dynamic=False)
     return pipeline
 
 
@@ -199,16 +214,20 @@ def parse_labels(pipeline: MoHDiTPipeline, text: str | None) -> list[int]:
     return pipeline.label_ids(labels)
 
 
-def record(config: SampleConfig, pipeline: MoHDiTPipeline) -> str:
-    """The resolved configuration as YAML, which ``--config`` reads, under what else was used."""
+def facts(config: SampleConfig, pipeline: MoHDiTPipeline) -> str:
+    """What was used beside the configuration, as comments: versions, weights, guided channels."""
     channels = pipeline.transformer.config.in_channels
     guided = config.guidance_channels or channels
-    facts = [
+    lines = [
         f"moh-dit {__version__}, torch {torch.__version__}, {pipeline.device.type}",
         f"transformer sha256 {weights_digest(pipeline.transformer)}",
         f"autoencoder sha256 {weights_digest(pipeline.vae)}",
         f"guidance on {'all' if guided == channels else f'the first {guided} of'} {channels} "
         "latent channels",
     ]
-    settings = yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
-    return "".join(f"# {fact}\n" for fact in facts) + settings
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def record(config: SampleConfig, facts: str) -> str:
+    """The resolved configuration as YAML, which ``--config`` reads, under :func:`facts`."""
+    return facts + yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)

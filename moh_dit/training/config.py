@@ -1,16 +1,24 @@
-"""Everything that defines a training run. The docstring under a field is its help text."""
+"""Everything that defines a training run. The docstring under a field is its help text.
+
+Modules that import torch are imported where they are used, so that ``--help`` is quick.
+"""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
-from ..objectives import FlowObjective, NoiseObjective, Objective
 from ..presets import preset_config
-from .ema import power_gamma, power_name
+
+if TYPE_CHECKING:
+    from ..objectives import Objective
+
+WITHOUT_WARMUP = ("constant", "piecewise_constant")
 
 
 @dataclass
 class ModelConfig:
+    """The model: a preset, its fields, or both"""
+
     preset: str | None = None
     """Published model to start from, e.g. MoH-DiT-XL/2-75 or DiT-B/4. Fields below override it."""
     patch_size: int | None = None
@@ -57,9 +65,12 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
+    """What is learned from"""
+
     source: str = "digits"
     """"digits" (embedded), a folder with one sub-folder of images per class, tar shards, or
-    hf:NAME (docs/data.md). Encoded into memory at the start."""
+    hf:NAME (docs/data.md). Encoded at the start: by one process into memory, by several into the
+    run folder."""
     latents: str | None = None
     """Folder written by moh-dit-encode, in place of source: for sets that outgrow memory."""
     num_workers: int = 2
@@ -76,6 +87,8 @@ class DataConfig:
 
 @dataclass
 class ObjectiveConfig:
+    """What the model learns to predict"""
+
     prediction_type: Literal["epsilon", "v_prediction", "flow"] = "epsilon"
     """What the model predicts: noise, v (arXiv 2202.00512), or the velocity of a rectified flow."""
     learned_variance: bool = True
@@ -85,8 +98,10 @@ class ObjectiveConfig:
     logit_normal: tuple[float, float] = (0.0, 1.0)
     """With flow: mean and standard deviation of the logit of the drawn times."""
 
-    def build(self, device: Any) -> Objective:
+    def build(self, device: Any) -> "Objective":
         """The objective, or a ``UserError`` where the settings contradict each other."""
+        from ..objectives import FlowObjective, NoiseObjective
+
         if self.prediction_type != "flow":
             return NoiseObjective(
                 self.prediction_type, self.learned_variance, self.min_snr_gamma, device
@@ -98,14 +113,29 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimizerConfig:
+    """AdamW and its learning rate"""
+
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of AdamW's averages of the gradient and of its square."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, on matrices alone: never on biases or the label table."""
-    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """Decoupled weight decay of every parameter not named next."""
+    no_weight_decay: list[str] = field(default_factory=lambda: ["*.bias", "*.embedding_table.*"])
+    """Patterns of parameter names without decay; by default biases and the label table."""
+    lr_schedule: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "piecewise_constant",
+    ] = "constant"
     """Learning-rate schedule (diffusers.optimization)."""
+    lr_schedule_options: dict[str, int | float | str] = field(default_factory=dict)
+    """Its further options: num_cycles (cosine…), power (polynomial), step_rules
+    (piecewise_constant, e.g. "1:10000,0.1")."""
     lr_warmup_steps: int = 0
     """Steps over which the learning rate rises linearly; the schedule must be one with warm-up."""
     max_grad_norm: float | None = None
@@ -114,6 +144,8 @@ class OptimizerConfig:
 
 @dataclass
 class EvaluationConfig:
+    """Samples and metrics while it trains"""
+
     sample_every: int = 0
     """Steps between grids of samples; 0 for one at the end."""
     fid_every: int = 0
@@ -135,6 +167,8 @@ class EvaluationConfig:
 
 @dataclass
 class TrainConfig:
+    """The run, its length and how it computes"""
+
     run_dir: str = "runs/train"
     """Folder of this run; must not exist unless resuming."""
     resume: bool = False
@@ -189,13 +223,15 @@ class TrainConfig:
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints to keep; 0 for all."""
-    trackers: list[str] = field(default_factory=list)
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers of accelerate to log to, e.g. tensorboard or wandb (extra: tracking)."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one GPU, for the model FLOP utilisation; known for A100, H100 and H200."""
 
     def check(self, num_processes: int) -> None:
         """Raise ``UserError`` for values that do not fit together."""
+        from .ema import power_gamma, power_name
+
         share = num_processes * self.gradient_accumulation_steps
         if self.batch_size < 1 or self.batch_size % share:
             raise UserError(
@@ -220,8 +256,8 @@ class TrainConfig:
             raise UserError(f"ema_power_stds {self.ema_power_stds} lists a width twice")
         for std in self.ema_power_stds:
             power_gamma(std)
-        if self.optimizer.lr_warmup_steps and self.optimizer.lr_schedule == "constant":
+        if self.optimizer.lr_warmup_steps and self.optimizer.lr_schedule in WITHOUT_WARMUP:
             raise UserError(
                 "optimizer.lr_warmup_steps needs a schedule with warm-up: set "
-                "optimizer.lr_schedule to constant_with_warmup, linear or cosine"
+                "optimizer.lr_schedule to constant_with_warmup, linear, cosine or the like"
             )

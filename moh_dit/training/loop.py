@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample_latents
 from ..checkpoints import list_checkpoints
 from ..cli import save_config
-from ..data.latents import LatentSet, encode_images
+from ..data.latents import LatentSet, LatentStore
 from ..errors import UserError
 from ..flops import peak_flops
 from ..pipeline import MoHDiTPipeline
+from ..processes import on_main
 from ..progress import progress_bar
 from ..transformer import MoHDiTOutput, MoHDiTTransformer2DModel
 from .balance import BalanceLoss
@@ -27,6 +28,7 @@ from .record import RunLog, Window, environment, plot_curves, shown
 from .setup import (
     Preemption,
     build_model,
+    encode_training_data,
     gradient_exchange,
     learning_rate_factor,
     make_accelerator,
@@ -35,7 +37,13 @@ from .setup import (
     trainable,
     weight_decay_groups,
 )
-from .state import TrainingState, check_resumable, flatten
+from .state import (
+    TrainingState,
+    check_resumable,
+    clear_leftovers,
+    flatten,
+    newest_whole_checkpoint,
+)
 from .watch import GradientWatch, first_not_finite
 
 LOSS_TERMS = ("mse", "vlb", "balance")
@@ -60,8 +68,7 @@ class Trainer:
 
         self.vae = load_autoencoder(config.data.autoencoder)
         self.latent_shape = latent_shape(self.vae, config.data.image_size)
-        progress = self.accelerator.is_main_process
-        opened = open_training_data(config.data, self.vae, self.latent_shape, progress)
+        opened = open_training_data(config.data, self.vae, self.latent_shape, self.accelerator)
         self.class_names = opened.class_names
         torch.manual_seed(config.seed)
         self.objective = config.objective.build(self.accelerator.device)
@@ -78,11 +85,10 @@ class Trainer:
             ),
             opened,
         )
-        flip = config.data.horizontal_flip
         self.latents = (
             opened
             if isinstance(opened, LatentSet)
-            else encode_images(opened, self.vae, flip=flip, progress=progress)
+            else encode_training_data(config, opened, self.vae, self.accelerator)
         )
 
     def _prepare(self) -> None:
@@ -98,7 +104,7 @@ class Trainer:
             # Block by block: layers of one plan share a graph, and FSDP2 works between them.
             model.compile_repeated_blocks()
         adamw = torch.optim.AdamW(
-            weight_decay_groups(trainable(model), config.optimizer.weight_decay),
+            weight_decay_groups(trainable(model), config.optimizer),
             lr=config.optimizer.learning_rate,
             betas=config.optimizer.betas,
             fused=True,
@@ -128,8 +134,9 @@ class Trainer:
             average.spread(model)
         self.state = TrainingState(accelerator, model, adamw, self.averages)
         self.start_step = 0
-        if checkpoints := list_checkpoints(self.run_dir):
-            self.start_step = self.state.restore(checkpoints[-1])
+        newest = on_main(accelerator, lambda: newest_whole_checkpoint(self.run_dir))
+        if newest is not None:
+            self.start_step = self.state.restore(newest)
 
     def train(self) -> None:
         """Run to ``num_steps``. After SIGTERM: save, then exit with code 75."""
@@ -179,11 +186,17 @@ class Trainer:
         if stop and not last:
             accelerator.print(f"told to stop: saved at step {step}; continue with --resume")
             raise SystemExit(PREEMPTED)
+        accelerator.print(
+            f"wrote {self.run_dir}: curves.png, samples/, checkpoints/; more images with "
+            f"sample_dit.py --checkpoint {self.run_dir} --output grid.png"
+        )
 
     def _open_run_folder(self) -> None:
         run = self.run_dir
         if self.accelerator.is_main_process:
             run.mkdir(parents=True, exist_ok=True)
+            for folder in ("checkpoints", "snapshots"):
+                clear_leftovers(run / folder)
             save_config(self.config, run / "config.yaml")
             (run / "classes.json").write_text(json.dumps(self.class_names, indent=1))
             with (run / "environment.jsonl").open("a") as file:  # one line for each start
@@ -211,12 +224,12 @@ class Trainer:
             self.config.data.horizontal_flip,
             self.start_step,
         )
-        device = self.accelerator.device
+        device, on_disk = self.accelerator.device, isinstance(self.latents, LatentStore)
         loader = DataLoader(
             self.latents,
             batch_sampler=order,
             collate_fn=_as_fetched,
-            num_workers=self.config.data.num_workers if self.config.data.latents else 0,
+            num_workers=self.config.data.num_workers if on_disk else 0,
             pin_memory=device.type == "cuda",
         )
         for moments, labels in loader:

@@ -9,6 +9,7 @@ the best guess at the wanted average, and a very good one.
 """
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ class Profile:
 
 @dataclass
 class PosthocConfig:
+    """The wanted average"""
+
     run: str
     """Folder of a run with snapshots (ema_power_stds)."""
     std: float = 0.1
@@ -143,6 +146,7 @@ def reconstruct(config: PosthocConfig) -> None:
     with safe_open(frozen, framework="pt") as file:
         weights["pos_embed"] = file.get_tensor("pos_embed")  # never trained, so never averaged
     aside = output.with_name(f".writing-{output.name}")
+    shutil.rmtree(aside, ignore_errors=True)  # of a kill
     aside.mkdir(parents=True)
     model_config = MoHDiTTransformer2DModel.load_config(frozen.parent)
     with torch.device("meta"):
@@ -160,7 +164,7 @@ def main() -> None:
     run_program(
         reconstruct,
         PosthocConfig,
-        prog="posthoc_ema",
+        prog="python -m moh_dit.training.posthoc_ema",
         description="Make an average of any length from the snapshots of a run.",
         example="python -m moh_dit.training.posthoc_ema --run runs/mine --std 0.08",
     )

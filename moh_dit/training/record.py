@@ -206,6 +206,8 @@ class Window:
         }
         if self.peak_images_per_second is not None:
             entry["mfu"] = entry["images_per_second"] / self.peak_images_per_second
+        if torch.cuda.is_available():
+            entry["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.load is not None:
             sizes = [a.num_heads - (a.num_shared_heads or 0) for a in self.layers.values()]
             parts = (self.load / self.steps).split(sizes)

@@ -6,6 +6,8 @@ import signal
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,21 +15,30 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..checkpoints import Opened, open_checkpoint, state_difference
+from ..data.encoding import Encoding, encode_data
 from ..data.images import ImageSet, open_images
-from ..data.latents import LatentSet, open_latents
+from ..data.latents import INDEX_FILE, LatentSet, encode_images, open_latents
 from ..errors import UserError
 from ..identify import LABEL_TABLE, infer_config
 from ..objectives import Objective
+from ..processes import on_main
 from ..transformer import MoHDiTTransformer2DModel
 from ..weights import lazy
 from .config import DataConfig, OptimizerConfig, TrainConfig
+
+LATENTS = "latents"  # in the run folder
+PATIENCE = timedelta(hours=2)
+
+# Gradients exchanged at once. Fewer, larger exchanges take the GPU's multiprocessors away from the
+# backward pass for a shorter time than torch's 25 MiB (docs/performance.md).
+BUCKET_MIB = 256
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -46,8 +57,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=config.trackers or None,
             project_dir=config.run_dir,
-            # Views save a copy of all gradients.
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True,  # saves a copy of all gradients
+                    bucket_cap_mb=BUCKET_MIB,
+                ),
+                # The others wait while one looks through the data, or draws a grid.
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
         )
     except ValueError as error:  # an unknown tracker, or one that is not installed
         raise UserError(f"trackers {config.trackers}: {error}; install moh-dit[tracking]") from None
@@ -73,9 +90,12 @@ def check_fsdp(accelerator: Accelerator) -> None:
 
 
 def open_training_data(
-    config: DataConfig, vae: AutoencoderKL, shape: tuple[int, int, int], progress: bool
+    config: DataConfig,
+    vae: AutoencoderKL,
+    shape: tuple[int, int, int],
+    accelerator: Accelerator,
 ) -> ImageSet | LatentSet:
-    """The images of a configuration, checked, or their latents on disk.
+    """The images of a configuration, checked by one process for all, or their latents on disk.
 
     Raises:
         UserError: unreadable data, latents of another autoencoder or size, or images whose latents
@@ -89,21 +109,54 @@ def open_training_data(
                 f"data.image_size {config.image_size} needs {(2 * shape[0], *shape[1:])}"
             )
         return store
-    images = open_images(
-        config.source,
-        config.image_size,
-        skip_unreadable=config.skip_unreadable,
-        progress=progress,
+    images = on_main(
+        accelerator,
+        lambda: open_images(
+            config.source, config.image_size, skip_unreadable=config.skip_unreadable
+        ),
     )
+    if accelerator.num_processes > 1:
+        return images  # to be encoded to disk
     needed = len(images) * 2 * math.prod(shape) * 4 * (1 + config.horizontal_flip)
     available = psutil.virtual_memory().available
     if needed > available / 2:
         raise UserError(
-            f"the latents of {len(images)} images take {needed / 2**30:.1f} GiB in each process, "
+            f"the latents of {len(images)} images take {needed / 2**30:.1f} GiB of memory, "
             f"of {available / 2**30:.1f} GiB free: encode them to disk with moh-dit-encode and "
             "set data.latents"
         )
     return images
+
+
+def encode_training_data(
+    config: TrainConfig, images: ImageSet, vae: AutoencoderKL, accelerator: Accelerator
+) -> LatentSet:
+    """Latents of the images: of one process in memory; of several in the run folder.
+
+    There they are encoded by all, once, and mapped into memory by each; a resumed run finds them,
+    whatever the number of its processes.
+
+    Raises:
+        UserError: the latents in the run folder are of other images.
+    """
+    data, folder = config.data, Path(config.run_dir) / LATENTS
+    if accelerator.num_processes == 1 and not folder.exists():
+        return encode_images(images, vae, flip=data.horizontal_flip)
+    if not (folder / INDEX_FILE).exists():
+        encoding = Encoding(
+            output=str(folder),
+            data=data.source,
+            image_size=data.image_size,
+            autoencoder=data.autoencoder,
+            flip=data.horizontal_flip,
+            skip_unreadable=data.skip_unreadable,
+            resume=True,
+        )
+        encode_data(encoding, images)
+    store = open_latents(folder, vae, flip=data.horizontal_flip)
+    if on_main(accelerator, images.fingerprint) != store.index["data"]["fingerprint"]:
+        raise UserError(f"{data.source} has changed since {folder} was made; start a new run_dir")
+    return store
 
 
 def build_model(
@@ -175,14 +228,22 @@ def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def weight_decay_groups(
-    parameters: list[tuple[str, Tensor]], weight_decay: float
+    parameters: list[tuple[str, Tensor]], config: OptimizerConfig
 ) -> list[dict[str, object]]:
-    """Decay on matrices alone: biases and the label table keep their scale."""
+    """Parameters with weight decay and those named in ``no_weight_decay``, as AdamW takes them."""
+    for pattern in config.no_weight_decay:
+        if not any(fnmatchcase(name, pattern) for name, _ in parameters):
+            known = ", ".join(sorted({name.rpartition(".")[0] for name, _ in parameters})[-3:])
+            raise UserError(
+                f"optimizer.no_weight_decay has {pattern!r}, which no parameter matches; modules "
+                f"are called {known} and so on"
+            )
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, parameter in parameters:
-        groups[parameter.ndim > 1 and "embedding_table" not in name].append(parameter)
+        exempt = any(fnmatchcase(name, pattern) for pattern in config.no_weight_decay)
+        groups[not exempt].append(parameter)
     return [
-        {"params": params, "weight_decay": weight_decay if decayed else 0.0}
+        {"params": params, "weight_decay": config.weight_decay if decayed else 0.0}
         for decayed, params in groups.items()
     ]
 
@@ -193,12 +254,19 @@ def learning_rate_factor(
     """The schedule as a function of the steps done so far, so that it needs no state."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the schedule itself is never stepped
-        schedule = get_scheduler(
-            config.lr_schedule,
-            optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=num_steps,
-        )
+        try:
+            schedule = get_scheduler(
+                config.lr_schedule,
+                optimizer,
+                num_warmup_steps=config.lr_warmup_steps,
+                num_training_steps=num_steps,
+                **config.lr_schedule_options,
+            )
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"optimizer.lr_schedule {config.lr_schedule} with lr_schedule_options "
+                f"{config.lr_schedule_options}: {error}"
+            ) from None
     return schedule.lr_lambdas[0]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -173,15 +174,39 @@ def _write_average(average: WeightAverage[MoHDiTTransformer2DModel], folder: Pat
     save_file(average.model.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def newest_whole_checkpoint(run: Path) -> Path | None:
+    """The checkpoint to go on from; damaged ones are put out of the way and reported."""
+    for checkpoint in reversed(list_checkpoints(run)):
+        files = [*checkpoint.rglob("*.safetensors"), checkpoint / "state/optimizer.safetensors"]
+        try:
+            for file in files:
+                with safe_open(file, framework="pt"):  # compares the header with the file's length
+                    pass
+        except (OSError, SafetensorError) as error:
+            aside = checkpoint.rename(checkpoint.with_name(f"damaged-{checkpoint.name}"))
+            tqdm.write(f"{file} is damaged ({error}): moved to {aside}", file=sys.stderr)
+            continue
+        return checkpoint
+    return None
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a kill left of a checkpoint that was being written or deleted."""
+    for leftover in folder.glob(".*-step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 @contextmanager
 def _written_aside(final: Path, run: Path) -> Iterator[Path]:
     """A folder to write into, renamed to ``final`` when whole; what a kill left goes first."""
-    for leftover in final.parent.glob(".*-step-*"):
-        shutil.rmtree(leftover)
+    clear_leftovers(final.parent)
     aside = final.with_name(f".writing-{final.name}")
     try:
         aside.mkdir(parents=True)
         yield aside
+        for file in filter(Path.is_file, aside.rglob("*")):
+            with file.open("rb") as written:  # else a power cut could leave a name and no content
+                os.fsync(written.fileno())
         aside.rename(final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)

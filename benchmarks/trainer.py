@@ -1,0 +1,193 @@
+"""The trainer itself: train_dit.py from latents on disk, as a user starts it, on one and two GPUs.
+
+    python benchmarks/trainer.py --work /tmp/trainer [--parts data single ...] [--json out.json]
+
+Latents of 4×32×32 (256 px through a factor-8 autoencoder; here 128 px through the embedded one of
+factor 4), bf16, compiled, fused AdamW, one average, random images. "single" runs the models one
+GPU each, side by side where there are several, so that the runs on two GPUs are compared with the
+same hardware doing as much. "resume" kills a run (SIGKILL) and compares what the resumed one ends
+with, byte for byte, with a run left alone. Figures are medians over the log entries after the
+first.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from common import environment, table, write_json
+from PIL import Image
+
+from moh_dit.training.record import read_log
+
+ROOT = Path(__file__).parents[1]
+MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75"]
+NUM_IMAGES, NUM_CLASSES, PIXELS = 4096, 8, 128
+ENTRIES = 5  # log entries, of ten steps each, that are measured
+STATE = ["state/model.safetensors", "state/optimizer.safetensors",
+         "transformer/diffusion_pytorch_model.safetensors"]  # fmt: skip
+
+
+def make_latents(work: Path) -> None:
+    """Random images in a folder per class, and their latents."""
+    random = np.random.default_rng(0)
+    for number in range(NUM_IMAGES):
+        folder = work / "images" / f"class {number % NUM_CLASSES}"
+        folder.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8))
+        coarse.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    run([sys.executable, "-m", "moh_dit.data.latents", "--data", str(work / "images"),
+         "--image_size", str(PIXELS), "--autoencoder", "digits", "--flip", "true",
+         "--output", str(work / "latents")], work / "encode.log").wait()  # fmt: skip
+
+
+def run(command: list[str], log: Path, gpus: str | None = None) -> subprocess.Popen:
+    """Start a command in the checkout; what it prints goes to a file."""
+    variables = dict(os.environ, PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
+    if gpus is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = gpus
+    with log.open("a") as file:
+        return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=file)
+
+
+def training(work: Path, name: str, preset: str, batch: int, launch: list[str], **settings):
+    """The command of a run, and its folder."""
+    folder = work / name
+    options = {
+        "run_dir": folder, "model.preset": preset, "data.latents": work / "latents",
+        "data.image_size": PIXELS, "data.horizontal_flip": "true", "batch_size": batch,
+        "mixed_precision": "bf16", "compile": "true", "log_every": 10, "num_steps": 10**6,
+        "evaluation.num_inference_steps": 4, **settings,
+    }  # fmt: skip
+    flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    return [*launch, str(ROOT / "train_dit.py"), *flags], folder
+
+
+def launcher(config: str, processes: int) -> list[str]:
+    file = ROOT / "configs" / "accelerate" / config
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file),
+            "--num_processes", str(processes)]  # fmt: skip
+
+
+def logged(folder: Path) -> list[dict]:
+    """Log entries of a run so far, but for the first, which compiles."""
+    return read_log(folder / "log.jsonl")[1:]
+
+
+def finish(process: subprocess.Popen, folder: Path) -> None:
+    """Stop a run when it has logged enough: nobody needs its checkpoints."""
+    while process.poll() is None and len(logged(folder)) < ENTRIES:
+        time.sleep(0.2)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)  # its workers are in process groups of their own
+        for each in [*parent.children(recursive=True), parent]:
+            each.kill()
+    process.wait()
+
+
+def result(folder: Path, log: Path, launch: str, gpus: int, batch: int) -> dict:
+    """A row of the table from the log of a run."""
+    entries = logged(folder)
+    row = dict(
+        model=folder.name.split(",")[0].replace("_", "/"), launch=launch, gpus=gpus, batch=batch
+    )
+    if len(entries) < ENTRIES:
+        print(log.read_text()[-3000:])
+        return row | dict(images_per_s=float("nan"))
+
+    def middle(key: str) -> float:
+        return statistics.median(entry.get(key, float("nan")) for entry in entries)
+
+    return row | dict(
+        images_per_s=middle("images_per_second"), mfu=middle("mfu"),
+        peak_GiB=middle("peak_memory_gib"), data_wait=middle("data_wait"), loss=middle("loss"),
+    )  # fmt: skip
+
+
+def measure(work: Path, launch: str, batch: int, models: list[str]) -> list[dict]:
+    """Every model, on one GPU each or on all."""
+    count = torch.cuda.device_count()
+    processes = 1 if launch == "single" else count
+    jobs, rows = [], []
+    for number, preset in enumerate(models):
+        name = f"{preset.replace('/', '_')}, {launch}"
+        start = [sys.executable]
+        if launch == "ddp":
+            start = launcher("ddp_8gpu.yaml", count)
+        elif launch == "fsdp2":
+            start = launcher("fsdp2.yaml", count)
+        command, folder = training(work, name, preset, batch * processes, start)
+        log = work / f"{name}.log"
+        gpu = str(number % count) if launch == "single" else None
+        jobs.append((run(command, log, gpu), folder, log))
+        if launch != "single" or (number + 1) % count == 0 or number + 1 == len(models):
+            for process, folder, log in jobs:
+                finish(process, folder)
+                rows.append(result(folder, log, launch, processes, batch * processes))
+            jobs.clear()
+    return rows
+
+
+def checked_resume(work: Path, preset: str) -> dict:
+    """Kill a deterministic run after its first checkpoint, resume it; is it the one left alone?"""
+    common = dict(deterministic="true", checkpoint_every=10, num_steps=30)
+    gpu = str(torch.cuda.device_count() - 1)
+
+    def command(name: str, **more):
+        return training(work, name, preset, 32, [sys.executable], **common, **more)
+
+    whole, alone = command("alone")
+    run(whole, work / "alone.log", gpu).wait()
+    first, killed = command("killed")
+    process = run(first, work / "killed.log", gpu)
+    while process.poll() is None and not (killed / "checkpoints" / "step-00000010").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run([*first, "--resume"], work / "killed.log", gpu).wait()
+    last = Path("checkpoints") / "step-00000030"
+    same = all((alone / last / f).read_bytes() == (killed / last / f).read_bytes() for f in STATE)
+    starts = (killed / "environment.jsonl").read_text().splitlines()
+    return dict(model=preset, resumed_from=[json.loads(line)["start_step"] for line in starts],
+                bit_identical=same)  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for data and runs")
+    parser.add_argument("--parts", nargs="+", default=["data", "single", "resume", "ddp", "fsdp2"])
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--batch", type=int, default=128, help="images per GPU and step")
+    parser.add_argument("--resume_model", default="MoH-DiT-S/2-75")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    print(environment(), torch.cuda.device_count(), "GPUs")
+    rows: list[dict] = []
+    for part in args.parts:
+        began = time.monotonic()
+        if part == "data":
+            make_latents(args.work)
+        elif part == "resume":
+            print(checked_resume(args.work, args.resume_model))
+        else:
+            for row in measure(args.work, part, args.batch, args.models):
+                alone = [r for r in rows if r["model"] == row["model"] and r["launch"] == "single"]
+                row["scaling"] = row["images_per_s"] / alone[0]["images_per_s"] if alone else 1.0
+                rows.append(row)
+            table(rows, list(rows[-1]))
+            write_json(args.json, rows)
+        print(f"{part}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Looking inside: head load, what a model costs, a report of runs."""

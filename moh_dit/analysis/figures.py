@@ -1,0 +1,215 @@
+"""Head load as pictures: bar charts and heat maps (matplotlib), maps of patches (PIL)."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from itertools import pairwise
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from ..sampling.grids import BACKGROUND, INK, draw_sheet
+from .head_load import HALVES, HeadLoad
+
+COLUMNS = 5
+MAX_BAR_CHARTS = 20
+MAX_NUMBERED_CELLS = 240
+CELL = 128  # pixels of an image under a map, at least
+OPACITY = 0.45
+LEGEND_SWATCH = 14
+
+
+def class_bars(load: HeadLoad, class_names: Sequence[str], layer: int) -> Figure:
+    """The papers' figure: for each class the share of tokens that activates each routed head.
+
+    Evaluations with the class alone: its null half would only even out what classes differ in.
+    Shows the first ``MAX_BAR_CHARTS`` classes; :func:`class_map` shows any number.
+    """
+    shares = load.share(layer, "class", "half")[:MAX_BAR_CHARTS, 0]
+    heads = _head_numbers(load, layer)
+    columns = min(COLUMNS, len(shares))
+    rows = -(-len(shares) // columns)
+    figure = Figure(figsize=(max(4.5, 2.1 * columns), 1.7 * rows + 1), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    colors = [rgb / 255 for rgb in head_colors(len(heads))]
+    for axis, name, share in zip(axes.flat, class_names, shares, strict=False):
+        axis.bar(range(len(heads)), share, color=colors)
+        axis.axhline(load.even(layer), color="gray", linewidth=0.8, linestyle="--")
+        axis.set_title(name, fontsize=9)
+        axis.set_xticks(range(len(heads)), heads, fontsize=8)
+    for axis in axes.flat[len(shares) :]:
+        axis.set_axis_off()
+    title = f"layer {layer}: tokens of each class that activate each routed head (dashed: even)"
+    figure.suptitle(title, fontsize=10)
+    axes[0, 0].tick_params(axis="y", labelsize=8)
+    figure.supxlabel("head", fontsize=9)
+    figure.supylabel("share of tokens", fontsize=9)
+    return figure
+
+
+def class_map(load: HeadLoad, class_names: Sequence[str], layer: int) -> Figure:
+    """Classes × routed heads of one layer, of evaluations with the class."""
+    return _heat_maps(
+        f"layer {layer}, by class",
+        [("", load.share(layer, "class", "half")[:, 0])],
+        list(class_names),
+        _head_numbers(load, layer),
+        "class",
+    )
+
+
+def layer_map(load: HeadLoad) -> Figure:
+    """Layers × routed heads for each half of guidance; blank where a layer has fewer heads."""
+    widest = max(counts.shape[-1] for counts in load.activated.values())
+    shares = np.full((len(HALVES), len(load.layers), widest), np.nan)
+    for row, layer in enumerate(load.layers):
+        found = load.share(layer, "half")
+        shares[:, row, : found.shape[1]] = found
+    heads = [str(head) for head in range(widest)]
+    chosen = [f"{load.num_active[i]} of {load.activated[i].shape[-1]}" for i in load.layers]
+    rows = [f"layer {i}: {plan}" for i, plan in zip(load.layers, chosen, strict=True)]
+    title = "by layer: how many routed heads a token activates, and which"
+    return _heat_maps(title, _halves(shares), rows, heads, "", "routed head")
+
+
+def timestep_map(load: HeadLoad, layer: int) -> Figure:
+    """Timestep ranges × routed heads of one layer for each half of guidance."""
+    shares = load.share(layer, "half", "timestep")[:, ::-1]  # as sampling goes: noise first
+    edges = load.timestep_edges
+    ranges = [f"{low:g}–{high:g}" for low, high in pairwise(edges)][::-1]
+    return _heat_maps(
+        f"layer {layer}, by timestep", _halves(shares), ranges, _head_numbers(load, layer),
+        "timesteps (noise first)",
+    )  # fmt: skip
+
+
+def _halves(shares: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Panels of (2, rows, E), those without any token left out."""
+    titled = zip(("with the class", "null class"), shares, strict=True)
+    return [(title, part) for title, part in titled if not np.isnan(part).all()]
+
+
+def _head_numbers(load: HeadLoad, layer: int) -> list[str]:
+    """The numbers of a layer's routed heads among all its heads."""
+    first = load.num_shared[layer]
+    return [str(first + i) for i in range(load.activated[layer].shape[-1])]
+
+
+def _heat_maps(
+    title: str,
+    panels: list[tuple[str, np.ndarray]],
+    rows: list[str],
+    heads: list[str],
+    ylabel: str,
+    xlabel: str = "head",
+) -> Figure:
+    """Panels of (rows, heads) side by side on one colour scale."""
+    height = 1.5 + min(12, 0.28 * len(rows))
+    width = 2.2 + len(panels) * max(2.2, 0.45 * len(heads))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    high = max(float(np.nanmax(shares)) for _, shares in panels)
+    for axis, (name, shares) in zip(axes, panels, strict=True):
+        picture = axis.imshow(shares, vmin=0, vmax=high, aspect="auto", interpolation="nearest")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel(xlabel, fontsize=9)
+        axis.set_xticks(range(len(heads)), heads, fontsize=8)
+        shown = range(0, len(rows), -(-len(rows) // 50))
+        axis.set_yticks(shown, [rows[row] for row in shown], fontsize=8)
+        if shares.size <= MAX_NUMBERED_CELLS:
+            for (row, head), share in np.ndenumerate(shares):
+                if not np.isnan(share):
+                    ink = "white" if share < high / 2 else "black"
+                    text = f"{100 * share:.0f}"
+                    axis.text(head, row, text, ha="center", va="center", color=ink, fontsize=7)
+    axes[0].set_ylabel(ylabel, fontsize=9)
+    bar = figure.colorbar(picture, ax=list(axes))
+    bar.set_label("share of tokens", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def to_bytes(figure: Figure, format: str) -> bytes:
+    """A figure as ``"png"`` or ``"svg"``; the same numbers make the same bytes."""
+    buffer = BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "moh-dit", "svg.fonttype": "none"}):
+        metadata = {"Date": None} if format == "svg" else None
+        figure.savefig(buffer, format=format, dpi=130, metadata=metadata)
+    return buffer.getvalue()
+
+
+def head_colors(count: int) -> np.ndarray:
+    """uint8 (count, 3), a colour for each routed head, the same in bars and maps."""
+    palette = matplotlib.colormaps["tab10" if count <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    return np.array([palette[i % len(palette)] for i in range(count)]) * 255
+
+
+def overlay_heads(image: np.ndarray, heads: np.ndarray, count: int) -> np.ndarray:
+    """Lay each patch's colour over an image.
+
+    Args:
+        image: uint8 (H, W, 3), H = W.
+        heads: int (N,), the routed head of each of the √N × √N patches, row by row.
+        count: routed heads E of the layer.
+
+    Returns:
+        uint8 (H', W', 3), enlarged by a whole factor to at least ``CELL`` pixels.
+    """
+    zoom = max(1, -(-CELL // len(image)))
+    enlarged = image.repeat(zoom, 0).repeat(zoom, 1)
+    grid = round(len(heads) ** 0.5)
+    patch = len(enlarged) // grid
+    colors = head_colors(count)[heads.reshape(grid, grid)].repeat(patch, 0).repeat(patch, 1)
+    gray = enlarged.mean(-1, keepdims=True)
+    return ((1 - OPACITY) * gray + OPACITY * colors).round().astype(np.uint8)
+
+
+def draw_head_maps(
+    images: np.ndarray,
+    heads: np.ndarray,
+    final: np.ndarray,
+    count: int,
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    first_head: int = 0,
+) -> Image.Image:
+    """A contact sheet of what the patches chose through the denoising, and what came of it.
+
+    Args:
+        images: uint8 (rows, columns, H, W, 3), decoded states of the process.
+        heads: int (rows, columns, N), routed head of each patch there.
+        final: uint8 (rows, H, W, 3), finished images, shown as they are in a last column.
+        count: routed heads E of the layer.
+        row_labels, column_labels: what is written beside and above.
+        first_head: number of the layer's first routed head, for the legend.
+    """
+    plain = final.repeat(zoom := max(1, -(-CELL // final.shape[1])), 1).repeat(zoom, 2)
+    cells = [
+        [*(overlay_heads(i, h, count) for i, h in zip(states, chosen, strict=True)), whole]
+        for states, chosen, whole in zip(images, heads, plain, strict=True)
+    ]
+    sheet = draw_sheet(np.array(cells), row_labels, [*column_labels, "image"])
+    return _with_legend(sheet, [f"head {first_head + i}" for i in range(count)])
+
+
+def _with_legend(sheet: Image.Image, names: list[str]) -> Image.Image:
+    """A row of colours and names below a sheet, broken where it is full."""
+    font = ImageFont.load_default(13)
+    places, x, y = [], 8, 8
+    for name in names:
+        width = LEGEND_SWATCH + 6 + int(font.getlength(name)) + 14
+        if x + width > sheet.width and x > 8:
+            x, y = 8, y + LEGEND_SWATCH + 8
+        places.append((x, y))
+        x += width
+    whole = Image.new("RGB", (sheet.width, sheet.height + y + LEGEND_SWATCH + 8), BACKGROUND)
+    whole.paste(sheet, (0, 0))
+    draw = ImageDraw.Draw(whole)
+    for (x, y), name, color in zip(places, names, head_colors(len(names)), strict=True):
+        y += sheet.height
+        fill = tuple(color.round().astype(int).tolist())
+        draw.rectangle((x, y, x + LEGEND_SWATCH, y + LEGEND_SWATCH), fill=fill)
+        draw.text((x + LEGEND_SWATCH + 6, y - 1), name, fill=INK, font=font)
+    return whole
