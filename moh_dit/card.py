@@ -153,6 +153,12 @@ def keep_card(folder: Path, loaded_from: str | None, config: dict[str, Any]) -> 
     return None
 
 
+def describes(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a folder has a card written here, of just this model."""
+    card = folder / CARD
+    return card.is_file() and describe(config)[1:] in card.read_text(encoding="utf-8")
+
+
 def stated_license(folder: Path) -> str | None:
     """The licence in the front matter of a folder's card."""
     card = folder / CARD

@@ -139,7 +139,10 @@ class Opened:
         if self.home is None:
             return None
         if not (self.home / "model_index.json").is_file():
-            return json.loads((self.home / "classes.json").read_text())
+            try:
+                return json.loads((self.home / "classes.json").read_text())
+            except (OSError, ValueError) as error:
+                raise UserError(f"{self.home} cannot be opened: {error}") from None
         index = read_json(self.home / "model_index.json")
         if labels := index.get("id2label"):  # of diffusers' DiTPipeline
             return [labels[str(i)] for i in range(len(labels))]
@@ -305,25 +308,23 @@ def load_pipeline(
 
 def load_scheduler(folder: Path) -> SchedulerMixin:
     """The diffusers scheduler of a run, of whichever class its objective samples with."""
-    name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
+    name = read_json(folder / "scheduler_config.json").get("_class_name")
+    if not isinstance(name, str) or not hasattr(diffusers, name):
+        raise UserError(f"{folder} names {name}, which is no scheduler of diffusers")
     return getattr(diffusers, name).from_pretrained(folder)
 
 
 def load_weights(model: MoHDiTTransformer2DModel, file: Path) -> None:
-    """Load a safetensors file into a model, in place; see the two steps for the errors."""
-    apply_weights(model, read_weights(file), file)
+    """Load a weight file into a model; a ``UserError`` names the keys and shapes that differ."""
+    state = read_weights(file)
+    if difference := state_difference(model, state):
+        raise UserError(f"{file} does not match the model: {difference}")
+    model.load_state_dict(state)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
     """The state dict in a weight file; a ``UserError`` where it is missing or is no such."""
     return {name: tensor.read() for name, tensor in open_weights(file).items()}
-
-
-def apply_weights(model: MoHDiTTransformer2DModel, state: dict[str, Tensor], file: Path) -> None:
-    """Load a state dict, or raise a ``UserError`` naming the keys and shapes that differ."""
-    if difference := state_difference(model, state):
-        raise UserError(f"{file} does not match the model: {difference}")
-    model.load_state_dict(state)
 
 
 def state_difference(

@@ -16,7 +16,7 @@ from diffusers import __version__ as diffusers_version
 
 from .autoencoder import load_autoencoder
 from .bundle import add_code
-from .card import Facts, run_facts, stated_license, write_card
+from .card import Facts, describes, keep_card, run_facts, stated_license, write_card
 from .checkpoints import WEIGHTS, Opened, find_weights, load_scheduler
 from .diffusion import make_scheduler
 from .errors import UserError
@@ -24,7 +24,7 @@ from .formats import to_diffusers, to_diffusers_config
 from .identify import preset_of
 from .pipeline import MoHDiTPipeline
 from .progress import progress_bar
-from .schedulers import named_scheduler
+from .schedulers import named_scheduler, prediction_type
 from .transformer import MoHDiTTransformer2DModel
 from .weights import State, open_weights, write_safetensors, write_torch
 
@@ -79,7 +79,10 @@ def plan_pipeline(opened: Opened, extras: Extras) -> Write:
         write_model(folder / "transformer")
         vae.save_pretrained(folder / "vae")
         scheduler.save_pretrained(folder / "scheduler")
-        write_card(folder, arguments(opened), facts)
+        if opened.home and extras.license is None and describes(opened.home, arguments(opened)):
+            keep_card(folder, str(opened.home), arguments(opened))
+        else:
+            write_card(folder, arguments(opened), facts)
         if extras.with_code:
             add_code(folder)
 
@@ -119,6 +122,8 @@ def plan_diffusers_pipeline(opened: Opened, extras: Extras) -> Write:
     """A folder of diffusers' ``DiTPipeline``."""
     write_model = plan_diffusers(opened, extras)
     vae, scheduler = surroundings(opened, extras.autoencoder)
+    if prediction_type(scheduler) == "flow_prediction":
+        raise UserError("diffusers' DiTPipeline steps noise, this model predicts a flow")
     if scheduler.config.get("variance_type") == "learned_range":
         scheduler = named_scheduler("ddim", scheduler)  # theirs drops the variance channels
     index: dict[str, Any] = {

@@ -160,13 +160,10 @@ class MoHDiTPipeline(DiffusionPipeline):
             class_labels = [class_labels]
         names: list[str] = self.config.class_names or []
         num_classes = self.transformer.config.num_classes
-        # ImageNet's names are lists of synonyms: any of them will do, and a whole name before that.
-        synonyms = [(part.strip(), i) for i, name in enumerate(names) for part in name.split(",")]
-        by_name = dict(reversed(synonyms)) | {name: i for i, name in reversed([*enumerate(names)])}
         ids = []
         for label in class_labels:
-            if isinstance(label, str) and label in by_name:
-                label = by_name[label]
+            if isinstance(label, str) and label in names:
+                label = names.index(label)
             elif isinstance(label, str) and not re.fullmatch(r"-?\d+", label):
                 nearest = difflib.get_close_matches(label, names, n=3)
                 nearest = nearest or [name for name in names if label.lower() in name.lower()][:3]

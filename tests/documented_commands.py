@@ -182,7 +182,9 @@ def smaller(config: Any) -> Any:
             changes[field.name] = smaller(value)
         elif field.name in SMALL and value not in (None, 0, False):
             changes[field.name] = SMALL[field.name]
-        elif field.name in ("data", "source") and value.startswith(("digits", "hf:", "hf-stream:")):
+        elif field.name in ("data", "source") and str(value).startswith(
+            ("digits", "hf:", "hf-stream:")
+        ):
             changes[field.name] = "my_images"
         elif isinstance(value, str) and value.startswith("stabilityai/"):
             changes[field.name] = "digits"

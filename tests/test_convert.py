@@ -20,6 +20,7 @@ from moh_dit import MoHDiTPipeline, load_pipeline, load_pretrained
 from moh_dit.card import run_facts, stated_license
 from moh_dit.checkpoints import open_checkpoint
 from moh_dit.convert import main
+from moh_dit.objectives import FlowObjective
 
 HEADS = ("--model.num_heads", "4")
 
@@ -234,41 +235,52 @@ sys.meta_path.insert(0, Absent())  # as if not installed
 import torch
 from diffusers import DiffusionPipeline
 
-folder, again = sys.argv[1:]
-for source in (folder, again):
+folder, again, results = sys.argv[1:]
+for number, source in enumerate((folder, again, "owner/name")):
     pipeline = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     images = pipeline(["b", 3], num_inference_steps=3, generator=generator, output_type="pt").images
-    torch.save(images, source + ".pt")
+    torch.save(images, f"{results}/{number}.pt")
     if source == folder:
         pipeline.save_pretrained(again)
 assert "moh_dit" not in sys.modules
 """
 
 
-def test_a_folder_with_code_opens_by_diffusers_alone(run_folder, tmp_path, convert):
+def into_hub_cache(folder, cache):
+    """What the hub's client leaves after downloading ``owner/name``."""
+    repository = cache / "models--owner--name"
+    shutil.copytree(folder, repository / "snapshots" / "0123abcd")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abcd")
+    return cache
+
+
+def test_a_folder_with_code_opens_by_diffusers_alone(run_folder, tmp_path, convert, monkeypatch):
     folder, again = tmp_path / "shared", tmp_path / "again"
     arguments = ("--to", "pipeline", "--with_code", "--license", "mit", "--output", folder)
     assert convert(run_folder, *arguments)[0] == 0
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment["HF_HOME"] = str(tmp_path / "hf")
-    command = [sys.executable, "-c", ALONE, str(folder), str(again)]
+    cache = into_hub_cache(folder, tmp_path / "hf" / "hub")
+    environment |= dict(HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1")
+    command = [sys.executable, "-c", ALONE, str(folder), str(again), str(tmp_path)]
     subprocess.run(command, check=True, env=environment, cwd=tmp_path)
 
     installed = MoHDiTPipeline.from_pretrained(folder)  # the same folder, this package's classes
     assert type(installed) is MoHDiTPipeline
     assert type(installed.transformer).__module__ == "moh_dit.transformer"
     installed.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    images = installed(
-        ["b", 3], num_inference_steps=3, generator=generator, output_type="pt"
-    ).images
-    for name in ("shared.pt", "again.pt"):
-        assert torch.equal(torch.load(tmp_path / name), images)
+    options = dict(num_inference_steps=3, generator=torch.Generator().manual_seed(0))
+    images = installed(["b", 3], output_type="pt", **options).images
+    for number in range(3):
+        assert torch.equal(torch.load(tmp_path / f"{number}.pt"), images)
     for file in ("pipeline.py", "transformer/moh_dit_transformer.py", "README.md", "samples.png"):
         assert (again / file).read_bytes() == (folder / file).read_bytes()
     assert same(weights(again), weights(run_folder))
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    assert same(weights("owner/name", local_files_only=True), weights(run_folder))
 
 
 def test_the_card_tells_what_the_run_knows(run_folder, tmp_path, convert):
@@ -285,6 +297,10 @@ def test_the_card_tells_what_the_run_knows(run_folder, tmp_path, convert):
     assert (tmp_path / "a" / "samples.png").read_bytes() == grid.read_bytes()
     assert convert(tmp_path / "a", "--to", "pipeline", "--output", tmp_path / "b")[0] == 0
     assert stated_license(tmp_path / "b") == "cc-by-nc-4.0"
+    assert (tmp_path / "b" / "README.md").read_text() == card
+    plan = ("--to", "pipeline", "--license", "mit")
+    assert convert(tmp_path / "a", *plan, "--output", tmp_path / "c")[0] == 0
+    assert stated_license(tmp_path / "c") == "mit"
 
 
 def test_a_run_without_evaluations_has_a_card_without_metrics(run_folder):
@@ -351,6 +367,15 @@ def test_hub_ids_open_as_pipelines(tmp_path, monkeypatch):
     assert asked["name"] == "owner/name"
     assert asked["revision"] == "v1"
     assert same(pipeline.transformer.state_dict(), weights(tmp_path / "snapshot"))
+
+
+def test_a_flow_is_not_for_the_pipeline_of_diffusers(run_folder, tmp_path, convert):
+    shutil.rmtree(run_folder / "scheduler")
+    FlowObjective().scheduler.save_pretrained(run_folder / "scheduler")
+    randomized(SMALL).save_pretrained(run_folder / "checkpoints/step-00000020/transformer")
+    code, _, err = convert(run_folder, "--to", "diffusers-pipeline", "--output", tmp_path / "a")
+    assert code == 2
+    assert "predicts a flow" in err
 
 
 def test_kinds_are_told_apart(run_folder, tmp_path):
