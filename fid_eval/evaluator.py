@@ -3,11 +3,13 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from . import planning
 from .catalogue import DEFAULT_METRICS, METRICS, Pair
 from .distributed import choose_device, on_first, world
 from .errors import EvaluationError
@@ -15,14 +17,6 @@ from .extractors import Extractor, NetworkPrecision, get_extractor, wrap_extract
 from .features import Features, Runtime, extract
 from .images import Preprocess
 from .neighbours import Precision
-from .planning import (
-    check_count,
-    check_metrics,
-    convention_warnings,
-    identity_warnings,
-    looks_swapped,
-    obstacle,
-)
 from .readers import ImageSet, open_set
 from .references import check_reference, open_reference
 
@@ -96,7 +90,7 @@ class Evaluator:
         world()
         self.preprocess = Preprocess(resize, crop)
         self.explicit = metrics is not None
-        self.names = check_metrics(metrics or DEFAULT_METRICS)
+        self.names = planning.check_metrics(metrics or DEFAULT_METRICS)
         self.runtime = Runtime(
             choose_device(device),
             batch_size=batch_size or 0,
@@ -135,6 +129,13 @@ class Evaluator:
             self.extractors[name] = get_extractor(name, *self._weights_of(name, False))
         return self.extractors[name]
 
+    def load(self) -> None:
+        """Build the networks now, fetching their weights, rather than at the first set."""
+        for extractor in map(self.extractor_of, self.names):
+            build = partial(extractor.load, self.runtime.device, self.runtime.compile)
+            on_first(build)  # which fetches them
+            build()
+
     def open(self, samples: Any, name: str | None = None) -> ImageSet:
         """Open a sample set and check that everything asked for can be measured on it."""
         opened = open_set(samples, self.preprocess, name)
@@ -148,7 +149,7 @@ class Evaluator:
         possible, missing = [], []
         names = list(names)
         for opened in (self.reference, samples):
-            check_count(opened, self.k if {"precision", "recall"} & set(names) else None)
+            planning.check_count(opened, self.k if {"precision", "recall"} & set(names) else None)
         if not explicit and self.default.knows_labels:
             names.append("accuracy")
         for name in names:
@@ -174,7 +175,7 @@ class Evaluator:
             ("samples", samples, metric.samples),
         ):
             for need in sorted(needs):
-                reason = obstacle(opened, need, extractor)
+                reason = planning.obstacle(opened, need, extractor)
                 if reason is not None:
                     return f"{side} {opened.name}: {reason}"
         return None
@@ -184,7 +185,7 @@ class Evaluator:
     ) -> Result:
         """Measure one sample set: anything that ``open_set`` takes."""
         opened = open_set(samples, self.preprocess, name)
-        names = check_metrics(metrics) if metrics is not None else self.names
+        names = planning.check_metrics(metrics) if metrics is not None else self.names
         names, missing = self.plan(opened, names, metrics is not None or self.explicit)
         started = time.monotonic()
         result = Result(opened.name, {}, warnings=missing)
@@ -211,7 +212,7 @@ class Evaluator:
                 group[:] = [m for m in group if m not in unlabelled]
             on_first(lambda: self._measure(result, group, extractor, reference, features))  # noqa: B023
         result = on_first(lambda: self._describe(result, opened, groups, count))
-        keys = [METRICS[name].key(self.extractor_of(name)) for name in names]
+        keys = [METRICS[metric].key(self.extractor_of(metric)) for metric in names]
         result.metrics = {key: result.metrics[key] for key in keys if key in result.metrics}
         result.seconds["all"] = time.monotonic() - started
         result.samples["images_per_second"] = computed / seconds if computed else None
@@ -222,7 +223,10 @@ class Evaluator:
             name
             for name in dict.fromkeys([*self.names, *group])
             if self.extractor_of(name) is extractor
-            and all(obstacle(self.reference, n, extractor) is None for n in METRICS[name].reference)
+            and all(
+                planning.obstacle(self.reference, n, extractor) is None
+                for n in METRICS[name].reference
+            )
         ]
         needs = frozenset().union(*(METRICS[name].reference for name in wanted))
         held = self._reference_features.get(extractor.name)
@@ -325,9 +329,9 @@ class Evaluator:
             image_count=images or features,
         )
         if self.default.label is None:
-            result.warnings += convention_warnings(names, count, used, images or features)
-        result.warnings += identity_warnings((ref, opened), self.runtime.precision)
-        if looks_swapped(ref, opened):
+            result.warnings += planning.convention_warnings(names, count, used, images or features)
+        result.warnings += planning.identity_warnings((ref, opened), self.runtime.precision)
+        if planning.looks_swapped(ref, opened):
             result.warnings.append(
                 f"{ref.name} looks like samples and {opened.name} like a reference: swapped? The "
                 "reference comes first"

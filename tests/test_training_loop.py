@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_dit
+from fid_eval import EvaluationError, extractors
 from moh_dit.checkpoints import WEIGHTS, list_checkpoints, load_pipeline
 from moh_dit.data.encoding import Encoding, encode_data
 from moh_dit.data.latents import open_latents
@@ -408,6 +409,14 @@ def bad_inputs(tmp_path):
         ("--run_dir={whole} --resume=true --model.hidden_size=64", ["model.hidden_size"]),
         ("--data.autoencoder={}/empty", ["empty", "config.json"]),
         ("--evaluation.num_inference_steps=2000", ["num_inference_steps", "2000"]),
+        ("--model.depth=0", ["model.depth is 0"]),
+        ("--model.patch_size=0", ["model.patch_size is 0"]),
+        ("--seed=-1", ["seed is -1"]),
+        ("--objective.min_snr_gamma=-5", ["min_snr_gamma is -5"]),
+        ("--run_dir={}/weights.pt/run", ["weights.pt is no folder"]),
+        ("--optimizer.learning_rate=-1", ["learning_rate is -1", "greater than 0"]),
+        ("--optimizer.betas=[0.9,1.0]", ["betas", "[0, 1)"]),
+        ("--evaluation.fid_every=3 --evaluation.feature_extractor_weights=none.pth", ["none.pth"]),
         ("--evaluation.fid_every=3 --evaluation.num_samples=1", ["num_samples is 1", "at least 4"]),
         ("--batch_size=9 --gradient_accumulation_steps=2", ["batch_size 9"]),
         ("--optimizer.learning_rat=1", ["optimizer.learning_rate?"]),
@@ -452,6 +461,16 @@ def test_latents_on_disk_train_like_those_in_memory(whole, tmp_path):
     Trainer(config).train()
     a, b = (read_log(d / "log.jsonl") for d in (whole, tmp_path / "run"))
     assert [entry["mse"] for entry in b] == pytest.approx([entry["mse"] for entry in a], rel=1e-3)
+
+
+def test_weights_of_the_extractor_are_fetched_before_training(tmp_path, monkeypatch):
+    def fetch(url, published):
+        raise EvaluationError(f"cannot download {url}")
+
+    monkeypatch.setattr(extractors, "hub_file", fetch)
+    with pytest.raises(UserError, match=r"evaluation: cannot download .*inception"):
+        Trainer(tiny(tmp_path / "run", evaluation=EvaluationConfig(fid_every=3)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluation_during_training_is_logged(tmp_path):

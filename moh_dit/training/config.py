@@ -1,5 +1,6 @@
 """Everything that defines a training run. The docstring under a field is its help text.
 
+import math
 Modules that import torch are imported where they are used, so that ``--help`` is quick.
 """
 
@@ -160,6 +161,8 @@ class EvaluationConfig:
     """Metrics of fid_eval to follow."""
     feature_extractor: str = "inception"
     """Feature extractor of the evaluation, a name or import path known to fid_eval."""
+    feature_extractor_weights: str | None = None
+    """Its weights, a local file; downloaded unless given."""
     reference: str | None = None
     """Reference of the evaluation: a file or saved name of fid_eval; the training images unless
     given."""
@@ -246,6 +249,35 @@ class TrainConfig:
                 f"evaluation.num_samples is {self.evaluation.num_samples}; precision and recall "
                 "need at least 4, FID some thousands"
             )
+        for name in ("depth", "patch_size", "hidden_size"):
+            if (value := getattr(self.model, name)) is not None and value < 1:
+                raise UserError(f"model.{name} is {value}; it must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; it must be at least 0")
+        if (gamma := self.objective.min_snr_gamma) is not None and not gamma > 0:
+            raise UserError(f"objective.min_snr_gamma is {gamma}; it must be greater than 0")
+        if not self.objective.logit_normal[1] > 0:
+            raise UserError("objective.logit_normal needs a standard deviation greater than 0")
+        optimizer = self.optimizer
+        if not 0 < optimizer.learning_rate < math.inf:
+            raise UserError(
+                f"optimizer.learning_rate is {optimizer.learning_rate}; it must be greater than 0"
+            )
+        if not optimizer.weight_decay >= 0:
+            raise UserError(
+                f"optimizer.weight_decay is {optimizer.weight_decay}; it must be at least 0"
+            )
+        if not all(0 <= beta < 1 for beta in optimizer.betas):
+            raise UserError(f"optimizer.betas is {optimizer.betas}; both must lie in [0, 1)")
+        if optimizer.max_grad_norm is not None and not optimizer.max_grad_norm > 0:
+            raise UserError(
+                f"optimizer.max_grad_norm is {optimizer.max_grad_norm}; it must be greater than 0"
+            )
+        for name in ("sample_every", "fid_every"):
+            if getattr(self.evaluation, name) < 0:
+                raise UserError(f"evaluation.{name} is negative; give steps, or 0 for never")
+        if self.keep_checkpoints < 0 or self.ema_snapshot_every < 0:
+            raise UserError("keep_checkpoints and ema_snapshot_every must be at least 0")
         if not 0 <= self.label_dropout < 1:
             raise UserError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1)")
         if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):

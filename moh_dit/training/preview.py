@@ -60,9 +60,11 @@ class Preview:
                     config.reference or _labelled_batches(cast(ImageSet, data)),
                     metrics=config.metrics,
                     extractor=config.feature_extractor,
+                    weights=config.feature_extractor_weights,
                     device=accelerator.device,
                     quiet=True,
                 )
+                self.evaluator.load()
             except EvaluationError as error:
                 raise UserError(f"evaluation: {error}") from None
 

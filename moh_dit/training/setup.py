@@ -307,3 +307,6 @@ def refuse_existing(run_dir: Path, resume: bool) -> None:
         raise UserError(
             f"run folder {run_dir} exists; add --resume to continue it, or choose another --run_dir"
         )
+    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UserError(f"run folder {run_dir}: {nearest} is no folder that can be written to")
