@@ -32,7 +32,7 @@ def local_path(source: str | Path, local_files_only: bool = False) -> Path:
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)", name)
     file = match[2].removeprefix("/") if match else ""
     if match is None or name.startswith(".") or is_weight_file(file or name) != bool(file):
-        raise UserError(f"{name} does not exist")
+        raise UserError(f"checkpoint {name} does not exist; give a path, or a hub id (owner/name)")
     if file:
         folder = snapshot(match[1], [file], local_files_only=local_files_only)
         if not (folder / file).is_file():

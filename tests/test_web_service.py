@@ -127,7 +127,7 @@ def test_cancelling_stops_within_a_step(run):
         ({}, "no class is chosen"),
         ({"class_labels": ["cat"]}, "no class is named 'cat'"),
         ({"class_labels": [10]}, "out of range 0 … 9"),
-        ({"class_labels": ["-1"]}, "no class is named '-1'"),
+        ({"class_labels": ["-1"]}, "class label -1 is out of range"),
         ({"class_labels": "3"}, "class_labels is '3'; give a list of class names or ids"),
         ({"class_labels": [True]}, "give a list of class names or ids"),
         ({"class_labels": ["9" * 5000]}, "give a list of class names or ids"),

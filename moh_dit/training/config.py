@@ -1,9 +1,9 @@
 """Everything that defines a training run. The docstring under a field is its help text.
 
-import math
 Modules that import torch are imported where they are used, so that ``--help`` is quick.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
