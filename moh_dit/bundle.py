@@ -133,7 +133,7 @@ def needed_modules() -> dict[str, Path]:
         found[name] = file
         if name and file.name == "__init__.py":
             waiting += file.parent.glob("*.py")
-        waiting += _relative_imports(file)
+        waiting += [file.parent / "__init__.py", *_relative_imports(file)]
     return found
 
 

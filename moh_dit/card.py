@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .identify import describe, preset_of
+from .formats.identify import describe, preset_of
 
 CARD, GRID = "README.md", "samples.png"
 AUTOMATIC = "automatically generated"  # what diffusers says in a card that it made up

@@ -32,12 +32,12 @@ from torch import Tensor
 from .autoencoder import load_autoencoder
 from .diffusion import make_scheduler
 from .errors import UserError
-from .formats import DIFFUSERS_CLASSES, from_diffusers, from_diffusers_config, is_diffusers
-from .hub import is_weight_file, local_path
-from .identify import full_config, infer_config
+from .formats.hub import is_weight_file, local_path
+from .formats.identify import full_config, infer_config
+from .formats.names import DIFFUSERS_CLASSES, from_diffusers, from_diffusers_config, is_diffusers
+from .formats.weights import LazyTensor, State, open_weights
 from .pipeline import MoHDiTPipeline
 from .transformer import MoHDiTTransformer2DModel
-from .weights import LazyTensor, State, open_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Where a folder's weights are, the first kind that is there.

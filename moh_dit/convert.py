@@ -22,9 +22,9 @@ from .cli import run_program
 from .continue_tuning import MoHSettings, dense_to_moh, noisy_batches
 from .errors import UserError
 from .export import PLANS, Extras, surroundings
-from .identify import describe, full_config
+from .formats.identify import describe, full_config
+from .formats.weights import State, lazy
 from .pipeline import MoHDiTPipeline
-from .weights import State, lazy
 
 Format = Literal["moh-dit", "pipeline", "published", "diffusers", "diffusers-pipeline"]
 

@@ -20,13 +20,13 @@ from .card import Facts, describes, keep_card, run_facts, stated_license, write_
 from .checkpoints import WEIGHTS, Opened, find_weights, load_scheduler
 from .diffusion import make_scheduler
 from .errors import UserError
-from .formats import to_diffusers, to_diffusers_config
-from .identify import preset_of
+from .formats.identify import preset_of
+from .formats.names import to_diffusers, to_diffusers_config
+from .formats.weights import State, open_weights, write_safetensors, write_torch
 from .pipeline import MoHDiTPipeline
 from .progress import progress_bar
 from .schedulers import named_scheduler, prediction_type
 from .transformer import MoHDiTTransformer2DModel
-from .weights import State, open_weights, write_safetensors, write_torch
 
 Write = Callable[[Path], None]
 

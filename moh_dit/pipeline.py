@@ -23,7 +23,7 @@ from .bundle import add_code, is_bundled, use_installed
 from .card import keep_card
 from .diffusion import LearnedVarianceDDPMScheduler
 from .errors import UserError
-from .hub import snapshot
+from .formats.hub import snapshot
 from .noise import ImageNoise
 from .schedulers import check_scheduler, check_steps, prepare_scheduler
 from .schedulers import prediction_type as predicted_by

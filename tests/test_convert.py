@@ -362,7 +362,7 @@ def test_hub_ids_open_as_pipelines(tmp_path, monkeypatch):
         asked.update(options, name=name)
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr("moh_dit.hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("moh_dit.formats.hub.snapshot_download", snapshot_download)
     pipeline = MoHDiTPipeline.from_pretrained("owner/name", revision="v1")
     assert asked["name"] == "owner/name"
     assert asked["revision"] == "v1"

@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from test_pipeline import tiny_vae
 from test_transformer import ROUTED, SMALL, randomized
 
-import moh_dit.hub
+import moh_dit.formats.hub
 from moh_dit import load_pipeline, load_pretrained
 from moh_dit.checkpoints import WEIGHTS, open_checkpoint
 from moh_dit.diffusion import make_scheduler
 from moh_dit.errors import UserError
-from moh_dit.formats import from_diffusers, to_diffusers, to_diffusers_config
-from moh_dit.identify import describe, full_config, infer_config, preset_of
+from moh_dit.formats.identify import describe, full_config, infer_config, preset_of
+from moh_dit.formats.names import from_diffusers, to_diffusers, to_diffusers_config
+from moh_dit.formats.weights import LazyTensor, lazy, open_weights, write_safetensors, write_torch
 from moh_dit.presets import PRESETS, build_model
-from moh_dit.weights import LazyTensor, lazy, open_weights, write_safetensors, write_torch
 
 HEADS = dict(num_heads=4)
 INPUTS = (torch.randn(4, 4, 8, 8), torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, 5]))
@@ -374,7 +374,7 @@ def repository(tmp_path, monkeypatch):
             shutil.copy(file, copy)
         return str(snapshot)
 
-    monkeypatch.setattr(moh_dit.hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(moh_dit.formats.hub, "snapshot_download", snapshot_download)
     return folder, asked
 
 

@@ -26,11 +26,11 @@ from ..data.encoding import Encoding, encode_data
 from ..data.images import ImageSet, open_images
 from ..data.latents import INDEX_FILE, LatentSet, encode_images, open_latents
 from ..errors import UserError
-from ..identify import LABEL_TABLE, infer_config
+from ..formats.identify import LABEL_TABLE, infer_config
+from ..formats.weights import lazy
 from ..objectives import Objective
 from ..processes import on_main
 from ..transformer import MoHDiTTransformer2DModel
-from ..weights import lazy
 from .config import DataConfig, OptimizerConfig, TrainConfig
 
 LATENTS = "latents"  # in the run folder

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 from .identify import POSITIONS, full_config, head_plan
 from .weights import LazyTensor, State, lazy
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from .errors import UserError
+from ..errors import UserError
 from .weights import PICKLES
 
 # Nothing else of a repository is wanted: not its code, nor weights for other frameworks.

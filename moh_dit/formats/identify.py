@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from .errors import UserError
-from .presets import PRESETS
-from .transformer import MoHDiTTransformer2DModel, per_layer
+from ..errors import UserError
+from ..presets import PRESETS
+from ..transformer import MoHDiTTransformer2DModel, per_layer
 from .weights import State
 
 POSITIONS, LABEL_TABLE = "pos_embed", "y_embedder.embedding_table.weight"
