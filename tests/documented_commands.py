@@ -25,10 +25,11 @@ from moh_dit import cli
 
 ROOT = Path(__file__).parent.parent
 SKIP = re.compile(r"<!-- test: skip, .+ -->")
-# What a reader puts in: commands of the shell, that change nothing here.
-NOT_RUN = {"source", "git", "cd", "pip"}
-SCRIPT = re.compile(r'^([\w-]+) = "([\w.]+):main"$', re.MULTILINE)
-PROGRAM = re.compile(r"(python|torchrun|accelerate|make|sbatch|fid-eval|moh-dit-[\w-]+)\b")
+# Commands of the shell, or of a server's clients.
+NOT_RUN = {"source", "git", "cd", "pip", "curl"}
+SCRIPT = re.compile(r'^([\w-]+) = "([\w.]+):(\w+)"$', re.MULTILINE)
+PROGRAM = re.compile(r"(python|torchrun|accelerate|make|sbatch|fid-eval|moh-dit[\w-]*)\s")
+PYTHON = re.compile(r"(from|import|with) ")
 
 # Words of the pages, and what stands for them here.
 WORDS = {
@@ -48,8 +49,8 @@ SMALL = dict(
     block_out_channels=[32, 32], norm_num_groups=8, trackers=[], lr_warmup_steps=1,
 )  # fmt: skip
 TINY_MODEL = dict(
-    preset=None, patch_size=4, hidden_size=32, depth=2, num_heads=4, num_shared_heads=2,
-    num_active_routed_heads=1, head_dim=8,
+    preset=None, patch_size=4, hidden_size=48, depth=2, num_heads=6, num_shared_heads=3,
+    num_active_routed_heads=2, head_dim=8,
 )  # fmt: skip
 
 
@@ -66,10 +67,21 @@ def blocks(page: Path) -> list[Block]:
     for token in MarkdownIt().parse(page.read_text()):
         if token.type in ("fence", "code_block") and not token.info.startswith("{"):
             assert token.map is not None
-            found.append(Block(token.map[0] + 1, token.info.strip(), token.content, skip))
+            whole = Block(token.map[0] + 1, token.info.strip(), token.content, skip)
+            found += [whole] if token.type == "fence" else parts(whole)
         if token.type == "html_block" or token.level == 0:
             skip = token.type == "html_block" and bool(SKIP.search(token.content))
     return found
+
+
+def parts(block: Block) -> list[Block]:
+    """An indented block is what it looks like: Python, commands, or one after the other."""
+    if not PYTHON.match(block.text):
+        return [block]
+    lines = block.text.splitlines(keepends=True)
+    end = next((i for i, line in enumerate(lines) if PROGRAM.match(line)), len(lines))
+    python = block._replace(language="python", text="".join(lines[:end]))
+    return [python, block._replace(line=block.line + end, text="".join(lines[end:]))]
 
 
 def commands(block: Block) -> Iterator[list[str]]:
@@ -113,9 +125,11 @@ def run(words: list[str], monkeypatch: Any, parse_only: bool = False) -> None:
         assert (ROOT / arguments[0]).is_file()
         call(arguments[0].removesuffix(".py"), arguments[1:], monkeypatch, parse_only)
     else:
-        scripts = dict(SCRIPT.findall((ROOT / "pyproject.toml").read_text()))
+        found = SCRIPT.findall((ROOT / "pyproject.toml").read_text())
+        scripts = {name: (module, function) for name, module, function in found}
         assert program in scripts, f"no program is called {program}; a figure? fence it as text"
-        call(scripts[program], arguments, monkeypatch, parse_only)
+        module, function = scripts[program]
+        call(module, arguments, monkeypatch, parse_only, function)
 
 
 def launched(module: bool, launch: Any) -> list[str]:
@@ -123,8 +137,10 @@ def launched(module: bool, launch: Any) -> list[str]:
     return ["python", *flag, launch.training_script, *launch.training_script_args]
 
 
-def call(name: str, arguments: list[str], monkeypatch: Any, parse_only: bool) -> None:
-    """The ``main`` of a module, with ``run_program`` between parser and program made small."""
+def call(
+    name: str, arguments: list[str], monkeypatch: Any, parse_only: bool, function: str = "main"
+) -> None:
+    """The ``main`` of a module, or its other ``function``, its ``run_program`` made small."""
     name = "fid_eval.__main__" if name == "fid_eval" else name
     if name.startswith("fid_eval"):
         arguments = [path for word in arguments for path in sorted(glob.glob(word)) or [word]]
@@ -148,9 +164,10 @@ def call(name: str, arguments: list[str], monkeypatch: Any, parse_only: bool) ->
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "run_program", small_program, raising=False)
+        patch.setattr(cli, "run_program", small_program)
         patch.setattr(sys, "argv", [name, *arguments])
-        if hasattr(module, "main"):
-            code = module.main()
+        if hasattr(module, function):
+            code = getattr(module, function)()
         else:
             code = runpy.run_module(name, run_name="__main__") and 0
     if code:
@@ -173,8 +190,11 @@ def remove(path: Path) -> None:
 
 def smaller(config: Any) -> Any:
     """A configuration with every size in it made small, and what is downloaded replaced."""
+    from moh_dit.analysis.commands import AccountConfig
     from moh_dit.training.config import ModelConfig
 
+    if isinstance(config, AccountConfig):
+        return config  # makes no weights
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

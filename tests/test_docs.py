@@ -8,6 +8,7 @@ run has ``<!-- test: skip, WHY -->`` before it; its arguments are parsed all the
 
 import dataclasses
 import shutil
+import types
 from pathlib import Path
 
 import documented_commands as documented
@@ -18,17 +19,26 @@ from documented_commands import ROOT, Block, blocks, commands
 from PIL import Image
 
 from fid_eval import extractors
-from moh_dit import presets
+from moh_dit import attention, presets, routing
 from moh_dit.cli import find_config, load_config
 from moh_dit.data.digits import load_digit_images
-from moh_dit.training.config import TrainConfig
+from moh_dit.training.config import ModelConfig, TrainConfig
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUNS = ["runs/digits", "runs/mine", "runs/pretrained", "RUN", "MODEL", "WEAKER"]
+RUNS = [
+    "runs/digits",
+    "runs/mine",
+    "runs/pretrained",
+    "runs/first",
+    "runs/second",
+    "RUN",
+    "MODEL",
+    "WEAKER",
+]
 FOLDERS = ["train", "imagenet/train"]
 SETS = [
     "digits.npz", "samples.npz", "my_images.npz", "mine.npz", "data.npz", "held_out.npz",
-    "VIRTUAL_imagenet256_labeled.npz", "run/step-1.npz", "run/step-2.npz",
+    "imagenet256.npz", "VIRTUAL_imagenet256_labeled.npz", "run/step-1.npz", "run/step-2.npz",
     "samples/cfg-1.0.npz", "samples/cfg-1.5.npz",
 ]  # fmt: skip
 
@@ -40,11 +50,41 @@ class FakeModel:
         return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
 
 
+class FakeCache:
+    """Keys and values of one step, which are all there are."""
+
+    def update(self, key, value):
+        return key, value
+
+
+class FakeDecoder(torch.nn.Module):
+    """Somebody's model with a layer in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = attention.MoHAttention(512, 8, 4, 2)
+
+    def forward(self, inputs):
+        output, _ = self.layer(inputs)
+        return types.SimpleNamespace(loss=output.square().mean())
+
+
 # Names that a page's Python takes for granted.
 NAMES = {
     "README.md": lambda: dict(folder="folder"),
     "autoencoder.md": lambda: dict(images=torch.zeros(2, 3, 32, 32), noise=torch.zeros(2, 4, 8, 8)),
     "data.md": lambda: dict(vae=load_autoencoder()),
+    "checkpoints.md": lambda: dict(pipeline=load_pipeline()),
+    "continue_tuning.md": lambda: dict(
+        hidden_states=torch.zeros(2, 16, 512),
+        present=torch.ones(2, 16, dtype=torch.bool),
+        turn=lambda rows: rows,
+        store=FakeCache(),
+        model=FakeDecoder(),
+        inputs=torch.zeros(2, 16, 512),
+        recorded_router_stats=attention.recorded_router_stats,
+        load_balance_loss=routing.load_balance_loss,
+    ),
     "evaluation.md": lambda: dict(model=FakeModel(), torch=torch, world_size=156, step=1),
 }
 
@@ -53,6 +93,12 @@ def load_autoencoder():
     from moh_dit.autoencoder import load_autoencoder
 
     return load_autoencoder("digits")
+
+
+def load_pipeline():
+    from moh_dit.checkpoints import load_pipeline
+
+    return load_pipeline("runs/digits")
 
 
 @pytest.fixture(scope="session")
@@ -70,18 +116,18 @@ def things(tmp_path_factory):
     np.savez(folder / "set.npz", arr_0=pixels, arr_1=np.asarray(labels[:30], np.int64))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train_small_run()
+        train_small_run("run", ema_power_stds=[0.05, 0.1])
+        plain = dict(num_shared_heads=None, num_active_routed_heads=None)
+        train_small_run("dense", model=ModelConfig(**documented.TINY_MODEL | plain))
         save_named_pipeline()
     return folder
 
 
-def train_small_run():
+def train_small_run(run_dir, **changes):
     from moh_dit.training.loop import Trainer
 
     config = documented.smaller(load_config(TrainConfig, find_config("digits")))
-    Trainer(
-        dataclasses.replace(config, run_dir="run", ema_power_stds=[0.05, 0.1], num_steps=4)
-    ).train()
+    Trainer(dataclasses.replace(config, run_dir=run_dir, num_steps=4, **changes)).train()
 
 
 def save_named_pipeline():
@@ -100,7 +146,12 @@ def provide(text: str, things: Path) -> None:
     """Put what ``text`` names into the working folder."""
     shutil.copytree(things / "my_images", "my_images")  # stands for the digits too
     text = text.replace("finetune_images256", "runs/pretrained")  # where that recipe starts from
-    for names, source in ((RUNS, "run"), (FOLDERS, "my_images"), (["folder"], "folder")):
+    for names, source in (
+        (RUNS, "run"),
+        (["runs/dense"], "dense"),
+        (FOLDERS, "my_images"),
+        (["folder"], "folder"),
+    ):
         for name in names:
             if name in text:
                 shutil.copytree(things / source, name)
