@@ -213,7 +213,7 @@ def plot(results: dict, path: Path) -> None:
         steps = results["dense_steps"]
         ax.set(title=f"{active} % of the heads active", xlabel=f"training, of {steps:,} steps")
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.76))
     axes[0].set_ylabel("loss on held-back digits, above dense")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/continue_tuning"))
     parser.add_argument("--steps", type=int, default=2000, help="steps of the dense model")
     parser.add_argument("--draws", type=int, default=4, help="times and noises for each image")
-    parser.add_argument("--learning_rate", type=float, default=5e-4, help="peak of the tuning")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="peak of the tuning")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
