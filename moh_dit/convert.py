@@ -8,7 +8,6 @@ Weights go from file to file tensor by tensor, in the precision they have.
 """
 
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,8 @@ Format = Literal["moh-dit", "pipeline", "published", "diffusers", "diffusers-pip
 
 @dataclass
 class Overrides:
+    """The model, where its weights alone do not tell"""
+
     num_heads: int | list[int] | None = None
     """Heads h, one number or one per layer."""
     num_shared_heads: int | list[int | None] | None = None
@@ -46,6 +47,8 @@ class Overrides:
 
 @dataclass
 class MoHPlan:
+    """Continue-tuning: MoH from a dense model"""
+
     num_shared_heads: int | list[int | None] | None = None
     """Make MoH of a dense model, with so many shared heads in every layer or in each."""
     num_active_routed_heads: int | list[int | None] | None = None
@@ -64,6 +67,8 @@ class MoHPlan:
 
 @dataclass
 class ConvertConfig:
+    """Source and output"""
+
     source: str
     """Run, checkpoint, model or pipeline folder, .pt or .safetensors file, or a hub id of any."""
     to: Format | None = None
@@ -202,17 +207,14 @@ def remove(path: Path) -> None:
 
 
 def main() -> None:
-    """Console script ``moh-dit-convert``; a first word without dashes is the source."""
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv = ["--source", *argv]
+    """Console script ``moh-dit-convert``; a word without dashes is the source."""
     run_program(
         convert,
         ConvertConfig,
         prog="moh-dit-convert",
         description="Convert (MoH-)DiT checkpoints between formats, or say what one is.",
         example="moh-dit-convert DiT-XL-2-256x256.pt --to diffusers --output dit-xl-2",
-        argv=argv,
+        positional="source",
     )
 
 
