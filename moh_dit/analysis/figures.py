@@ -42,7 +42,8 @@ def class_bars(load: HeadLoad, class_names: Sequence[str], layer: int) -> Figure
         axis.set_axis_off()
     title = f"layer {layer}: tokens of each class that activate each routed head (dashed: even)"
     figure.suptitle(title, fontsize=10)
-    axes[0, 0].tick_params(axis="y", labelsize=8)
+    for axis in axes[:, 0]:
+        axis.tick_params(axis="y", labelsize=8)
     figure.supxlabel("head", fontsize=9)
     figure.supylabel("share of tokens", fontsize=9)
     return figure
