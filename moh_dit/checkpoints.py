@@ -33,9 +33,9 @@ from .autoencoder import load_autoencoder
 from .diffusion import make_scheduler
 from .errors import UserError
 from .formats.hub import is_weight_file, local_path
-from .formats.identify import full_config, infer_config
+from .formats.identify import full_config, infer_config, state_difference
 from .formats.names import DIFFUSERS_CLASSES, from_diffusers, from_diffusers_config, is_diffusers
-from .formats.weights import LazyTensor, State, open_weights
+from .formats.weights import State, open_weights
 from .pipeline import MoHDiTPipeline
 from .transformer import MoHDiTTransformer2DModel
 
@@ -43,6 +43,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Where a folder's weights are, the first kind that is there.
 PATTERNS = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt",
             "*.pth", "*.ckpt")  # fmt: skip
+# What reading a folder raises where something in it is cut off or missing.
+TORN_FOLDER = (OSError, ValueError, RuntimeError, SafetensorError, AttributeError, LookupError)
 
 
 def checkpoint_name(step: int) -> str:
@@ -270,40 +272,57 @@ def load_pipeline(
     home = opened.home
     try:
         transformer = opened.build(torch.float32)
-        if autoencoder is not None:
-            vae = load_autoencoder(autoencoder)
-        elif home is not None and (home / "vae").is_dir():
-            vae = AutoencoderKL.from_pretrained(home / "vae", local_files_only=True)
-        else:
-            raise UserError(
-                f"{source} has no autoencoder; give the one it was trained with, for the published "
-                "models stabilityai/sd-vae-ft-ema"
-            )
-        if home is not None:
-            scheduler = load_scheduler(home / "scheduler")
-        else:
-            learned = transformer.config.out_channels == 2 * transformer.config.in_channels
-            scheduler = make_scheduler(learned_variance=learned)
+        vae, scheduler = surroundings(opened, dict(transformer.config), autoencoder)
         index = home / "model_index.json" if home else None
         stored = read_json(index) if index and index.is_file() else {}
         return MoHDiTPipeline(
             transformer,
-            vae,
+            vae.float(),
             scheduler,
             class_names=opened.class_names(),
             prediction_type=stored.get("prediction_type"),
         )
     except UserError:
         raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        SafetensorError,
-        AttributeError,
-        LookupError,
-    ) as error:  # a torn folder
+    except TORN_FOLDER as error:
         raise UserError(f"{source} cannot be opened: {' '.join(str(error).split())}") from None
+
+
+def surroundings(
+    opened: Opened, config: Mapping[str, Any], autoencoder: str | None = None
+) -> tuple[AutoencoderKL, SchedulerMixin]:
+    """The autoencoder, in its own precision unless one is named, and the scheduler.
+
+    Args:
+        config: arguments of the model, which say the papers' process where no scheduler is stored.
+        autoencoder: a folder or hub id in place of what is stored.
+
+    Raises:
+        UserError: when there is no autoencoder, or something cannot be opened.
+    """
+    home = opened.home
+    if autoencoder is not None:
+        vae = load_autoencoder(autoencoder)
+    elif home is not None and (home / "vae").is_dir():
+        vae = _open_vae(home / "vae")
+    else:
+        raise UserError(
+            f"{opened.path} has no autoencoder; give the one it was trained with, for the "
+            "published models --autoencoder stabilityai/sd-vae-ft-ema"
+        )
+    if home is not None:
+        return vae, load_scheduler(home / "scheduler")
+    return vae, make_scheduler(config["out_channels"] == 2 * config["in_channels"])
+
+
+def _open_vae(folder: Path) -> AutoencoderKL:
+    """The autoencoder of a pipeline or run, in the precision of its file."""
+    try:
+        tensors = open_weights(find_weights(folder)).values()
+        dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
+        return AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder} cannot be opened: {' '.join(str(error).split())}") from None
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:
@@ -325,28 +344,3 @@ def load_weights(model: MoHDiTTransformer2DModel, file: Path) -> None:
 def read_weights(file: Path) -> dict[str, Tensor]:
     """The state dict in a weight file; a ``UserError`` where it is missing or is no such."""
     return {name: tensor.read() for name, tensor in open_weights(file).items()}
-
-
-def state_difference(
-    model: MoHDiTTransformer2DModel, state: Mapping[str, Tensor | LazyTensor]
-) -> str:
-    """In words, how a state dict differs from what the model expects; empty when it does not."""
-    expected = model.state_dict()
-    shapes = [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & state.keys())
-        if state[key].shape != expected[key].shape
-    ]
-    parts = [
-        _some("missing", sorted(expected.keys() - state.keys())),
-        _some("unexpected", sorted(state.keys() - expected.keys())),
-        _some("shapes", shapes),
-    ]
-    return "; ".join(filter(None, parts))
-
-
-def _some(what: str, items: list[str], limit: int = 4) -> str:
-    if not items:
-        return ""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return f"{what}: {', '.join(items[:limit])}{more}"

@@ -16,11 +16,11 @@ from typing import Literal
 
 import torch
 
-from .checkpoints import Opened, open_checkpoint
+from .checkpoints import Opened, open_checkpoint, surroundings
 from .cli import run_program
 from .continue_tuning import MoHSettings, dense_to_moh, noisy_batches
 from .errors import UserError
-from .export import PLANS, Extras, surroundings
+from .export import PLANS, Extras
 from .formats.identify import describe, full_config
 from .formats.weights import State, lazy
 from .pipeline import MoHDiTPipeline
@@ -137,7 +137,7 @@ def to_moh(opened: Opened, config: ConvertConfig) -> Opened:
     model = opened.build(torch.float32)
     data = None
     if plan.data is not None:
-        vae, scheduler = surroundings(opened, config.autoencoder)
+        vae, scheduler = surroundings(opened, dict(model.config), config.autoencoder)
         pipeline = MoHDiTPipeline(model, vae.float(), scheduler)
         data = noisy_batches(pipeline, plan.data, plan.num_images, seed=plan.seed)
     dense_to_moh(model, settings, data)

@@ -11,18 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers import __version__ as diffusers_version
 
-from .autoencoder import load_autoencoder
 from .bundle import add_code
 from .card import Facts, describes, keep_card, run_facts, stated_license, write_card
-from .checkpoints import WEIGHTS, Opened, find_weights, load_scheduler
-from .diffusion import make_scheduler
+from .checkpoints import WEIGHTS, Opened, surroundings
 from .errors import UserError
 from .formats.identify import preset_of
 from .formats.names import to_diffusers, to_diffusers_config
-from .formats.weights import State, open_weights, write_safetensors, write_torch
+from .formats.weights import State, write_safetensors, write_torch
 from .pipeline import MoHDiTPipeline
 from .progress import progress_bar
 from .schedulers import named_scheduler, prediction_type
@@ -66,7 +63,7 @@ def plan_pipeline(opened: Opened, extras: Extras) -> Write:
     write_model = plan_model(opened, extras)
     with torch.device("meta"):
         model = MoHDiTTransformer2DModel(**arguments(opened))
-    vae, scheduler = surroundings(opened, extras.autoencoder)
+    vae, scheduler = surroundings(opened, arguments(opened), extras.autoencoder)
     pipeline = MoHDiTPipeline(model, vae, scheduler, class_names=opened.class_names())
     facts = run_facts(opened.home) if opened.home else Facts()
     stated = stated_license(opened.home) if opened.home else None
@@ -121,7 +118,7 @@ def plan_diffusers(opened: Opened, extras: Extras) -> Write:
 def plan_diffusers_pipeline(opened: Opened, extras: Extras) -> Write:
     """A folder of diffusers' ``DiTPipeline``."""
     write_model = plan_diffusers(opened, extras)
-    vae, scheduler = surroundings(opened, extras.autoencoder)
+    vae, scheduler = surroundings(opened, arguments(opened), extras.autoencoder)
     if prediction_type(scheduler) == "flow_prediction":
         raise UserError("diffusers' DiTPipeline steps noise, this model predicts a flow")
     if scheduler.config.get("variance_type") == "learned_range":
@@ -165,34 +162,3 @@ def stream(state: State, write: Callable[..., None], file: Path) -> None:
     """Write a state dict with a progress bar."""
     with progress_bar(len(state), desc="writing weights", unit="tensor") as bar:
         write(file, state, bar.update)
-
-
-def surroundings(opened: Opened, autoencoder: str | None) -> tuple[AutoencoderKL, Any]:
-    """The autoencoder, in its own precision unless one is named, and the scheduler."""
-    home = opened.home
-    if autoencoder is not None:
-        vae = load_autoencoder(autoencoder)
-    elif home is not None and (home / "vae").is_dir():
-        vae = open_vae(home / "vae")
-    else:
-        raise UserError(
-            f"{opened.path} has no autoencoder; give the one it was trained with, for the "
-            "published models --autoencoder stabilityai/sd-vae-ft-ema"
-        )
-    if home is not None:
-        return vae, load_scheduler(home / "scheduler")
-    channels = arguments(opened)["in_channels"]
-    return vae, make_scheduler(arguments(opened)["out_channels"] == 2 * channels)
-
-
-def open_vae(folder: Path) -> AutoencoderKL:
-    """The autoencoder of a pipeline or run, in the precision of its file."""
-    dtype = max((t.dtype for t in open_weights(find_weights(folder)).values()), key=_width)
-    try:
-        return AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} cannot be opened: {' '.join(str(error).split())}") from None
-
-
-def _width(dtype: torch.dtype) -> int:
-    return dtype.itemsize

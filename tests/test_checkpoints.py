@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_pipeline import tiny_pipeline
 
-from moh_dit.checkpoints import load_pipeline, state_difference
+from moh_dit.checkpoints import load_pipeline
 from moh_dit.errors import UserError
+from moh_dit.formats.identify import state_difference
 from moh_dit.objectives import FlowObjective
 from moh_dit.training.ema import Ema
 

@@ -2,13 +2,15 @@
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from ..errors import UserError
 from ..presets import PRESETS
 from ..transformer import MoHDiTTransformer2DModel, per_layer
-from .weights import State
+from .weights import LazyTensor, State
 
 POSITIONS, LABEL_TABLE = "pos_embed", "y_embedder.embedding_table.weight"
 
@@ -153,3 +155,28 @@ def _differences(
 def _layer_words(rows: int, shared: int | None, routed: int) -> str:
     router = "no router" if shared is None else f"{shared} shared and {routed} routed heads"
     return f"{router}, {rows} value rows"
+
+
+def state_difference(
+    model: MoHDiTTransformer2DModel, state: Mapping[str, Tensor | LazyTensor]
+) -> str:
+    """In words, how a state dict differs from what the model expects; empty when it does not."""
+    expected = model.state_dict()
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in sorted(expected.keys() & state.keys())
+        if state[key].shape != expected[key].shape
+    ]
+    parts = [
+        _some("missing", sorted(expected.keys() - state.keys())),
+        _some("unexpected", sorted(state.keys() - expected.keys())),
+        _some("shapes", shapes),
+    ]
+    return "; ".join(filter(None, parts))
+
+
+def _some(what: str, items: list[str], limit: int = 4) -> str:
+    if not items:
+        return ""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return f"{what}: {', '.join(items[:limit])}{more}"

@@ -21,12 +21,12 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ..checkpoints import Opened, open_checkpoint, state_difference
+from ..checkpoints import Opened, open_checkpoint
 from ..data.encoding import Encoding, encode_data
 from ..data.images import ImageSet, open_images
 from ..data.latents import INDEX_FILE, LatentSet, encode_images, open_latents
 from ..errors import UserError
-from ..formats.identify import LABEL_TABLE, infer_config
+from ..formats.identify import LABEL_TABLE, infer_config, state_difference
 from ..formats.weights import lazy
 from ..objectives import Objective
 from ..processes import on_main
@@ -36,8 +36,7 @@ from .config import DataConfig, OptimizerConfig, TrainConfig
 LATENTS = "latents"  # in the run folder
 PATIENCE = timedelta(hours=2)
 
-# Gradients exchanged at once. Fewer, larger exchanges take the GPU's multiprocessors away from the
-# backward pass for a shorter time than torch's 25 MiB (docs/performance.md).
+# Gradients exchanged at once: faster than torch's 25 MiB (docs/performance.md).
 BUCKET_MIB = 256
 
 
