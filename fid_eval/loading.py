@@ -3,6 +3,7 @@
 import math
 import mmap
 import multiprocessing
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -100,15 +101,18 @@ def decode_in_processes(
 
     Decoding threads would release the interpreter lock, but wait for it a dozen times an image
     behind the thread that feeds the network: 16 of them decode as fast as three processes. The
-    slots are pinned once and copied from by the GPU itself: with memory of its own for every
-    batch, mapping and pinning took longer than the network.
+    slots are pinned once, and the GPU copies from them while the network computes.
     """
     memory = mmap.mmap(-1, window * batch_bytes)  # anonymous: no file, no limit of /dev/shm
     whole = np.frombuffer(memory, np.uint8)
-    on_gpu = device.type == "cuda"
+    on_gpu, pinned = device.type == "cuda", False
     if on_gpu:
         torch.cuda.init()
-        torch.cuda.cudart().cudaHostRegister(whole.ctypes.data, whole.nbytes, 0)
+        runtime = torch.cuda.cudart()
+        status = runtime.cudaHostRegister(whole.ctypes.data, whole.nbytes, 0)
+        pinned = status == runtime.cudaError.success
+        if not pinned:
+            warnings.warn(f"decoded images are not pinned ({status}): copying waits", stacklevel=2)
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("fork"), initializer=_share, initargs=(read, memory)
     )
@@ -144,6 +148,6 @@ def decode_in_processes(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-        if on_gpu:
+        if pinned:
             torch.cuda.synchronize(device)
             torch.cuda.cudart().cudaHostUnregister(whole.ctypes.data)
