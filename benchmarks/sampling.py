@@ -36,12 +36,12 @@ FULL, LIMITED = (0.0, 1.0), (0.1, 0.7)
 TINY = dict(hidden_size=192, depth=6, num_heads=6, num_shared_heads=2, num_active_routed_heads=2)
 # model, image size, batch, sampler, steps, part of the process that is guided
 CASES = [
-    ("MoH-DiT-XL/2-75", 256, 64, "ddpm", 250, FULL),
+    ("MoH-DiT-XL/2-75", 256, 32, "ddpm", 250, FULL),
     ("MoH-DiT-XL/2-75", 256, 128, "dpmsolver++", 20, FULL),
     ("MoH-DiT-XL/2-75", 256, 128, "dpmsolver++", 20, LIMITED),
     ("MoH-DiT-XL/2-90", 256, 128, "dpmsolver++", 20, FULL),
     ("DiT-XL/2", 256, 128, "dpmsolver++", 20, FULL),
-    ("MoH-DiT-XL/2-75", 512, 16, "ddpm", 250, FULL),
+    ("MoH-DiT-XL/2-75", 512, 8, "ddpm", 250, FULL),
     ("MoH-DiT-XL/2-75", 512, 32, "dpmsolver++", 20, FULL),
     ("MoH-DiT-XL/2-75", 512, 32, "dpmsolver++", 20, LIMITED),
 ]

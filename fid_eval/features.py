@@ -209,6 +209,8 @@ def _computed_chunks(
         return {key: torch.cat([values[key] for values in held]) for key in held[0]}
 
     batches = reader.batches(runtime.batch_size, owned, runtime.workers, runtime.device)
+    if reader.decodes and any(map(owned, range(-(-(reader.count or 0) // CHUNK)))):
+        extractor.load(runtime.device, runtime.compile)  # while the first images are decoded
     for start, batch, labels in batches:
         chunk = start // CHUNK
         if held and chunk != current:

@@ -10,7 +10,6 @@ import threading
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +18,7 @@ from PIL import Image
 
 from .errors import EvaluationError
 from .images import EXTENSIONS, BadImage, Preprocess, check_file, check_header, decode, to_rgb
+from .loading import map_in_processes
 from .readers import ArrayReader, ImageReader, ImageSet, check_labels
 from .stored import open_npz, open_safetensors
 
@@ -30,6 +30,7 @@ class EncodedReader(ImageReader):
     """Encoded images (PNG, JPEG, …) that can be fetched one by one in any order."""
 
     decodes = True
+    size: tuple[int, int]
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class EncodedReader(ImageReader):
         self.kind, self.set_name, self.names = kind, set_name, names
         self.fetch, self.preprocess = fetch, preprocess
         self.hash_images = hash_images  # no one file or folder can be hashed instead
+        self.digests = {} if hash_images or kind == "folder" else None
         self.count = len(names)
         if self.count == 0:
             raise EvaluationError(f"{set_name}: holds no images ({', '.join(sorted(EXTENSIONS))})")
@@ -63,9 +65,9 @@ class EncodedReader(ImageReader):
                     found.append(error)
             return found
 
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            parts = pool.map(look, range(0, len(self.names), INSPECTED))
-            found = [item for part in parts for item in part]
+        starts = range(0, len(self.names), INSPECTED)
+        parts = map_in_processes(look, starts, min(16, os.cpu_count() or 1))
+        found = [item for part in parts for item in part]
         bad = [(i, item) for i, item in enumerate(found) if isinstance(item, BadImage)]
         if bad:
             examples = ", ".join(f"{self.names[i]}: {error}" for i, error in bad[:NAMED])
@@ -91,29 +93,45 @@ class EncodedReader(ImageReader):
     def content_hash(self) -> str | None:
         if not self.hash_images:
             return None
+        assert self.digests is not None
         digest = hashlib.sha256()
         for index in range(len(self.names)):
-            data = self.fetch(index)
-            data = data if isinstance(data, bytes) else data.convert("RGB").tobytes()
-            digest.update(hashlib.sha256(data).digest())
+            known = self.digests.get(index) or _sha256(self.fetch(index))
+            digest.update(bytes.fromhex(known))
         return digest.hexdigest()
 
+    def file_digests(self) -> dict[str, str]:
+        if self.kind != "folder" or self.digests is None:
+            return {}
+        return {self.names[index]: digest for index, digest in self.digests.items()}
+
     def read(self, start: int, stop: int) -> np.ndarray:
-        images = []
+        images = np.empty((stop - start, *self.size, 3), np.uint8)
+        self.read_into(start, stop, images)
+        return images
+
+    def read_into(self, start: int, stop: int, images: np.ndarray) -> list[str]:
         for index in range(start, stop):
             try:
-                images.append(self._decode(index))
+                images[index - start] = self._decode(index)
             except BadImage as error:
                 raise EvaluationError(
                     f"{self.set_name}: {self.names[index]}: {error}; replace or remove it"
                 ) from None
-        return np.stack(images)
+        return [] if self.digests is None else [self.digests[i] for i in range(start, stop)]
 
     def _decode(self, index: int) -> np.ndarray:
         data = self.fetch(index)
+        if self.digests is not None:
+            self.digests[index] = _sha256(data)
         if isinstance(data, bytes):
             return decode(data, self.preprocess)
         return np.asarray(self.preprocess(to_rgb(data)))
+
+
+def _sha256(data: bytes | Image.Image) -> str:
+    data = data if isinstance(data, bytes) else data.convert("RGB").tobytes()
+    return hashlib.sha256(data).hexdigest()
 
 
 def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:

@@ -1,9 +1,9 @@
 """Content hashes of files and folders."""
 
 import hashlib
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 BLOCK = 1 << 26
@@ -18,12 +18,14 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def path_hash(path: Path) -> str:
+def path_hash(path: Path, known: Mapping[str, str] | None = None) -> str:
     """sha256 over a file's blocks, or a folder's names and files: equal content, equal hash.
 
     Blocks of 64 MiB are hashed in parallel and their digests hashed in order, so this is not the
-    file's plain sha256.
+    file's plain sha256. ``known``: sha256 of files of the folder, by their names in it, that need
+    not be read again.
     """
+    known = known or {}
     digest = hashlib.sha256()
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         if path.is_file():
@@ -31,22 +33,22 @@ def path_hash(path: Path) -> str:
             for block in pool.map(lambda start: _block_digest(path, start), starts):
                 digest.update(block)
         else:
-            files = sorted(p for p in path.rglob("*") if p.is_file())
-            for file, content in zip(files, pool.map(file_sha256, files), strict=True):
-                digest.update(f"{file.relative_to(path).as_posix()}\0{content}\n".encode())
+            names = sorted(_files(path), key=lambda name: name.split("/"))
+            read = [path / name for name in names if name not in known]
+            found = pool.map(file_sha256, read)
+            for name in names:
+                content = known[name] if name in known else next(found)
+                digest.update(f"{name}\0{content}\n".encode())
     return digest.hexdigest()
 
 
-def path_hash_aside(path: Path) -> str:
-    """``path_hash`` that leaves the interpreter to others; for a thread to wait for.
-
-    The blocks of a file are hashed without the interpreter lock, but the thousands of files of a
-    folder ask for it all the time, and the thread that launches kernels asks as often: a process.
-    """
-    if path.is_file() or "fork" not in multiprocessing.get_all_start_methods():
-        return path_hash(path)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        return pool.submit(path_hash, path).result()
+def _files(path: Path) -> Iterator[str]:
+    """Names in a folder of all files under it, with slashes; no folder behind a link."""
+    for folder, _, names in os.walk(path):
+        inside = Path(os.path.relpath(folder, path)).as_posix()
+        for name in names:
+            if os.path.isfile(os.path.join(folder, name)):
+                yield name if inside == "." else f"{inside}/{name}"
 
 
 def _block_digest(path: Path, start: int) -> bytes:

@@ -2,14 +2,17 @@
 
 import io
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyspng
 from PIL import Image, UnidentifiedImageError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_RGB = b"\x08\x02"  # bits and colour type
 PNG_END = b"IEND\xaeB`\x82"
 CONVERTED = {"L", "1", "P"}  # to RGB without loss of what the picture shows
 
@@ -115,14 +118,30 @@ def check_file(path: str | Path) -> tuple:
     return check_header(head, tail, size, whole)
 
 
+def check_chunks(data: bytes) -> None:
+    """Raise BadImage unless the chunks of a PNG are whole, by their check sums."""
+    view, start = memoryview(data), len(PNG_SIGNATURE)
+    while start + 12 <= len(data):
+        end = start + 8 + int.from_bytes(view[start : start + 4], "big")
+        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            break
+        if view[start + 4 : end] == b"IEND":
+            return
+        start = end + 4
+    raise BadImage("truncated or damaged (a chunk fails its check sum)")
+
+
 def decode(data: bytes, preprocess: Preprocess) -> np.ndarray:
     """uint8 (H, W, 3) of an encoded image; grey and palette images become RGB."""
     try:
+        if data.startswith(PNG_SIGNATURE) and data[24:26] == PNG_RGB and preprocess.size is None:
+            check_chunks(data)  # which pyspng does not
+            return pyspng.load(data, "RGB")  # the same bytes as Pillow's, sooner
         with Image.open(io.BytesIO(data)) as image:
             check_mode(image.mode)
             image.load()
             return np.asarray(preprocess(to_rgb(image)))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, RuntimeError) as error:
         if isinstance(error, BadImage):
             raise
         raise BadImage(f"truncated or damaged ({error})") from error

@@ -1,13 +1,68 @@
 """The 2015 Inception-v3 of ADM's evaluator, with the three outputs that its metrics read."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExtractorInceptionV3
 
 from .weight_files import repacked
 
 SPATIAL_CHANNELS = 7  # of the 192 of mixed_6/conv: Nash et al. 2021
+
+
+def resize_like_tensorflow(images: Tensor, size: int) -> Tensor:
+    """TensorFlow 1's bilinear resize: uint8 (B, 3, H, W) → float32 (B, 3, size, size).
+
+    Pixel i of the result is read at i · H/size, without half-pixel centres. The same bits as
+    torch-fidelity's function, which interpolates every row twice. Channels last.
+    """
+    rows = images.permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
+    for dim in (2, 1):
+        length = rows.shape[dim]
+        scale = torch.tensor(length / size, dtype=torch.float32)
+        position = torch.arange(size, dtype=torch.float32, device=images.device) * scale
+        low = position.long()
+        high = (low + 1).clamp_max(length - 1)
+        fraction = (position - low.float()).view(-1, *[1] * (3 - dim))
+        near = rows.index_select(dim, low).float()
+        rows = near + (rows.index_select(dim, high).float() - near) * fraction
+    return rows.permute(0, 3, 1, 2)
+
+
+class FusedConv(nn.Module):
+    """torch-fidelity's BasicConv2d; on a GPU, normalisation, bias and ReLU ride on the convolution.
+
+    Three passes over every activation are half of the network's time there otherwise.
+    """
+
+    def __init__(self, original: BasicConv2d) -> None:
+        super().__init__()
+        self.conv, self.bn = original.conv, original.bn
+        self.folded: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda or torch.compiler.is_compiling():  # which fuses by itself
+            return F.relu(self.bn(self.conv(x)), inplace=True)
+        if self.folded is None or self.folded[0].device != x.device:
+            self.folded = self.fold()
+        weight, bias = self.folded
+        if torch.is_autocast_enabled("cuda"):
+            kind = torch.get_autocast_dtype("cuda")
+            x, weight, bias = x.to(kind), weight.to(kind), bias.to(kind)
+        conv = self.conv
+        return torch.cudnn_convolution_relu(
+            x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of convolution and normalisation as one, rounded once from float64."""
+        bn = self.bn
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+        bias = bn.bias.double() - bn.running_mean.double() * scale
+        weight = self.conv.weight.double() * scale.view(-1, 1, 1, 1)
+        return weight.float().contiguous(memory_format=torch.channels_last), bias.float()
 
 
 class Inception(nn.Module):
@@ -33,13 +88,15 @@ class Inception(nn.Module):
             net.Mixed_6e, net.Mixed_7a, net.Mixed_7b, net.Mixed_7c, net.AvgPool
         )
         self.fc = net.fc
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, BasicConv2d):
+                    setattr(module, name, FusedConv(child))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 (B, 3, H, W) → pool (B, 2048), spatial (B, 2023)."""
-        size = (self.size, self.size)
-        x = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size, align_corners=False)
-        x = (x - 128) / 128
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, 768, 17, 17)
+        x = (resize_like_tensorflow(images, self.size) - 128) / 128
+        x = self.stem(x)  # (B, 768, 17, 17)
         spatial = self.middle.branch1x1(x)[:, :SPATIAL_CHANNELS]  # computed again below: 1 %
         x = self.top(self.middle(x)).flatten(1)
         return {"pool": x, "spatial": spatial.permute(0, 2, 3, 1).flatten(1)}

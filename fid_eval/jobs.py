@@ -86,11 +86,10 @@ def run_jobs(
     for name in names:
         if names.count(name) > 1:
             raise EvaluationError(f"two sets are called {name!r}; give each a name of its own")
-    settings = on_first(lambda: fingerprint(evaluator))
-    earlier = on_first(lambda: _earlier(output, settings, overwrite))
+    earlier = on_first(lambda: _earlier(output, evaluator, overwrite))
     document: Document = {
         "versions": versions(),
-        "settings": settings,
+        "settings": {},
         "reference": {},
         "extractors": {},
         "sets": [],
@@ -109,6 +108,8 @@ def run_jobs(
         if job.x is not None:
             entry["x"] = job.x
         document["sets"].append(entry)
+        if not document["settings"]:  # now that the reference has been read and hashed
+            document["settings"] = on_first(lambda: fingerprint(evaluator))
         if output is not None and world()[0] == 0:
             write_json(document, output)
     return document
@@ -160,9 +161,10 @@ def fingerprint(evaluator: Evaluator) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def _earlier(output: Path | None, settings: dict[str, Any], overwrite: bool) -> Document | None:
+def _earlier(output: Path | None, evaluator: Evaluator, overwrite: bool) -> Document | None:
     if output is None or overwrite or not output.exists():
         return None
+    settings = fingerprint(evaluator)
     try:
         document = json.loads(output.read_text())
         before = document["settings"]

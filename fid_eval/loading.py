@@ -3,9 +3,8 @@
 import math
 import mmap
 import multiprocessing
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -19,9 +18,9 @@ from .errors import EvaluationError
 PROCESSES_FROM = 500  # encoded images from which decoding is worth processes
 CHUNK = 1024  # images of one cache file, one part of the sums, one process's turn
 CPU = torch.device("cpu")
-READ_AHEAD = 1 << 30  # bytes of decoded images held in advance, at most
+READ_AHEAD = 2 << 30  # bytes of decoded images held in advance, at most
+CAN_FORK = "fork" in multiprocessing.get_all_start_methods()
 Span = tuple[int, int]  # first image of a batch, and the one after its last
-Read = Callable[[int, int], np.ndarray]  # uint8 (n, H, W, 3) of a span
 
 
 def batch_spans(
@@ -36,26 +35,32 @@ def batch_spans(
 
 
 def load_spans(
-    read: Read,
+    reader: Any,
     spans: list[Span],
-    batch_bytes: int,
+    batch_size: int,
     workers: int,
     decoding: bool,
     device: torch.device = CPU,
 ) -> Iterator[Tensor]:
     """uint8 (n, H, W, 3) of each span in order, read ahead within READ_AHEAD bytes.
 
-    On ``device`` where that is a GPU and processes decode; else on the CPU, pinned for a GPU.
+    ``reader``: an ``ImageReader``, of which ``read`` is called, or ``read_into`` by processes where
+    it is ``decoding``. On ``device`` where that is a GPU and processes decode; else on the CPU,
+    pinned for a GPU.
     """
-    window = max(2, min(READ_AHEAD // batch_bytes, 2 * workers))
-    if decoding and "fork" in multiprocessing.get_all_start_methods():
-        return decode_in_processes(read, spans, batch_bytes, min(workers, window), window, device)
+    height, width = reader.size or (256, 256)
+    slots = max(2, READ_AHEAD // (batch_size * height * width * 3))
+    if decoding and CAN_FORK:
+        window = min(slots, 4 * workers)  # the network is built while they fill up
+        batches = _decoded(reader, spans, batch_size, min(workers, window), window, device)
+        next(batches)  # has the processes at work
+        return batches  # type: ignore[return-value]
 
     def load(span: Span) -> Tensor:
-        images = torch.from_numpy(read(*span))
+        images = torch.from_numpy(reader.read(*span))
         return images.pin_memory() if device.type == "cuda" else images
 
-    return prefetch(load, spans, workers, window)
+    return prefetch(load, spans, workers, min(slots, 2 * workers))
 
 
 def prefetch(function: Callable, items: Iterable, workers: int, window: int) -> Iterator:
@@ -74,35 +79,61 @@ def prefetch(function: Callable, items: Iterable, workers: int, window: int) -> 
                 future.cancel()
 
 
-_shared: tuple[Read, mmap.mmap]  # in a decoding process: what it reads, and where to
+_shared: tuple  # in a forked process: what its parent wants it to know
 
 
-def _share(read: Read, memory: mmap.mmap) -> None:
+def _share(*values: Any) -> None:
     global _shared
-    _shared = read, memory
+    _shared = values
     torch.set_num_threads(1)
 
 
-def _decode(span: Span, offset: int) -> tuple[int, ...] | str:
-    """Put a span's images at ``offset`` of the shared memory; their shape, or what is wrong."""
-    read, memory = _shared
+def _forked(workers: int, *shared: Any) -> ProcessPoolExecutor:
+    """Forked processes that know ``shared``, which need not be picklable."""
+    context = multiprocessing.get_context("fork")
+    return ProcessPoolExecutor(workers, context, initializer=_share, initargs=shared)
+
+
+def map_in_processes(function: Callable, items: Sequence, workers: int) -> Iterator:
+    """``map(function, items)`` by forked processes, where there is enough to do."""
+    if len(items) < 2 * workers or not CAN_FORK:
+        yield from prefetch(function, items, workers, 2 * workers)
+        return
+    with _forked(workers, function) as pool:
+        yield from pool.map(_call, items)
+
+
+def _call(item: Any) -> Any:
+    return _shared[0](item)
+
+
+def _decode(span: Span, offset: int) -> list[str] | EvaluationError:
+    """Put a span's images at ``offset`` of the shared memory; their digests, or what is wrong."""
+    reader, memory = _shared
+    shape = (span[1] - span[0], *reader.size, 3)
+    images = np.frombuffer(memory, np.uint8, math.prod(shape), offset).reshape(shape)
     try:
-        images = read(*span)
+        return reader.read_into(*span, images)
     except EvaluationError as error:
-        return str(error)  # raised again by the parent, without the worker's traceback
-    np.frombuffer(memory, np.uint8, images.size, offset).reshape(images.shape)[:] = images
-    return images.shape
+        return error  # raised again by the parent, without the worker's traceback
 
 
-def decode_in_processes(
-    read: Read, spans: list[Span], batch_bytes: int, workers: int, window: int, device: torch.device
-) -> Iterator[Tensor]:
-    """The batches of ``spans`` by forked processes, through ``window`` slots of shared memory.
+def _decoded(
+    reader: Any,
+    spans: list[Span],
+    batch_size: int,
+    workers: int,
+    window: int,
+    device: torch.device,
+) -> Iterator[Tensor | None]:
+    """None, then the batches of ``spans`` by forked processes through ``window`` shared slots.
 
     Decoding threads would release the interpreter lock, but wait for it a dozen times an image
     behind the thread that feeds the network: 16 of them decode as fast as three processes. The
     slots are pinned once, and the GPU copies from them while the network computes.
     """
+    height, width = reader.size
+    batch_bytes = batch_size * height * width * 3
     memory = mmap.mmap(-1, window * batch_bytes)  # anonymous: no file, no limit of /dev/shm
     whole = np.frombuffer(memory, np.uint8)
     on_gpu, pinned = device.type == "cuda", False
@@ -110,15 +141,12 @@ def decode_in_processes(
         torch.cuda.init()
         runtime = torch.cuda.cudart()
         status = runtime.cudaHostRegister(whole.ctypes.data, whole.nbytes, 0)
-        pinned = status == runtime.cudaError.success
-        if not pinned:
-            warnings.warn(f"decoded images are not pinned ({status}): copying waits", stacklevel=2)
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), initializer=_share, initargs=(read, memory)
-    )
+        pinned = status == runtime.cudaError.success  # where a limit forbids it: batch by batch
+    pool = _forked(workers, reader, memory)
     copying: deque[tuple[int, Any]] = deque()  # slots that the GPU still reads
     free, waiting = list(range(window)), deque(spans)
-    due: deque[tuple[int, Future]] = deque()
+    due: deque[tuple[int, Span, Future]] = deque()
+    started = False
     try:
         while waiting or due:
             while waiting and (free or copying):
@@ -126,19 +154,25 @@ def decode_in_processes(
                     slot, copied = copying.popleft()
                     copied.synchronize()
                     free.append(slot)
-                slot = free.pop()
-                due.append((slot, pool.submit(_decode, waiting.popleft(), slot * batch_bytes)))
-            slot, future = due.popleft()
-            shape = future.result()
-            if isinstance(shape, str):
-                raise EvaluationError(shape)
+                slot, span = free.pop(), waiting.popleft()
+                due.append((slot, span, pool.submit(_decode, span, slot * batch_bytes)))
+            if not started:
+                started = True
+                yield None
+            slot, span, future = due.popleft()
+            digests = future.result()
+            if isinstance(digests, EvaluationError):
+                raise digests
+            if reader.digests is not None:
+                reader.digests.update(zip(range(*span), digests, strict=True))
+            shape = (span[1] - span[0], height, width, 3)
             start = slot * batch_bytes
             images = torch.from_numpy(whole[start : start + math.prod(shape)].reshape(shape))
-            if on_gpu:
+            if pinned:
                 images = images.to(device, non_blocking=True)
                 copying.append((slot, torch.cuda.current_stream(device).record_event()))
             else:
-                images = images.clone()
+                images = images.pin_memory() if on_gpu else images.clone()
                 free.append(slot)
             yield images
     except BrokenProcessPool:

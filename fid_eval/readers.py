@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import EvaluationError
-from .hashing import path_hash_aside
+from .hashing import path_hash
 from .images import AS_IS, BadImage, Preprocess, to_rgb
 from .loading import CHUNK, CPU, PROCESSES_FROM, batch_spans, load_spans
 
@@ -36,14 +36,23 @@ class ImageReader:
     max_workers: int | None = None  # 1 where order matters
     decodes = False  # reading is work for the processor
     is_share = False  # each process holds another part
+    digests: dict[int, str] | None = None  # where decoding also hashes: sha256 of images so far
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """uint8 (stop − start, H, W, 3)."""
         raise NotImplementedError
 
+    def read_into(self, start: int, stop: int, images: np.ndarray) -> list[str]:
+        """``read`` into ``images``, in a process that decodes; the ``digests`` of these."""
+        raise NotImplementedError
+
     def content_hash(self) -> str | None:
         """sha256 of what the set holds, None where that cannot be known beforehand."""
         return None
+
+    def file_digests(self) -> dict[str, str]:
+        """sha256 of the files of a folder, by their names in it, as far as known."""
+        return {}
 
     def batches(
         self,
@@ -52,28 +61,28 @@ class ImageReader:
         workers: int,
         device: torch.device = CPU,
     ) -> Iterator[Batch]:
-        """Batches of the chunks that ``owned(chunk)`` claims, in order, read ahead.
+        """Batches of the chunks that ``owned(chunk)`` claims, in order, read ahead from now on.
 
         ``device`` is where they are going; they may be there already.
         """
         assert self.count is not None
         spans = list(batch_spans(self.count, batch_size, owned))
         if not spans:
-            return
-
-        height, width = self.size or (256, 256)
-        image_bytes = height * width * 3
+            return iter(())
         loaded = load_spans(
-            self.read,
+            self,
             spans,
-            batch_size * image_bytes,
+            batch_size,
             min(workers, self.max_workers or workers),
             self.decodes and self.count >= PROCESSES_FROM,
             device,
         )
-        for (start, stop), images in zip(spans, loaded, strict=True):
-            labels = None if self.labels is None else torch.from_numpy(self.labels[start:stop])
-            yield start, images.permute(0, 3, 1, 2), labels
+
+        def batch(span: tuple[int, int], images: Tensor) -> Batch:
+            labels = None if self.labels is None else torch.from_numpy(self.labels[slice(*span)])
+            return span[0], images.permute(0, 3, 1, 2), labels
+
+        return map(batch, spans, loaded)
 
 
 class ArrayReader(ImageReader):
@@ -295,15 +304,20 @@ class ImageSet:
     _hash: "Future[str | None] | None" = field(default=None, repr=False)
 
     def hash_ahead(self) -> None:
-        """Start hashing in the background, while the images are being read anyway."""
-        if self._hash is None:
+        """Start hashing in the background what is not hashed as it is decoded.
+
+        A file is hashed without the interpreter lock. The thousands of files of a folder would ask
+        for it all the time, and the thread that launches kernels asks as often.
+        """
+        if self._hash is None and (self.images is None or self.images.digests is None):
             self._hash = Future()
             Thread(target=self._compute_hash, args=(self._hash,), daemon=True).start()
 
     def content_hash(self) -> str | None:
         """sha256 over the content, computed once; None for an iterable."""
-        self.hash_ahead()
-        assert self._hash is not None
+        if self._hash is None:
+            self._hash = Future()
+            self._compute_hash(self._hash)
         return self._hash.result()
 
     def adopt_hash(self, value: str | None) -> None:
@@ -315,7 +329,8 @@ class ImageSet:
         try:
             value = self.images.content_hash() if self.images is not None else None
             if value is None and self.path is not None:
-                value = path_hash_aside(self.path)
+                known = self.images.file_digests() if self.images is not None else {}
+                value = path_hash(self.path, known)
             future.set_result(value)
         except Exception as error:
             future.set_exception(error)

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from fid_eval import EvaluationError, evaluate
 from fid_eval.hashing import file_sha256
+from fid_eval.inception import FusedConv, Inception, resize_like_tensorflow
+from fid_eval.weight_files import load_state
 
 COUNT = 7
 
@@ -127,3 +130,31 @@ def test_without_network_or_weights_the_message_says_where_to_put_them(sets, tmp
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(EvaluationError, match=r"no route to host.*--weights.*weights-inception"):
         evaluate(sets[0], sets[1], quiet=True)
+
+
+@pytest.mark.parametrize("size", [(256, 256), (32, 32), (299, 299), (512, 300), (1, 1)])
+def test_the_resize_is_torch_fidelitys_bit_by_bit(size):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=generator)
+    expected = interpolate_bilinear_2d_like_tensorflow1x(
+        images.float(), (299, 299), align_corners=False
+    )
+    assert torch.equal(resize_like_tensorflow(images, 299), expected)
+
+
+def test_every_convolution_takes_its_normalisation_in(network):
+    net = Inception(load_state(network[0])).eval()
+    layers = [module for module in net.modules() if isinstance(module, FusedConv)]
+    assert len(layers) == 94
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers[::10]:
+        for name in ("running_mean", "running_var"):  # the random weights have 0 and 1
+            getattr(layer.bn, name).uniform_(0.5, 2, generator=generator)
+        conv = layer.conv
+        x = torch.randn(1, conv.in_channels, 9, 9, generator=generator)
+        weight, bias = layer.fold()
+        folded = torch.nn.functional.conv2d(
+            x.double(), weight.double(), bias.double(), conv.stride, conv.padding
+        ).relu()
+        separate = layer.double()(x.double())
+        assert (folded - separate).norm() <= 1e-7 * separate.norm()

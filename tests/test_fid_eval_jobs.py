@@ -235,7 +235,7 @@ def test_two_processes_give_the_results_of_one(folder, tmp_path):
     assert two["reference"] == one["reference"]
 
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
-    assert [line[:6] for line in lines] == ["rank 0", "rank 1"]
+    assert [line[:6] for line in lines] == ["rank 0", "rank 1"], done.stdout + done.stderr
     for line in lines:  # each process had half of the images: same set, other batches
         code, distance, score = map(float, line.split()[2:])
         assert code == (1 if line[:6] == "rank 0" else 0)  # a set failed; the first says so

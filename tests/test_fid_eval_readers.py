@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 import zipfile
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,11 +16,11 @@ from safetensors.torch import save_file
 
 from fid_eval import Share, readers
 from fid_eval.errors import EvaluationError
-from fid_eval.hashing import path_hash, path_hash_aside
-from fid_eval.images import Preprocess
+from fid_eval.hashing import path_hash
+from fid_eval.images import AS_IS, Preprocess, decode
 from fid_eval.loading import CHUNK, batch_spans, load_spans
 from fid_eval.npz import NpzFile
-from fid_eval.readers import open_set
+from fid_eval.readers import ImageReader, open_set
 
 COUNT, SIDE = 11, 12
 
@@ -345,29 +346,76 @@ def test_hidden_files_and_circles_of_links_are_passed_over(images, tmp_path):
     assert opened.images.names == ["a/0.png", "b/1.png"]
 
 
-def test_processes_decode_in_order_through_few_slots():
-    def read(start, stop):
-        return np.stack([np.full((2, 3, 3), index % 256, np.uint8) for index in range(start, stop)])
+class Numbered(ImageReader):
+    """Image i is all i."""
 
+    decodes, size, count = True, (2, 3), 300
+
+    def read_into(self, start, stop, images):
+        images[:] = np.arange(start, stop).astype(np.uint8).reshape(-1, 1, 1, 1)
+
+
+class Deadly(Numbered):
+    def read_into(self, start, stop, images):
+        os._exit(9)
+
+
+def test_processes_decode_in_order_through_few_slots():
     spans = [(start, min(start + 7, 300)) for start in range(0, 300, 7)]
-    loaded = list(load_spans(read, spans, 7 * 18, workers=2, decoding=True))
+    loaded = list(load_spans(Numbered(), spans, 7, workers=2, decoding=True))
     assert [len(images) for images in loaded] == [stop - start for start, stop in spans]
     assert torch.equal(torch.cat(loaded)[:, 0, 0, 0], torch.arange(300).to(torch.uint8))
 
 
 def test_a_killed_decoding_process_is_an_error():
-    def read(start, stop):
-        os._exit(9)
-
     with pytest.raises(EvaluationError, match=r"was killed, .* fewer --workers"):
-        list(load_spans(read, [(0, 4)], 4, workers=1, decoding=True))
+        list(load_spans(Deadly(), [(0, 4)], 4, workers=1, decoding=True))
 
 
-def test_a_folder_hashed_aside_has_the_same_hash(tmp_path):
-    for name in ("b.png", "a/c.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(name.encode())
-    assert path_hash_aside(tmp_path) == path_hash(tmp_path)
+@pytest.mark.parametrize("kind", ["folder", "dataset", "tar-pattern"])
+@pytest.mark.parametrize("processes_from", [1, 500])
+def test_what_is_hashed_while_decoding_has_the_same_hash(
+    kind, processes_from, images, labels, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(readers, "PROCESSES_FROM", processes_from)
+    source = sources(tmp_path, images, labels)[kind]
+    if kind == "folder":
+        (Path(source) / "notes.txt").write_text("no image, but part of the folder")
+    before, decoded = open_set(source), open_set(source)
+    expected = before.content_hash()
+    chunks = iter(decoded.images.batches(4, lambda chunk: True, workers=2))
+    next(chunks)  # some
+    assert 4 <= len(decoded.images.digests) <= COUNT
+    list(chunks)
+    assert len(decoded.images.digests) == COUNT
+    monkeypatch.setattr(decoded.images, "fetch", None)  # nothing is read again
+    assert decoded.content_hash() == expected
+    if kind == "folder":
+        assert path_hash(Path(source), decoded.images.file_digests()) == expected
+        wrong = dict.fromkeys(decoded.images.file_digests(), "0" * 64)
+        assert path_hash(Path(source), wrong) != expected  # taken, not read again
+
+
+def test_headers_are_read_by_processes_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr("fid_eval.files.INSPECTED", 1)
+    monkeypatch.setattr("fid_eval.files.os.cpu_count", lambda: 2)
+    for name in "abcdefg":
+        (tmp_path / f"{name}.png").write_bytes(png(np.zeros((4, 5, 3), np.uint8)))
+    assert open_set(tmp_path).images.size == (4, 5)
+    (tmp_path / "e.png").write_bytes(b"")
+    with pytest.raises(EvaluationError, match=r"1 of 7 images cannot be used \(e.png: empty file"):
+        open_set(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"compress_level": 0}, {"transparency": (1, 2, 3)}, {"optimize": True}]
+)
+def test_png_is_decoded_to_what_pillow_reads(options):
+    pixels = np.random.default_rng(0).integers(0, 256, (33, 21, 3), np.uint8)
+    pixels[:16] = np.arange(21)[None, :, None] * 5  # smooth and noisy: all of PNG's filters
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", gamma=0.4, **options)
+    np.testing.assert_array_equal(decode(buffer.getvalue(), AS_IS), pixels)
 
 
 def test_npy_of_images_or_a_word_why_not(images, tmp_path):
