@@ -12,6 +12,8 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers import scheduling_ddpm
 from torch import Tensor
 
+from .noise import ImageNoise
+
 
 class DiffusionLoss(NamedTuple):
     """Per-image terms (B,): ``mse`` of the noise and ``vlb`` in bits per dimension."""
@@ -139,7 +141,7 @@ class LearnedVarianceDDPMScheduler(DDPMScheduler):
         model_output: Tensor,
         timestep: Tensor | int,
         sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | list[torch.Generator] | ImageNoise | None = None,
         return_dict: bool = True,
     ) -> scheduling_ddpm.DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """One ancestral step (DDPM eq. 11 with iDDPM eq. 15).
@@ -148,7 +150,7 @@ class LearnedVarianceDDPMScheduler(DDPMScheduler):
             model_output: (B, 2C, H, W), ε̂ then v.
             timestep: a member of ``timesteps``.
             sample: (B, C, H, W), x_t.
-            generator: one, or a list of B, for the added noise.
+            generator: one, or a list of B, for the added noise; or that noise itself.
             return_dict: whether to return a ``DDPMSchedulerOutput`` or its two tensors.
         """
         process, position = self._process, self._positions[int(timestep)]
@@ -157,9 +159,12 @@ class LearnedVarianceDDPMScheduler(DDPMScheduler):
         predicted = process.predict_latents(predicted_noise, sample, position)
         previous = process.posterior_mean(predicted, sample, position)
         if position > 0:
-            noise = scheduling_ddpm.randn_tensor(
-                sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
-            )
+            if isinstance(generator, ImageNoise):
+                noise = generator.draw(sample.shape, sample.dtype)
+            else:
+                noise = scheduling_ddpm.randn_tensor(
+                    sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
+                )
             previous = previous + (0.5 * process.log_variance(v, position)).exp() * noise
         if not return_dict:
             return previous, predicted

@@ -2,11 +2,12 @@
 
 A counter-based generator, Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
 1, 2, 3", SC 2011), in plain tensor operations: the same numbers for an image in any batch, on any
-device, in any process, and no loop over per-image generators.
+device, in any process, and no loop over per-image generators. On a GPU a kernel makes them.
 """
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -49,6 +50,10 @@ def philox_normal(seed: int, indices: Tensor, first_draw: int, draws: int, count
         count: values per draw.
     """
     device = indices.device
+    if device.type == "cuda" and find_spec("triton"):
+        from .kernels.triton_noise import philox_normal_triton  # Triton is imported where it runs
+
+        return philox_normal_triton(seed, indices, first_draw, draws, count)
     block = torch.arange(-(-count // 4), device=device)
     draw = torch.arange(first_draw, first_draw + draws, device=device).view(-1, 1, 1)
     image = indices.view(-1, 1)

@@ -284,8 +284,8 @@ class MoHDiTPipeline(DiffusionPipeline):
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options = {"generator": generator} if takes_generator else {}
         noise: Any = contextlib.nullcontext()
-        if isinstance(generator, ImageNoise):
-            noise, options = generator, {}
+        if isinstance(generator, ImageNoise) and not learned_variance:
+            noise, options = generator, {}  # for a scheduler that asks torch for its noise
         for model in filter(None, (self.transformer, guidance.model)):
             if model.is_cache_enabled:
                 model._reset_stateful_cache()  # of the images before

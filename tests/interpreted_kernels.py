@@ -15,6 +15,7 @@ from reference import relative_error
 
 from moh_dit.attention import MoHAttention, moh_attention
 from moh_dit.kernels import table
+from moh_dit.noise import philox_normal
 
 PADDING = 2
 # name: (B, N, heads, shared, active, head width, dtype, copy engine)
@@ -102,8 +103,27 @@ def operator_checks():
     return sorted(set(outcomes.values()))
 
 
+def noise():
+    """Largest difference of the noise kernel from the tensor operations, by case."""
+    from moh_dit.kernels.triton_noise import philox_normal_triton
+
+    differences = {}
+    for seed, first_draw, draws, count in ((0, 0, 1, 16), (2**63 + 5, 7, 3, 1030), (-1, 2, 2, 5)):
+        indices = torch.tensor([0, 3, 2**40 + 1])
+        arguments = seed, indices, first_draw, draws, count
+        difference = philox_normal_triton(*arguments) - philox_normal(*arguments)
+        differences[str(seed)] = difference.abs().max().item()
+    return differences
+
+
 if __name__ == "__main__":
     chosen = {name: compare(*case) for name, case in CASES.items()}
     json.dump(
-        {"cases": chosen, "compiled": compiled(), "operator_checks": operator_checks()}, sys.stdout
+        {
+            "cases": chosen,
+            "compiled": compiled(),
+            "operator_checks": operator_checks(),
+            "noise": noise(),
+        },
+        sys.stdout,
     )

@@ -42,6 +42,12 @@ def test_operators_trace_into_one_graph(interpreted):
     assert interpreted["operator_checks"] == ["SUCCESS"]
 
 
+def test_the_noise_kernel_makes_the_numbers_of_any_other_device(interpreted):
+    """So near that rounded to float32 they are the same (float64 differs in its last bits)."""
+    assert len(interpreted["noise"]) == 3
+    assert max(interpreted["noise"].values()) < 1e-14
+
+
 @pytest.mark.parametrize(
     "plan", [(6, 3, 2, 8), (4, 0, 2, 8), (3, 3, 0, 8)], ids=["both", "routed", "shared"]
 )
