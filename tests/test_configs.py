@@ -98,6 +98,7 @@ def test_accelerate_reads_its_file(name):
     if name == "fsdp2":
         assert config.fsdp_config["fsdp_version"] == 2
         assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == DiTBlock.__name__
+        assert config.fsdp_config["fsdp_reshard_after_forward"] is False
 
 
 def test_the_cluster_script_requeues_a_job_that_asks_for_it(tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from moh_dit.checkpoints import list_checkpoints, load_pipeline
 from moh_dit.errors import UserError
-from moh_dit.training import setup
+from moh_dit.training import loop, setup, sharding
 from moh_dit.training.config import EvaluationConfig, ModelConfig, OptimizerConfig, TrainConfig
 from moh_dit.training.loop import Trainer
 from moh_dit.training.record import read_log
@@ -19,6 +19,8 @@ from moh_dit.training.record import read_log
 
 class ShardingAccelerator(Accelerator):
     """Accelerate shards on GPUs alone: told to by hand, it does so over gloo, by the same code."""
+
+    reshard_after_forward = True
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -28,11 +30,11 @@ class ShardingAccelerator(Accelerator):
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["DiTBlock"],
             cpu_ram_efficient_loading=False,
-            reshard_after_forward=True,
+            reshard_after_forward=self.reshard_after_forward,
         )
 
 
-def train(run_dir, num_steps=4, sharded=False):
+def make_trainer(run_dir, num_steps, sharded, **settings):
     config = TrainConfig(
         run_dir=str(run_dir),
         model=ModelConfig(
@@ -42,14 +44,66 @@ def train(run_dir, num_steps=4, sharded=False):
         optimizer=OptimizerConfig(learning_rate=1e-3, max_grad_norm=0.5),
         evaluation=EvaluationConfig(num_inference_steps=1),
         num_steps=num_steps, batch_size=8, gradient_accumulation_steps=2, checkpoint_every=2,
-        log_every=1, ema_decays=[0.9, 0.5], ema_power_stds=[0.1], resume=True,
+        log_every=1, ema_decays=[0.9, 0.5], ema_power_stds=[0.1], resume=True, **settings,
     )  # fmt: skip
     if sharded:
         setup.Accelerator = ShardingAccelerator
-        setup.check_fsdp(ShardingAccelerator(cpu=True))
+        setup.check_fsdp(ShardingAccelerator(cpu=True, mixed_precision=config.mixed_precision))
     trainer = Trainer(config)
     is_sharded = [hasattr(p, "to_local") for p in trainer.raw_model.parameters()]
     assert all(is_sharded) if sharded else not any(is_sharded)
+    return trainer
+
+
+def train(run_dir, num_steps=4, sharded=False):
+    make_trainer(run_dir, num_steps, sharded).train()
+
+
+def train_in_bf16(run_dir, sharded, gather_in=sharding.gather_in):
+    """Two steps from random weights, zero nowhere; keeps what the first one learns from."""
+    ShardingAccelerator.reshard_after_forward = False
+    loop.gather_in = gather_in
+    trainer = make_trainer(run_dir, 2, sharded, mixed_precision="bf16")
+    model, watch, first = trainer.raw_model, trainer.watch, {}
+    random, named = torch.Generator().manual_seed(0), list(model.named_parameters())
+    weights = {name: torch.randn(p.shape, generator=random) / 5 for name, p in named}
+    sharding.restore_state(named, trainer.optimizer, weights, {})
+
+    def look(*_):  # when all blocks have run
+        for name, parameter in model.named_parameters():
+            assert not sharding.is_sharded(parameter)
+            rounded = sharded and gather_in is sharding.gather_in and name.startswith("blocks.")
+            assert parameter.dtype == (torch.bfloat16 if rounded else torch.float32)
+
+    def keep(step, terms, before_update=watch.before_update):
+        if step == 1:
+            for name, parameter in zip(watch.names, watch.parameters, strict=True):
+                assert parameter.dtype == parameter.grad.dtype == torch.float32
+                first[name] = sharding.whole(parameter.grad).clone()
+            first["terms"] = terms.clone()
+        return before_update(step, terms)
+
+    model.final_layer.register_forward_pre_hook(look)
+    watch.before_update = keep
+    trainer.train()
+    torch.save(first, run_dir / "first.pt")
+
+
+def in_float32(module, dtype):
+    """Instead of ``gather_in``: weights are gathered as they are."""
+
+
+def train_past_infinity(run_dir, sharded):
+    """Hold back the update of the third of four steps, which the fourth finds out."""
+    trainer = make_trainer(run_dir, 4, sharded, on_nonfinite="skip")
+    loss, calls = trainer._loss, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        value, parts = loss(*arguments)
+        return value * (float("inf") if len(calls) == 5 else 1), parts
+
+    trainer._loss = poisoned
     trainer.train()
 
 
@@ -87,6 +141,28 @@ def test_sharded_weights_give_the_same_run_and_either_kind_can_go_on(tmp_path):
     key = "blocks.1.attn.qkv.weight"
     raw = found[Path("state/model.safetensors")][key]
     assert torch.equal(pipeline.transformer.state_dict()[key], raw)
+
+
+def test_blocks_gathered_in_bf16_compute_what_autocast_computes(tmp_path):
+    launch(train_in_bf16, tmp_path / "whole", False, num_processes=2)
+    launch(train_in_bf16, tmp_path / "float32", True, in_float32, num_processes=2)
+    launch(train_in_bf16, tmp_path / "bf16", True, num_processes=2)
+    assert_equal(files(tmp_path / "bf16"), files(tmp_path / "float32"))
+    whole, float32, bf16 = (
+        torch.load(tmp_path / name / "first.pt") for name in ("whole", "float32", "bf16")
+    )
+    for name, value in float32.items():
+        assert value.count_nonzero()
+        assert torch.equal(bf16[name], value), name
+        # DDP adds up in another order; were anything rounded to bf16, it would be off by 4e-3.
+        torch.testing.assert_close(whole[name], value, atol=1e-6 * float(value.abs().max()), rtol=0)
+    assert_equal(files(tmp_path / "bf16"), files(tmp_path / "whole"), atol=1e-5)
+
+
+def test_looking_for_what_is_not_finite_leaves_no_stale_weights(tmp_path):
+    launch(train_past_infinity, tmp_path / "whole", False, num_processes=2)
+    launch(train_past_infinity, tmp_path / "sharded", True, num_processes=2)
+    assert_equal(files(tmp_path / "sharded"), files(tmp_path / "whole"), atol=1e-5)
 
 
 def test_sharding_without_gpus_is_refused():

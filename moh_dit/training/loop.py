@@ -37,6 +37,7 @@ from .setup import (
     trainable,
     weight_decay_groups,
 )
+from .sharding import gather_in, release
 from .state import (
     TrainingState,
     check_resumable,
@@ -111,6 +112,9 @@ class Trainer:
         )
         self.model: nn.Module
         self.model, self.optimizer = accelerator.prepare(model, adamw)
+        if config.mixed_precision == "bf16":
+            # Autocast rounds every weight of a block where it is used, all in linear maps.
+            gather_in(model.blocks, torch.bfloat16)
         self.lr_factor = learning_rate_factor(config.optimizer, config.num_steps, adamw)
         self.watch = GradientWatch(
             trainable(model),  # anew: FSDP2 has replaced them
@@ -307,6 +311,7 @@ class Trainer:
             return
         # The update was held back: the weights are still those that the batch met.
         origin = first_not_finite(self.raw_model, lambda: [self._predict(*m) for m in self._seen])
+        release(self.raw_model)  # no backward pass follows
         verdict += f"; in the forward pass first in {origin or 'no module of this process'}"
         if self.config.on_nonfinite == "skip":
             self.accelerator.print(f"skipped {verdict}")

@@ -75,9 +75,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 def check_fsdp(accelerator: Accelerator) -> None:
     """Have FSDP2 compute what DDP computes; a ``UserError`` where there is no FSDP2.
 
-    Weights are gathered in float32 and gradients summed in it, and autocast decides about the rest
-    as it does elsewhere. accelerate would cast weights, inputs (the times of a flow among them) and
-    summed gradients to bf16.
+    Gradients are summed in float32, and autocast decides about the rest as it does elsewhere; what
+    it rounds anyway is gathered rounded (``gather_in``). accelerate would cast all weights, inputs
+    (the times of a flow among them) and summed gradients to bf16.
     """
     if not accelerator.is_fsdp2:
         raise UserError(

@@ -5,7 +5,8 @@ On one process and under DDP every tensor is whole already, and nothing here doe
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -54,6 +55,34 @@ def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is spread over processes."""
     return isinstance(tensor, DTensor)
+
+
+def gather_in(module: nn.Module, dtype: torch.dtype) -> None:
+    """Have what FSDP2 spreads within ``module`` gathered in ``dtype``; before the first pass.
+
+    The parts keep their own precision, and gradients are summed in float32.
+    """
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for each in _spread(module):
+        # accelerate has one policy for a whole model. torch reads its own in the first pass: of the
+        # group up to 2.14, of its parameters since.
+        if (group := each._get_fsdp_state()._fsdp_param_group) is not None:
+            group.mp_policy = policy
+            for parameter in group.fsdp_params:
+                parameter.mp_policy = policy
+
+
+def release(module: nn.Module) -> None:
+    """Let go of gathered weights that a forward pass has left for a backward pass.
+
+    Without one they would outlive the next update of the parts.
+    """
+    for each in _spread(module):
+        each.reshard()
+
+
+def _spread(module: nn.Module) -> list[FSDPModule]:
+    return [each for each in module.modules() if isinstance(each, FSDPModule)]
 
 
 def gather_state(
