@@ -44,7 +44,7 @@ def measure(batch, tokens, heads, shared, active, width):
         outputs = [t for t in moh_attention(leaf, *plan, backend) if t is not None]
         return torch.autograd.grad(outputs, leaf, [upstream, pull][: len(outputs)])
 
-    row = dict(d=width, N=tokens, B=batch, plan=f"{heads}: {shared}+{active}")
+    row = dict(d=width, N=tokens, B=batch, plan=f"{heads}:{shared}+{active}")
     with fastest_dense():
         row["dense"] = time_graph(dense_forward)
         row["then mask"] = time_graph(lambda: moh_forward("reference"))
@@ -57,15 +57,22 @@ def measure(batch, tokens, heads, shared, active, width):
     return row
 
 
+def plan(text):
+    """ "24:14+2" → (24, 14, 2)."""
+    heads, _, others = text.partition(":")
+    return (int(heads), *map(int, others.split("+")))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--plans", nargs="+", type=plan, default=PLANS, help="as 24:14+2")
     parser.add_argument("--json")
     args = parser.parse_args()
     print(environment())
     rows = []
     for width in (72, 64):
         for batch, tokens in SIZES:
-            new = [measure(batch, tokens, *plan, width) for plan in PLANS]
+            new = [measure(batch, tokens, *plan, width) for plan in args.plans]
             table(new, list(new[0]))
             rows += new
             write_json(args.json, rows)

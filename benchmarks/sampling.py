@@ -212,7 +212,7 @@ def tolerance(dtype, device, compile_mode):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=["throughput", "seeds", "tolerance"])
-    parser.add_argument("--cases", nargs="+", type=int, help="rows of CASES; all unless given")
+    parser.add_argument("--cases", nargs="+", type=int, help="rows of each part; all unless given")
     parser.add_argument("--device", default="cuda")
     parser.add_argument(
         "--compile_mode",
@@ -225,7 +225,7 @@ def main():
     on_cuda = device.type == "cuda"
     mode = arguments.compile_mode if on_cuda else None
     rows = dict(
-        throughput=[CASES[i] for i in arguments.cases] if arguments.cases else CASES,
+        throughput=CASES,
         seeds=[
             ("MoH-DiT-XL/2-75", 256, 128),
             ("MoH-DiT-S/2-75", 256, 128),
@@ -239,7 +239,9 @@ def main():
     results = []
     for part in arguments.parts:
         done = []
-        for case in rows[part]:
+        for number, case in enumerate(rows[part]):
+            if arguments.cases and number not in arguments.cases:
+                continue
             torch._dynamo.reset()
             gc.collect()
             done.append(measure[part](case, device, mode))

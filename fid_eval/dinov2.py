@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from .errors import EvaluationError
+from .inception import resize_like_tensorflow
 
 REPOSITORY = "facebookresearch/dinov2"
 MEAN = (0.485, 0.456, 0.406)
@@ -19,6 +19,9 @@ class DINOv2(nn.Module):
     torch-fidelity's own extractor takes no local weights. Here ``state`` may be given, and a copy
     of the repository in torch.hub's folder is used before the network is tried.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, architecture: str, state: dict[str, Tensor] | None) -> None:
         super().__init__()
@@ -43,7 +46,4 @@ class DINOv2(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) → (B, d)."""
-        x = interpolate_bilinear_2d_like_tensorflow1x(
-            images.float(), (224, 224), align_corners=False
-        )
-        return self.model((x - self.mean) / self.std)
+        return self.model((resize_like_tensorflow(images, 224) - self.mean) / self.std)

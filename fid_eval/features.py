@@ -103,6 +103,15 @@ def extract(
     return _join(parts, keep, moments, images.name, time.monotonic() - started)
 
 
+def read_ahead(images: ImageSet, runtime: Runtime) -> None:
+    """Have processes decode a set already, while the network is built or another set measured."""
+    reader, (rank, size) = images.images, world()
+    if reader is not None and reader.decodes and runtime.cache is None:
+        reader.read_ahead(
+            runtime.batch_size, lambda chunk: chunk % size == rank, runtime.workers, runtime.device
+        )
+
+
 @dataclass
 class _Part:
     """One process's chunks."""

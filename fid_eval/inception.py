@@ -1,11 +1,32 @@
 """The 2015 Inception-v3 of ADM's evaluator, with the three outputs that its metrics read."""
 
+import importlib
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExtractorInceptionV3
 
 from .weight_files import repacked
+
+
+def torch_fidelity_module(name: str) -> ModuleType:
+    """``torch_fidelity.NAME`` alone: with the package comes torchvision, which takes seconds."""
+    spec = find_spec("torch_fidelity")
+    if "torch_fidelity" in sys.modules or spec is None:
+        return importlib.import_module(f"torch_fidelity.{name}")
+    package = ModuleType("torch_fidelity")
+    package.__path__ = list(spec.submodule_search_locations or ())
+    sys.modules["torch_fidelity"] = package
+    try:
+        return importlib.import_module(f"torch_fidelity.{name}")
+    finally:
+        del sys.modules["torch_fidelity"]  # whoever wants all of it imports it
+
+
+original = torch_fidelity_module("feature_extractor_inceptionv3")
 
 SPATIAL_CHANNELS = 7  # of the 192 of mixed_6/conv: Nash et al. 2021
 
@@ -35,9 +56,9 @@ class FusedConv(nn.Module):
     Three passes over every activation are half of the network's time there otherwise.
     """
 
-    def __init__(self, original: BasicConv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
         super().__init__()
-        self.conv, self.bn = original.conv, original.bn
+        self.conv, self.bn = conv, bn
         self.folded: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,6 +71,7 @@ class FusedConv(nn.Module):
             kind = torch.get_autocast_dtype("cuda")
             x, weight, bias = x.to(kind), weight.to(kind), bias.to(kind)
         conv = self.conv
+        assert not isinstance(conv.padding, str)
         return torch.cudnn_convolution_relu(
             x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups
         )
@@ -75,7 +97,7 @@ class Inception(nn.Module):
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
-        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], repacked(state))
+        net = original.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], repacked(state))
         self.size = net.INPUT_IMAGE_SIZE
         self.stem = nn.Sequential(
             net.Conv2d_1a_3x3, net.Conv2d_2a_3x3, net.Conv2d_2b_3x3, net.MaxPool_1,
@@ -90,8 +112,8 @@ class Inception(nn.Module):
         self.fc = net.fc
         for module in list(self.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, BasicConv2d):
-                    setattr(module, name, FusedConv(child))
+                if isinstance(child, original.BasicConv2d):
+                    setattr(module, name, FusedConv(child.conv, child.bn))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 (B, 3, H, W) → pool (B, 2048), spatial (B, 2023)."""

@@ -45,8 +45,7 @@ def load_spans(
     """uint8 (n, H, W, 3) of each span in order, read ahead within READ_AHEAD bytes.
 
     ``reader``: an ``ImageReader``, of which ``read`` is called, or ``read_into`` by processes where
-    it is ``decoding``. On ``device`` where that is a GPU and processes decode; else on the CPU,
-    pinned for a GPU.
+    it is ``decoding``. On the CPU, pinned where ``device`` is a GPU.
     """
     height, width = reader.size or (256, 256)
     slots = max(2, READ_AHEAD // (batch_size * height * width * 3))
@@ -129,31 +128,19 @@ def _decoded(
     """None, then the batches of ``spans`` by forked processes through ``window`` shared slots.
 
     Decoding threads would release the interpreter lock, but wait for it a dozen times an image
-    behind the thread that feeds the network: 16 of them decode as fast as three processes. The
-    slots are pinned once, and the GPU copies from them while the network computes.
+    behind the thread that feeds the network: 16 of them decode as fast as three processes.
     """
     height, width = reader.size
     batch_bytes = batch_size * height * width * 3
     memory = mmap.mmap(-1, window * batch_bytes)  # anonymous: no file, no limit of /dev/shm
     whole = np.frombuffer(memory, np.uint8)
-    on_gpu, pinned = device.type == "cuda", False
-    if on_gpu:
-        torch.cuda.init()
-        runtime = torch.cuda.cudart()
-        status = runtime.cudaHostRegister(whole.ctypes.data, whole.nbytes, 0)
-        pinned = status == runtime.cudaError.success  # where a limit forbids it: batch by batch
     pool = _forked(workers, reader, memory)
-    copying: deque[tuple[int, Any]] = deque()  # slots that the GPU still reads
     free, waiting = list(range(window)), deque(spans)
     due: deque[tuple[int, Span, Future]] = deque()
     started = False
     try:
         while waiting or due:
-            while waiting and (free or copying):
-                if not free:
-                    slot, copied = copying.popleft()
-                    copied.synchronize()
-                    free.append(slot)
+            while waiting and free:
                 slot, span = free.pop(), waiting.popleft()
                 due.append((slot, span, pool.submit(_decode, span, slot * batch_bytes)))
             if not started:
@@ -167,13 +154,10 @@ def _decoded(
                 reader.digests.update(zip(range(*span), digests, strict=True))
             shape = (span[1] - span[0], height, width, 3)
             start = slot * batch_bytes
-            images = torch.from_numpy(whole[start : start + math.prod(shape)].reshape(shape))
-            if pinned:
-                images = images.to(device, non_blocking=True)
-                copying.append((slot, torch.cuda.current_stream(device).record_event()))
-            else:
-                images = images.pin_memory() if on_gpu else images.clone()
-                free.append(slot)
+            images = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            # By numpy, on this thread: torch would wait for threads that wait for a core.
+            np.copyto(images.numpy(), whole[start : start + math.prod(shape)].reshape(shape))
+            free.append(slot)
             yield images
     except BrokenProcessPool:
         raise EvaluationError(
@@ -182,6 +166,3 @@ def _decoded(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-        if pinned:
-            torch.cuda.synchronize(device)
-            torch.cuda.cudart().cudaHostUnregister(whole.ctypes.data)

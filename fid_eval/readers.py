@@ -37,6 +37,7 @@ class ImageReader:
     decodes = False  # reading is work for the processor
     is_share = False  # each process holds another part
     digests: dict[int, str] | None = None  # where decoding also hashes: sha256 of images so far
+    ahead: tuple[list, Iterator[Tensor]] = ([], iter(()))  # spans that are being loaded already
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """uint8 (stop − start, H, W, 3)."""
@@ -63,12 +64,25 @@ class ImageReader:
     ) -> Iterator[Batch]:
         """Batches of the chunks that ``owned(chunk)`` claims, in order, read ahead from now on.
 
-        ``device`` is where they are going; they may be there already.
+        On the CPU; ``device`` is where they are going.
         """
+        self.read_ahead(batch_size, owned, workers, device)
+        (spans, loaded), self.ahead = self.ahead, ([], iter(()))
+
+        def batch(span: tuple[int, int], images: Tensor) -> Batch:
+            labels = None if self.labels is None else torch.from_numpy(self.labels[slice(*span)])
+            return span[0], images.permute(0, 3, 1, 2), labels
+
+        return map(batch, spans, loaded)
+
+    def read_ahead(
+        self, batch_size: int, owned: Callable[[int], bool], workers: int, device: torch.device
+    ) -> None:
+        """Begin with the ``batches`` of these arguments, unless that is done."""
         assert self.count is not None
         spans = list(batch_spans(self.count, batch_size, owned))
-        if not spans:
-            return iter(())
+        if spans == self.ahead[0]:
+            return
         loaded = load_spans(
             self,
             spans,
@@ -77,12 +91,7 @@ class ImageReader:
             self.decodes and self.count >= PROCESSES_FROM,
             device,
         )
-
-        def batch(span: tuple[int, int], images: Tensor) -> Batch:
-            labels = None if self.labels is None else torch.from_numpy(self.labels[slice(*span)])
-            return span[0], images.permute(0, 3, 1, 2), labels
-
-        return map(batch, spans, loaded)
+        self.ahead = spans, loaded
 
 
 class ArrayReader(ImageReader):

@@ -1,6 +1,8 @@
 """End to end through Inception with seeded random weights, against torch-fidelity's own network."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -158,3 +160,14 @@ def test_every_convolution_takes_its_normalisation_in(network):
         ).relu()
         separate = layer.double()(x.double())
         assert (folded - separate).norm() <= 1e-7 * separate.norm()
+
+
+def test_the_network_comes_without_the_rest_of_torch_fidelity():
+    program = (
+        "import sys, fid_eval.inception as ours\n"
+        "assert not {'torchvision', 'torch_fidelity'} & set(sys.modules)\n"
+        "import torch_fidelity as whole\n"
+        "assert whole.FeatureExtractorInceptionV3 is ours.original.FeatureExtractorInceptionV3\n"
+        "assert 'torchvision' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -466,3 +466,23 @@ def test_pictures_of_pillow_and_streamed_datasets_are_iterables(images, labels):
 def test_batches_that_are_none_are_refused_in_words(batches, reason):
     with pytest.raises(EvaluationError, match=reason):
         batches_of(batches)
+
+
+def test_what_is_read_ahead_is_what_batches_go_on_with(images, labels, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PROCESSES_FROM", 1)
+    reader = open_set(sources(tmp_path, images, labels)["folder"]).images
+    reader.read_ahead(4, everything, 2, torch.device("cpu"))
+    begun = reader.ahead[1]
+    reader.read_ahead(4, everything, 2, torch.device("cpu"))
+    assert reader.ahead[1] is begun
+    for _ in range(2):  # the second time from the start again
+        batches = [batch for _, batch, _ in reader.batches(4, everything, workers=2)]
+        assert torch.equal(torch.cat(batches).permute(0, 2, 3, 1), torch.from_numpy(images))
+        with pytest.raises(StopIteration):
+            next(begun)
+    reader.read_ahead(4, everything, 2, torch.device("cpu"))
+    assert [len(batch) for _, batch, _ in reader.batches(8, everything, workers=2)] == [8, 3]
+
+
+def everything(chunk):
+    return True
