@@ -3,6 +3,7 @@
 import math
 import mmap
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -17,8 +18,9 @@ from .errors import EvaluationError
 
 PROCESSES_FROM = 500  # encoded images from which decoding is worth processes
 CHUNK = 1024  # images of one cache file, one part of the sums, one process's turn
+NICE = 10  # of processes that load
 CPU = torch.device("cpu")
-READ_AHEAD = 2 << 30  # bytes of decoded images held in advance, at most
+READ_AHEAD = 4 << 30  # bytes of decoded images of a set held in advance, at most
 CAN_FORK = "fork" in multiprocessing.get_all_start_methods()
 Span = tuple[int, int]  # first image of a batch, and the one after its last
 
@@ -50,7 +52,8 @@ def load_spans(
     height, width = reader.size or (256, 256)
     slots = max(2, READ_AHEAD // (batch_size * height * width * 3))
     if decoding and CAN_FORK:
-        window = min(slots, 4 * workers)  # the network is built while they fill up
+        # They fill up while the network is built, or the set before goes through it.
+        window = min(slots, 10 * workers)
         batches = _decoded(reader, spans, batch_size, min(workers, window), window, device)
         next(batches)  # has the processes at work
         return batches  # type: ignore[return-value]
@@ -85,6 +88,7 @@ def _share(*values: Any) -> None:
     global _shared
     _shared = values
     torch.set_num_threads(1)
+    os.nice(NICE)  # whoever feeds the network goes first
 
 
 def _forked(workers: int, *shared: Any) -> ProcessPoolExecutor:
