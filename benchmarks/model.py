@@ -10,7 +10,7 @@ import argparse
 import gc
 
 import torch
-from common import environment, fastest_dense, table, time_steps, write_json
+from common import early_launch, environment, fastest_dense, table, time_steps, write_json
 from peers import COMPILE, build, compiled, initialise
 
 MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 then mask",
@@ -37,8 +37,10 @@ def main():
     parser.add_argument("--sizes", nargs="+", type=int, default=list(BATCH))
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--compile", choices=COMPILE, default="blocks", help="what is one graph")
+    parser.add_argument("--early", action="store_true", help="with programmatic dependent launch")
     parser.add_argument("--json")
     args = parser.parse_args()
+    early_launch(args.early)
     print(environment())
     rows = []
     for pixels in args.sizes:

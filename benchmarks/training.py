@@ -11,7 +11,7 @@ import gc
 
 import torch
 import torch.nn.functional as F
-from common import environment, fastest_dense, table, time_steps, write_json
+from common import early_launch, environment, fastest_dense, table, time_steps, write_json
 from peers import COMPILE, build, compiled, initialise
 
 MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 then mask",
@@ -58,8 +58,10 @@ def main():
     parser.add_argument("--batch", type=int, help="instead of the default for each size")
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--compile", choices=COMPILE, default="blocks", help="what is one graph")
+    parser.add_argument("--early", action="store_true", help="with programmatic dependent launch")
     parser.add_argument("--json")
     args = parser.parse_args()
+    early_launch(args.early)
     print(environment())
     rows = []
     for pixels in args.sizes:
