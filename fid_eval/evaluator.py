@@ -17,8 +17,8 @@ from .extractors import Extractor, NetworkPrecision, get_extractor, wrap_extract
 from .features import Features, Runtime, extract, read_ahead
 from .images import Preprocess
 from .neighbours import Precision
-from .readers import ImageSet, open_set
 from .references import check_reference, open_reference
+from .sets import ImageSet, open_set
 
 ReferenceKind = Literal["auto", "statistics", "images"]
 

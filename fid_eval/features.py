@@ -24,7 +24,7 @@ from .loading import CHUNK
 from .metrics import covariance_factor, feature_factor, mean_and_covariance
 from .moments import Moments
 from .progress import progress
-from .readers import ImageSet
+from .sets import ImageSet
 
 LAYERS = ("pool", "spatial")
 

@@ -19,7 +19,8 @@ from PIL import Image
 from .errors import EvaluationError
 from .images import EXTENSIONS, BadImage, Preprocess, check_file, check_header, decode, to_rgb
 from .loading import map_in_processes
-from .readers import ArrayReader, ImageReader, ImageSet, check_labels
+from .readers import ArrayReader, ImageReader, check_labels
+from .sets import ImageSet
 from .stored import open_npz, open_safetensors
 
 INSPECTED = 256  # image headers read by one task

@@ -10,7 +10,8 @@ from PIL import Image
 from .errors import EvaluationError
 from .files import EncodedReader, check_bytes
 from .images import Preprocess, check_mode
-from .readers import ImageSet, IterableReader
+from .readers import IterableReader
+from .sets import ImageSet
 
 OPTIONS = ("split", "config", "image", "label", "streaming")
 

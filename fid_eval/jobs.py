@@ -11,8 +11,8 @@ import yaml
 from .distributed import on_first, together, world
 from .errors import EvaluationError
 from .evaluator import Evaluator
-from .readers import ImageSet
 from .report import Document, versions, write_json
+from .sets import ImageSet
 from .text import nearest_name
 
 SET_KEYS = ("path", "name", "metrics", "x")

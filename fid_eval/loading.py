@@ -97,13 +97,23 @@ def _forked(workers: int, *shared: Any) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, context, initializer=_share, initargs=shared)
 
 
+def _killed(workers: int) -> EvaluationError:
+    return EvaluationError(
+        f"one of {workers} loading processes was killed, for want of memory perhaps: try fewer "
+        "--workers"
+    )
+
+
 def map_in_processes(function: Callable, items: Sequence, workers: int) -> Iterator:
     """``map(function, items)`` by forked processes, where there is enough to do."""
     if len(items) < 2 * workers or not CAN_FORK:
         yield from prefetch(function, items, workers, 2 * workers)
         return
-    with _forked(workers, function) as pool:
-        yield from pool.map(_call, items)
+    try:
+        with _forked(workers, function) as pool:
+            yield from pool.map(_call, items)
+    except BrokenProcessPool:
+        raise _killed(workers) from None
 
 
 def _call(item: Any) -> Any:
@@ -164,9 +174,6 @@ def _decoded(
             free.append(slot)
             yield images
     except BrokenProcessPool:
-        raise EvaluationError(
-            f"one of {workers} decoding processes was killed, for want of memory perhaps: try "
-            "fewer --workers"
-        ) from None
+        raise _killed(workers) from None
     finally:
         pool.shutdown(cancel_futures=True)

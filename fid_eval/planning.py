@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from .catalogue import METRICS
 from .errors import EvaluationError
 from .extractors import Extractor
-from .readers import ImageSet
+from .sets import ImageSet
 from .text import nearest_name
 
 PUBLISHED_SAMPLES, PUBLISHED_REFERENCE = 50_000, 10_000  # ADM's convention

@@ -1,15 +1,8 @@
-"""Any set of images as one thing: ``open_set`` turns what a user names into an ``ImageSet``.
-
-An ImageSet may hold images (read in pieces by a reader), stored statistics, stored features, or
-several of them: an ADM reference file has both images and statistics.
-"""
+"""Images in a fixed order, read in batches: arrays, iterables, and what decoders build on."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from pathlib import Path
-from threading import Thread
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,11 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import EvaluationError
-from .hashing import path_hash
-from .images import AS_IS, BadImage, Preprocess, to_rgb
+from .images import BadImage, Preprocess, to_rgb
 from .loading import CHUNK, CPU, PROCESSES_FROM, batch_spans, load_spans
 
-STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 Batch = tuple[int, Tensor, Tensor | None]  # first index, uint8 (n, 3, H, W), labels (n,)
 
 
@@ -297,83 +288,3 @@ def check_labels(labels: Any, count: int, name: str) -> np.ndarray | None:
     if labels.shape not in ((count,), (count, 1)):
         raise EvaluationError(f"{name}: {count} images, but labels of shape {labels.shape}")
     return labels.reshape(count).astype(np.int64)
-
-
-@dataclass
-class ImageSet:
-    """A reference or a sample set as opened: what is there, before anything is computed."""
-
-    name: str
-    kind: str
-    images: ImageReader | None = None
-    statistics: dict[str, np.ndarray] = field(default_factory=dict)  # mu, sigma, mu_s, sigma_s
-    features: dict[str, Tensor] = field(default_factory=dict)  # pool, spatial, labels …
-    metadata: dict[str, Any] = field(default_factory=dict)  # of a fid-eval reference
-    path: Path | None = None
-    _hash: "Future[str | None] | None" = field(default=None, repr=False)
-
-    def hash_ahead(self) -> None:
-        """Start hashing in the background what is not hashed as it is decoded.
-
-        A file is hashed without the interpreter lock. The thousands of files of a folder would ask
-        for it all the time, and the thread that launches kernels asks as often.
-        """
-        if self._hash is None and (self.images is None or self.images.digests is None):
-            self._hash = Future()
-            Thread(target=self._compute_hash, args=(self._hash,), daemon=True).start()
-
-    def content_hash(self) -> str | None:
-        """sha256 over the content, computed once; None for an iterable."""
-        if self._hash is None:
-            self._hash = Future()
-            self._compute_hash(self._hash)
-        return self._hash.result()
-
-    def adopt_hash(self, value: str | None) -> None:
-        """Take the hash that another process computed."""
-        self._hash = Future()
-        self._hash.set_result(value)
-
-    def _compute_hash(self, future: "Future[str | None]") -> None:
-        try:
-            value = self.images.content_hash() if self.images is not None else None
-            if value is None and self.path is not None:
-                known = self.images.file_digests() if self.images is not None else {}
-                value = path_hash(self.path, known)
-            future.set_result(value)
-        except Exception as error:
-            future.set_exception(error)
-
-
-def open_set(source: Any, preprocess: Preprocess = AS_IS, name: str | None = None) -> ImageSet:
-    """Open a path, array, tensor, Hugging Face dataset or iterable of batches as an ImageSet.
-
-    Everything that can be known without decoding every image is checked here: raises
-    EvaluationError for a missing, empty, truncated or mixed set.
-    """
-    if isinstance(source, ImageSet):
-        return source
-    if isinstance(source, str | Path):
-        from .files import open_path
-
-        return open_path(str(source), preprocess, name)
-    name = name or "samples"
-    if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "shape"):
-        images, labels = source
-        return ImageSet(name, "array", ArrayReader(images, name, preprocess, labels))
-    if isinstance(source, np.ndarray | Tensor):
-        return ImageSet(name, "array", ArrayReader(source, name, preprocess))
-    if hasattr(source, "features") and hasattr(source, "column_names"):
-        from .hub import open_dataset
-
-        return open_dataset(source, preprocess, name)
-    if isinstance(source, dict):
-        raise EvaluationError(f"{name}: a dictionary of {', '.join(map(str, source))}; choose one")
-    share = isinstance(source, Share)
-    batches = source.batches if isinstance(source, Share) else source
-    if isinstance(batches, Iterable):
-        return ImageSet(name, "iterable", IterableReader(batches, name, preprocess, share))
-    raise EvaluationError(
-        f"{name}: a {type(source).__name__} is no set of images: give a path, an array "
-        "(N, H, W, 3) of uint8, or an iterable of such batches"
-    )

@@ -15,7 +15,7 @@ from .extractors import Extractor
 from .features import Runtime, extract
 from .images import AS_IS, Preprocess
 from .loading import CHUNK
-from .readers import ImageSet, open_set
+from .sets import ImageSet, open_set
 from .text import nearest_name
 
 NAME_SUFFIX = ".npz"

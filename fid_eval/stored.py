@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from .errors import EvaluationError
 from .images import Preprocess
 from .npz import NpzFile
-from .readers import STATISTICS, ArrayReader, ImageSet
+from .readers import ArrayReader
+from .sets import STATISTICS, ImageSet
 
 FEATURES = ("pool", "spatial", "labels", "logits")
 

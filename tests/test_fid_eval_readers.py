@@ -20,7 +20,8 @@ from fid_eval.hashing import path_hash
 from fid_eval.images import AS_IS, Preprocess, decode
 from fid_eval.loading import CHUNK, batch_spans, load_spans
 from fid_eval.npz import NpzFile
-from fid_eval.readers import ImageReader, open_set
+from fid_eval.readers import ImageReader
+from fid_eval.sets import open_set
 
 COUNT, SIDE = 11, 12
 
