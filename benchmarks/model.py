@@ -11,6 +11,7 @@ import gc
 
 import torch
 from common import early_launch, environment, fastest_dense, table, time_steps, write_json
+from float8 import float8_linears
 from peers import COMPILE, build, compiled, initialise
 
 MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 then mask",
@@ -18,14 +19,14 @@ MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 the
 BATCH = {256: 64, 512: 32, 1024: 8}
 
 
-def measure(name, pixels, batch, seconds, how):
+def measure(name, pixels, batch, seconds, how, float8):
     torch.manual_seed(0)
     torch._dynamo.reset()
     with torch.device("cuda"):
         model = compiled(initialise(build(name, pixels // 8)).to(torch.bfloat16).eval(), how)
         x = torch.randn(batch, 4, pixels // 8, pixels // 8, dtype=torch.bfloat16)
         t, y = torch.randint(1000, (batch,)), torch.randint(1000, (batch,))
-    with fastest_dense(), torch.no_grad():
+    with fastest_dense(), float8_linears(float8), torch.no_grad():
         milliseconds = time_steps(lambda: model(x, timestep=t, class_labels=y), seconds)
     return dict(model=name, pixels=pixels, batch=batch, ms=milliseconds,
                 images_per_s=1000 * batch / milliseconds)  # fmt: skip
@@ -38,6 +39,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--compile", choices=COMPILE, default="blocks", help="what is one graph")
     parser.add_argument("--early", action="store_true", help="with programmatic dependent launch")
+    parser.add_argument("--float8", action="store_true", help="linear layers in FP8")
     parser.add_argument("--json")
     args = parser.parse_args()
     early_launch(args.early)
@@ -45,7 +47,7 @@ def main():
     rows = []
     for pixels in args.sizes:
         for name in args.models:
-            row = measure(name, pixels, BATCH[pixels], args.seconds, args.compile)
+            row = measure(name, pixels, BATCH[pixels], args.seconds, args.compile, args.float8)
             dense = next((r for r in rows if r["pixels"] == pixels), row)
             row[f"over {args.models[0]}"] = row["images_per_s"] / dense["images_per_s"]
             rows.append(row)

@@ -12,6 +12,7 @@ import gc
 import torch
 import torch.nn.functional as F
 from common import early_launch, environment, fastest_dense, table, time_steps, write_json
+from float8 import float8_linears
 from peers import COMPILE, build, compiled, initialise
 
 MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 then mask",
@@ -19,7 +20,7 @@ MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 the
 BATCH = {256: 160, 512: 40}
 
 
-def measure(name, pixels, batch, seconds, how):
+def measure(name, pixels, batch, seconds, how, float8, loss_after):
     torch.manual_seed(0)
     torch._dynamo.reset()
     with torch.device("cuda"):
@@ -42,12 +43,15 @@ def measure(name, pixels, batch, seconds, how):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch._foreach_lerp_(average, weights, 1e-4)
+        return loss
 
     torch.cuda.reset_peak_memory_stats()
-    with fastest_dense():
+    with fastest_dense(), float8_linears(float8):
+        losses = [step().detach() for _ in range(loss_after)]
         milliseconds = time_steps(step, seconds)
     return dict(model=name, pixels=pixels, batch=batch, ms=milliseconds,
                 images_per_s=1000 * batch / milliseconds,
+                loss=losses[-1].item() if losses else float("nan"),
                 peak_GiB=torch.cuda.max_memory_allocated() / 2**30)  # fmt: skip
 
 
@@ -59,6 +63,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--compile", choices=COMPILE, default="blocks", help="what is one graph")
     parser.add_argument("--early", action="store_true", help="with programmatic dependent launch")
+    parser.add_argument("--float8", action="store_true", help="linear layers in FP8")
+    parser.add_argument("--loss_after", type=int, default=0, help="show the loss after N steps")
     parser.add_argument("--json")
     args = parser.parse_args()
     early_launch(args.early)
@@ -66,7 +72,15 @@ def main():
     rows = []
     for pixels in args.sizes:
         for name in args.models:
-            row = measure(name, pixels, args.batch or BATCH[pixels], args.seconds, args.compile)
+            row = measure(
+                name,
+                pixels,
+                args.batch or BATCH[pixels],
+                args.seconds,
+                args.compile,
+                args.float8,
+                args.loss_after,
+            )
             dense = next((r for r in rows if r["pixels"] == pixels), row)
             row[f"over {args.models[0]}"] = row["images_per_s"] / dense["images_per_s"]
             row["memory over"] = row["peak_GiB"] / dense["peak_GiB"]
