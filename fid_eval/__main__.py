@@ -89,7 +89,9 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch-size", type=positive, help="images at a time (default: 64, 128 on a GPU)"
     )
-    group.add_argument("--workers", type=positive, help="decoding threads (default: all cores)")
+    group.add_argument(
+        "--workers", type=positive, help="that load (default: one a core, 16 at most)"
+    )
     group.add_argument(
         "--cache", metavar="DIR", help="keep features there, by content hash (default: nowhere)"
     )

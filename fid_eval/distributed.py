@@ -30,6 +30,11 @@ def world() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def local_processes() -> int:
+    """How many processes of the run share this machine's cores and memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def leave() -> None:
     """Leave the group again, if ``world`` joined it."""
     global _group, _joined

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .distributed import gather, on_first, together, world
+from .distributed import gather, local_processes, on_first, together, world
 from .errors import EvaluationError
 from .extractors import Extractor, NetworkPrecision, network_precision
 from .loading import CHUNK
@@ -35,14 +35,14 @@ class Runtime:
 
     device: torch.device
     batch_size: int = 0  # 0: 64, 128 on a GPU
-    workers: int = 0  # decoding threads; 0: a thread a core, 16 at most
+    workers: int = 0  # that load; 0: one for each core that is this process's share, 16 at most
     precision: NetworkPrecision = "float32"
     compile: bool = False
     cache: Path | None = None
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        self.workers = self.workers or min(16, os.cpu_count() or 1)
+        self.workers = self.workers or min(16, max(1, (os.cpu_count() or 1) // local_processes()))
         self.batch_size = self.batch_size or (128 if self.device.type == "cuda" else 64)
 
 

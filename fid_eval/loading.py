@@ -11,9 +11,11 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
+from .distributed import local_processes
 from .errors import EvaluationError
 
 PROCESSES_FROM = 500  # encoded images from which decoding is worth processes
@@ -50,7 +52,9 @@ def load_spans(
     it is ``decoding``. On the CPU, pinned where ``device`` is a GPU.
     """
     height, width = reader.size or (256, 256)
-    slots = max(2, READ_AHEAD // (batch_size * height * width * 3))
+    # Another set may be read ahead at the same time, and by as many processes as share the machine.
+    spare = psutil.virtual_memory().available // (4 * local_processes())
+    slots = max(2, min(READ_AHEAD, spare) // (batch_size * height * width * 3))
     if decoding and CAN_FORK:
         # They fill up while the network is built, or the set before goes through it.
         window = min(slots, 10 * workers)
