@@ -1,5 +1,6 @@
 """What the benchmark scripts share: inputs, timing, peers' settings, tables, JSON."""
 
+import collections
 import contextlib
 import datetime
 import itertools
@@ -117,6 +118,43 @@ def time_steps(call, seconds=2.0, warmup=3, minimum=5):
         event.record()
     torch.cuda.synchronize()
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+
+
+KINDS = {  # part of a kernel's name: what it is counted as; the first that fits
+    "attend": "attention", "sdpa": "attention", "flash": "attention", "_gradient": "attention",
+    "route": "routing", "list_tokens": "routing",
+    "gemm": "matrix products", "nvjet": "matrix products", "cutlass": "matrix products",
+    "xmma": "matrix products", "Memcpy": "copies", "Memset": "copies",
+    "adam": "optimizer, averages", "Adam": "optimizer, averages", "lerp": "optimizer, averages",
+    "triton_red": "fused, with sums along rows or columns", "triton_per": "fused, with sums along "
+    "rows or columns", "triton_poi": "fused, elementwise",
+}  # fmt: skip
+
+
+def kernel_times(call, steps=3, shown=15):
+    """Print where the GPU's time of ``call`` goes: by kind of kernel, and the longest kernels."""
+    call()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(steps):
+            call()
+        torch.cuda.synchronize()
+    events = [event for event in profile.key_averages() if event.self_device_time_total]
+    kinds = collections.Counter()
+    for event in events:
+        kind = next((kind for part, kind in KINDS.items() if part in event.key), "other")
+        kinds[kind] += event.self_device_time_total / 1000 / steps
+    total = sum(kinds.values())
+    rows = [dict(kind=kind, ms=ms, share=ms / total) for kind, ms in kinds.most_common()]
+    table([*rows, dict(kind="all", ms=total, share=1.0)], ["kind", "ms", "share"])
+    longest = sorted(events, key=lambda event: -event.self_device_time_total)[:shown]
+    rows = [
+        dict(kernel=event.key[:90], calls=event.count // steps,
+             ms=event.self_device_time_total / 1000 / steps)
+        for event in longest
+    ]  # fmt: skip
+    table(rows, list(rows[0]))
 
 
 def table(rows, columns):

@@ -10,7 +10,15 @@ import argparse
 import gc
 
 import torch
-from common import early_launch, environment, fastest_dense, table, time_steps, write_json
+from common import (
+    early_launch,
+    environment,
+    fastest_dense,
+    kernel_times,
+    table,
+    time_steps,
+    write_json,
+)
 from float8 import float8_linears
 from peers import COMPILE, build, compiled, initialise
 
@@ -19,15 +27,19 @@ MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 the
 BATCH = {256: 64, 512: 32, 1024: 8}
 
 
-def measure(name, pixels, batch, seconds, how, float8):
+def measure(name, pixels, batch, args):
     torch.manual_seed(0)
     torch._dynamo.reset()
     with torch.device("cuda"):
-        model = compiled(initialise(build(name, pixels // 8)).to(torch.bfloat16).eval(), how)
+        model = compiled(
+            initialise(build(name, pixels // 8)).to(torch.bfloat16).eval(), args.compile
+        )
         x = torch.randn(batch, 4, pixels // 8, pixels // 8, dtype=torch.bfloat16)
         t, y = torch.randint(1000, (batch,)), torch.randint(1000, (batch,))
-    with fastest_dense(), float8_linears(float8), torch.no_grad():
-        milliseconds = time_steps(lambda: model(x, timestep=t, class_labels=y), seconds)
+    with fastest_dense(), float8_linears(args.float8), torch.no_grad():
+        milliseconds = time_steps(lambda: model(x, timestep=t, class_labels=y), args.seconds)
+        if args.profile:
+            kernel_times(lambda: model(x, timestep=t, class_labels=y))
     return dict(model=name, pixels=pixels, batch=batch, ms=milliseconds,
                 images_per_s=1000 * batch / milliseconds)  # fmt: skip
 
@@ -40,6 +52,7 @@ def main():
     parser.add_argument("--compile", choices=COMPILE, default="blocks", help="what is one graph")
     parser.add_argument("--early", action="store_true", help="with programmatic dependent launch")
     parser.add_argument("--float8", action="store_true", help="linear layers in FP8")
+    parser.add_argument("--profile", action="store_true", help="show where the time goes")
     parser.add_argument("--json")
     args = parser.parse_args()
     early_launch(args.early)
@@ -47,7 +60,7 @@ def main():
     rows = []
     for pixels in args.sizes:
         for name in args.models:
-            row = measure(name, pixels, BATCH[pixels], args.seconds, args.compile, args.float8)
+            row = measure(name, pixels, BATCH[pixels], args)
             dense = next((r for r in rows if r["pixels"] == pixels), row)
             row[f"over {args.models[0]}"] = row["images_per_s"] / dense["images_per_s"]
             rows.append(row)

@@ -11,7 +11,15 @@ import gc
 
 import torch
 import torch.nn.functional as F
-from common import early_launch, environment, fastest_dense, table, time_steps, write_json
+from common import (
+    early_launch,
+    environment,
+    fastest_dense,
+    kernel_times,
+    table,
+    time_steps,
+    write_json,
+)
 from float8 import float8_linears
 from peers import COMPILE, build, compiled, initialise
 
@@ -20,11 +28,11 @@ MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 the
 BATCH = {256: 160, 512: 40}
 
 
-def measure(name, pixels, batch, seconds, how, float8, loss_after):
+def measure(name, pixels, batch, args):
     torch.manual_seed(0)
     torch._dynamo.reset()
     with torch.device("cuda"):
-        model = compiled(initialise(build(name, pixels // 8)).train(), how)
+        model = compiled(initialise(build(name, pixels // 8)).train(), args.compile)
         x = torch.randn(batch, 4, pixels // 8, pixels // 8)
         t, y = torch.randint(1000, (batch,)), torch.randint(1000, (batch,))
         noise = torch.randn(batch, 4, pixels // 8, pixels // 8)
@@ -46,9 +54,11 @@ def measure(name, pixels, batch, seconds, how, float8, loss_after):
         return loss
 
     torch.cuda.reset_peak_memory_stats()
-    with fastest_dense(), float8_linears(float8):
-        losses = [step().detach() for _ in range(loss_after)]
-        milliseconds = time_steps(step, seconds)
+    with fastest_dense(), float8_linears(args.float8):
+        losses = [step().detach() for _ in range(args.loss_after)]
+        milliseconds = time_steps(step, args.seconds)
+        if args.profile:
+            kernel_times(step)
     return dict(model=name, pixels=pixels, batch=batch, ms=milliseconds,
                 images_per_s=1000 * batch / milliseconds,
                 loss=losses[-1].item() if losses else float("nan"),
@@ -65,6 +75,7 @@ def main():
     parser.add_argument("--early", action="store_true", help="with programmatic dependent launch")
     parser.add_argument("--float8", action="store_true", help="linear layers in FP8")
     parser.add_argument("--loss_after", type=int, default=0, help="show the loss after N steps")
+    parser.add_argument("--profile", action="store_true", help="show where the time goes")
     parser.add_argument("--json")
     args = parser.parse_args()
     early_launch(args.early)
@@ -72,15 +83,7 @@ def main():
     rows = []
     for pixels in args.sizes:
         for name in args.models:
-            row = measure(
-                name,
-                pixels,
-                args.batch or BATCH[pixels],
-                args.seconds,
-                args.compile,
-                args.float8,
-                args.loss_after,
-            )
+            row = measure(name, pixels, args.batch or BATCH[pixels], args)
             dense = next((r for r in rows if r["pixels"] == pixels), row)
             row[f"over {args.models[0]}"] = row["images_per_s"] / dense["images_per_s"]
             row["memory over"] = row["peak_GiB"] / dense["peak_GiB"]
