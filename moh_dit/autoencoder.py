@@ -197,17 +197,10 @@ def _one_line(error: Exception) -> str:
 
 
 def main() -> None:
-    """Console script ``moh-dit-train-autoencoder``."""
-    from .cli import run_program  # here, so that autoencoders open without the command line's needs
-    from .data.autoencoder_training import AutoencoderTraining, train_autoencoder
+    """``python -m moh_dit.autoencoder``, the same as ``moh-dit-train-autoencoder``."""
+    from .data.commands import train
 
-    run_program(
-        train_autoencoder,  # type: ignore[arg-type]
-        AutoencoderTraining,
-        prog="moh-dit-train-autoencoder",
-        description="Train an AutoencoderKL on images, measure it and write it for diffusers.",
-        example="moh-dit-train-autoencoder --data my_images --image_size 64 --output my_vae",
-    )
+    train()
 
 
 if __name__ == "__main__":

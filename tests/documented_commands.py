@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from markdown_it import MarkdownIt
 
 from moh_dit import cli
+from moh_dit.data import commands as data_commands
 
 ROOT = Path(__file__).parent.parent
 SKIP = re.compile(r"<!-- test: skip, .+ -->")
@@ -163,8 +164,8 @@ def call(
         original(run_small, config_class, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "run_program", small_program, raising=False)
-        patch.setattr(cli, "run_program", small_program)
+        for each in (module, cli, data_commands):  # whose programs modules of data/ stand for
+            patch.setattr(each, "run_program", small_program, raising=False)
         patch.setattr(sys, "argv", [name, *arguments])
         if hasattr(module, function):
             code = getattr(module, function)()

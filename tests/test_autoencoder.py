@@ -26,11 +26,8 @@ from moh_dit.autoencoder import (
     main,
     sample_latents,
 )
-from moh_dit.data.autoencoder_training import (
-    AutoencoderConfig,
-    AutoencoderTraining,
-    train_autoencoder,
-)
+from moh_dit.data.autoencoder_training import train_autoencoder
+from moh_dit.data.commands import AutoencoderConfig, AutoencoderTraining
 from moh_dit.data.digits import load_digit_images
 from moh_dit.data.pixels import to_float
 from moh_dit.errors import UserError

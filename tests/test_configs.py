@@ -12,7 +12,8 @@ from test_training_loop import images
 
 from moh_dit.checkpoints import load_pipeline
 from moh_dit.cli import find_config, load_config
-from moh_dit.data.encoding import Encoding, encode_data
+from moh_dit.data.commands import Encoding
+from moh_dit.data.encoding import encode_data
 from moh_dit.presets import MOH_PLANS, PRESETS
 from moh_dit.training.config import TrainConfig
 from moh_dit.training.loop import Trainer

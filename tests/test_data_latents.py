@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from moh_dit.autoencoder import autoencoder_identity, encode_moments, load_autoencoder
 from moh_dit.data import encoding, shards
-from moh_dit.data.encoding import Encoding, encode_data
+from moh_dit.data.commands import Encoding
+from moh_dit.data.encoding import encode_data
 from moh_dit.data.images import load_batch, open_images
 from moh_dit.data.latents import LatentMoments, LatentStore, encode_images, open_latents
 from moh_dit.data.pixels import to_float
@@ -186,7 +187,7 @@ def test_same_bits_whatever_the_number_of_processes(tmp_path):
         Image.fromarray(pixels).save(root / "ab"[i % 2] / f"{i}.png")
     options = dict(data=str(root), output=str(tmp_path / "two"))
     program = (
-        "import sys; from moh_dit.data import encoding, latents;"
+        "from moh_dit.data import encoding, latents;"
         "encoding.MAX_IMAGES_PER_SHARD = 8; latents.main()"
     )
     arguments = [word for key, value in options.items() for word in (f"--{key}", value)]

@@ -11,7 +11,8 @@ from PIL import Image
 from processes import launch
 
 from moh_dit.data import encoding, shards
-from moh_dit.data.encoding import Encoding, encode_data
+from moh_dit.data.commands import Encoding
+from moh_dit.data.encoding import encode_data
 from moh_dit.data.images import open_images
 from moh_dit.data.latents import open_latents
 from moh_dit.errors import UserError

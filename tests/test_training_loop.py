@@ -22,7 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_dit
 from fid_eval import EvaluationError, extractors
 from moh_dit.checkpoints import WEIGHTS, list_checkpoints, load_pipeline
-from moh_dit.data.encoding import Encoding, encode_data
+from moh_dit.data.commands import Encoding
+from moh_dit.data.encoding import encode_data
 from moh_dit.data.latents import open_latents
 from moh_dit.errors import UserError
 from moh_dit.flops import flops_per_image

@@ -10,10 +10,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from ..autoencoder import autoencoder_identity, latent_scaling, latent_shape, lo
 from ..errors import UserError
 from ..processes import on_main
 from ..progress import progress_bar
+from .commands import Encoding
 from .hub import is_stream
 from .images import ImageSet, open_images, read_batches
 from .latents import FORMAT, encode_both, index_batches
@@ -42,35 +42,6 @@ MAX_IMAGES_PER_SHARD = 4096
 MAX_BYTES_PER_SHARD = 256 * 2**20
 
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # uint8 (B, S, S, 3) and int64 (B,)
-
-
-@dataclass
-class Encoding:
-    """Encode a data set once into sharded latents."""
-
-    output: str
-    """Folder to write; must not exist, unless resumed."""
-    data: str = "digits"
-    """"digits", a folder with one sub-folder for each class, tar shards, hf:NAME, or
-    hf-stream:NAME, which is encoded as it arrives and never stored."""
-    image_size: int = 32
-    """Side of the images in pixels."""
-    autoencoder: str = "digits"
-    """"digits", a folder or a hub id."""
-    flip: bool = True
-    """Encode the mirrored images too."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Stored precision of the moments; float16 halves the files and rounds at 5e-4 relative."""
-    tf32: bool = False
-    """Encode with TF32 on NVIDIA GPUs: faster, relative errors of about 1e-3."""
-    batch_size: int = 64
-    """Images read and moved to the device at once; has no influence on the result."""
-    skip_unreadable: bool = False
-    """Leave out images that cannot be read instead of stopping."""
-    num_workers: int = 0
-    """Loader processes per encoding process (of a stream: threads that decode images)."""
-    resume: bool = False
-    """Continue an encoding that was stopped."""
 
 
 def encode_data(config: Encoding, images: ImageSet | None = None) -> None:

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..autoencoder import autoencoder_identity, encode_moments, latent_shape
-from ..cli import run_program
 from ..errors import UserError
 from ..progress import progress_bar
 from .images import ImageSet, read_batches
@@ -279,17 +278,10 @@ def index_batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]
 
 
 def main() -> None:
-    """Console script ``moh-dit-encode``."""
-    from .encoding import Encoding, encode_data
+    """``python -m moh_dit.data.latents``, the same as ``moh-dit-encode``: for launchers."""
+    from .commands import encode
 
-    run_program(
-        encode_data,
-        Encoding,
-        prog="moh-dit-encode",
-        description="Encode a data set once into sharded latents for training.",
-        example="accelerate launch -m moh_dit.data.latents --data my_images --image_size 256 "
-        "--autoencoder stabilityai/sd-vae-ft-ema --output my_latents",
-    )
+    encode()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..checkpoints import Opened, open_checkpoint
-from ..data.encoding import Encoding, encode_data
+from ..data.commands import Encoding
+from ..data.encoding import encode_data
 from ..data.images import ImageSet, open_images
 from ..data.latents import INDEX_FILE, LatentSet, encode_images, open_latents
 from ..errors import UserError
