@@ -58,15 +58,16 @@ def blocks(model):
 
 
 COMPILE = ("blocks", "model")
+MODES = ("default", "max-autotune-no-cudagraphs")
 
 
-def compiled(model, how):
+def compiled(model, how, mode):
     """``blocks``: layers of one plan share a graph, and seconds do for a minute; or all as one."""
     if how == "model":
-        model.compile(dynamic=False)
+        model.compile(dynamic=False, mode=mode)
         return model
     for block in blocks(model):
-        block.compile()
+        block.compile(mode=mode)
     return model
 
 
