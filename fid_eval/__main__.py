@@ -336,6 +336,9 @@ def run(argv: list[str]) -> int:
         if argv and argv[0] in COMMANDS:
             return COMMANDS[argv[0]](argv[1:])
         return evaluation(argv)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (EvaluationError, OSError) as error:
         message, code = str(error), 2
     except torch.OutOfMemoryError as error:

@@ -270,3 +270,14 @@ def test_a_device_that_is_not_there_is_one_line(device, folder, capsys):
 def test_a_distance_of_nothing_has_no_sign():
     assert report.format_value(-1e-13) == "0.0000"
     assert report.format_value(-0.5) == "-0.5000"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(folder):
+    arguments = [folder / "ref.npz", folder / "step-100.npz", "--extractor", "digits", "--quiet"]
+    command = [sys.executable, "-m", "fid_eval", *map(str, arguments)]
+    end, other = os.pipe()
+    os.close(end)  # nobody reads
+    done = subprocess.run(command, stdout=other, stderr=subprocess.PIPE, text=True)
+    os.close(other)
+    assert done.returncode == 0
+    assert done.stderr == ""
