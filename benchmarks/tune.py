@@ -13,7 +13,7 @@ import math
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from common import early_launch, environment, make_projected, relative_error, time_graph, write_json
+from common import environment, make_projected, relative_error, time_graph, write_json
 
 from moh_dit.kernels import ops
 
@@ -50,21 +50,9 @@ REGISTERS = {"attend": [], "query_gradient": [],
              "key_value_gradient": [(32, 32, 64, 4, 3), (32, 32, 64, 4, 2)]}  # fmt: skip
 
 
-# Keys kept while a program takes SPAN tiles of queries (BM, BM_ROUTED, warps, SPAN): 256 tokens.
-KEPT = [(64, 64, 4, 4), (64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 4), (64, 64, 8, 4),
-        (128, 64, 8, 2), (128, 128, 8, 2)]  # fmt: skip
-KEPT_TOKENS = 256
-
-
 def candidates(kind, head_dim):
     found = [configuration(*shape, tma) for shape in SHAPES[kind] for tma in (False, True)]
     found += [configuration(*s, tma, 168) for s in REGISTERS[kind] for tma in (False, True)]
-    if kind == "attend":
-        found += [
-            configuration(bm, routed, KEPT_TOKENS, warps, 1, tma) | dict(SPAN=span)
-            for bm, routed, warps, span in KEPT
-            for tma in (False, True)
-        ]
     return found
 
 
@@ -149,11 +137,9 @@ def main():
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 1024, 4096])
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--top", type=int, default=8, help="configurations printed per table")
-    parser.add_argument("--early", action="store_true", help="with programmatic dependent launch")
     parser.add_argument("--json")
     args = parser.parse_args()
 
-    early_launch(args.early)
     print(environment())
     jobs = []
     for kind, head_dim in itertools.product(args.kernels, args.head_dims):
@@ -181,8 +167,6 @@ def main():
             bench = Bench(kind, *CASES[tokens], head_dim)
             times = []
             for config, error in zip(configs, errors, strict=True):
-                if "SPAN" in config and tokens > KEPT_TOKENS:
-                    continue
                 try:
                     milliseconds = time_graph(functools.partial(bench, config))
                 except Exception:

@@ -18,22 +18,16 @@ from moh_dit.kernels import table
 from moh_dit.noise import philox_normal
 
 PADDING = 2
-# name: (B, N, heads, shared, active, head width, dtype, copy engine, tiles of queries a program
-# takes with the keys kept: 0, keys stream by)
+# name: (B, N, heads, shared, active, head width, dtype, copy engine)
 CASES = {
-    "width 72, ragged": (2, 36, 4, 2, 1, 72, torch.float32, False, 0),
-    "width 72, copy engine": (2, 36, 4, 2, 1, 72, torch.float32, True, 0),
-    "width 64, float16": (1, 32, 4, 2, 1, 64, torch.float16, True, 0),
-    "no shared head": (2, 40, 3, 0, 2, 16, torch.float32, False, 0),
-    "shared heads alone": (1, 33, 3, 3, 0, 24, torch.float32, False, 0),
-    "narrow heads": (2, 50, 6, 2, 3, 8, torch.float32, False, 0),
-    "saturated router": (1, 24, 6, 0, 3, 16, torch.float32, False, 0),
-    "one token": (1, 1, 3, 1, 1, 16, torch.float32, False, 0),
-    "keys kept, width 72": (2, 128, 4, 2, 1, 72, torch.float32, False, 3),
-    "keys kept, ragged, copy engine": (2, 76, 4, 2, 1, 72, torch.float32, True, 2),
-    "keys kept, no shared head": (2, 40, 3, 0, 2, 16, torch.float32, False, 8),
-    "keys kept, shared heads alone": (1, 33, 3, 3, 0, 24, torch.float32, False, 1),
-    "keys kept, one token": (1, 1, 3, 1, 1, 64, torch.float16, False, 4),
+    "width 72, ragged": (2, 36, 4, 2, 1, 72, torch.float32, False),
+    "width 72, copy engine": (2, 36, 4, 2, 1, 72, torch.float32, True),
+    "width 64, float16": (1, 32, 4, 2, 1, 64, torch.float16, True),
+    "no shared head": (2, 40, 3, 0, 2, 16, torch.float32, False),
+    "shared heads alone": (1, 33, 3, 3, 0, 24, torch.float32, False),
+    "narrow heads": (2, 50, 6, 2, 3, 8, torch.float32, False),
+    "saturated router": (1, 24, 6, 0, 3, 16, torch.float32, False),
+    "one token": (1, 1, 3, 1, 1, 16, torch.float32, False),
 }
 
 
@@ -58,14 +52,8 @@ def outcome(projected, plan, backend, upstream, pull):
     return output.detach(), stats, gradient
 
 
-def compare(batch, tokens, heads, shared, active, width, dtype, tma, span):
-    from moh_dit.kernels import ops
-
-    def configuration(kernel, projected, head_dim):
-        kept = dict(SPAN=span) if span and kernel == "attend" else {}
-        return {**table.PLAIN, **kept, "TMA": tma}
-
-    ops.launch_configuration = configuration
+def compare(batch, tokens, heads, shared, active, width, dtype, tma):
+    table.PLAIN["TMA"] = tma
     plan = (heads, shared, active, width)
     projected = make_input(batch, tokens, *plan, dtype)
     generator = torch.Generator().manual_seed(1)

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import table, triton_backward, triton_forward, triton_routing, triton_short
+from . import table, triton_backward, triton_forward, triton_routing
 from .table import launch_configuration
 
 
@@ -33,8 +33,6 @@ def _launch(kernel, projected, heads, shared, head_dim, config) -> tuple[dict, d
     tokens = projected.shape[1]
     d0, d1 = head_split(head_dim)
     config = dict(config or launch_configuration(kernel, projected, head_dim))
-    if "SPAN" in config:
-        config["BN"] = max(16, _power_of_2(tokens))  # all keys at once
     # The copy engine wants every stride, those of (B, h, N) float32 too, to be 16 bytes' multiple.
     size = projected.element_size()
     aligned = not (head_dim * size % 16 or projected.shape[2] * size % 16 or tokens % 4)
@@ -61,9 +59,8 @@ def _waiting(projected: Tensor) -> dict:
 
 
 def _query_tiles(tokens: int, heads: int, shared: int, config: dict) -> int:
-    span = config.get("SPAN", 1)  # tiles that a program takes
-    routed_tiles = triton.cdiv(tokens, span * config["BM_ROUTED"])
-    return shared * triton.cdiv(tokens, span * config["BM"]) + (heads - shared) * routed_tiles
+    routed_tiles = triton.cdiv(tokens, config["BM_ROUTED"])
+    return shared * triton.cdiv(tokens, config["BM"]) + (heads - shared) * routed_tiles
 
 
 def _blocks(tensor: Tensor, heads: int, head_dim: int, block: int, tma: bool) -> tuple:
@@ -118,8 +115,7 @@ def run_attend(
     tail = max(8, _power_of_2(head_dim - constants["D0"]))
     tail = constants["D1"] if constants["D1"] and config["TMA"] else tail
     tiles = _query_tiles(tokens, heads, shared, config)
-    kernel = triton_short.attend_short if "SPAN" in config else triton_forward.attend
-    kernel[(tiles, batch)](
+    triton_forward.attend[(tiles, batch)](
         projected, *_blocks(projected, 3 * heads, head_dim, config["BN"], config["TMA"]),
         gates, index, count, out, lse, image_stats, stats, tokens, constants.pop("scale_log2"),
         E_PAD=_power_of_2(max(1, 2 * (heads - shared))), V1=tail, **constants, **config,

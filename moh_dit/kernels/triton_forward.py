@@ -124,22 +124,6 @@ def zero_unselected(
 
 
 @triton.jit
-def mean_statistics(image_stats, stats, H: tl.constexpr, S: tl.constexpr, E_PAD: tl.constexpr):
-    """One program, which has waited for routing, averages its statistics over the batch."""
-    if S < H and tl.program_id(0) + tl.program_id(1) == 0:
-        columns = tl.arange(0, E_PAD)
-        inside = columns < 2 * (H - S)
-        sums = tl.zeros([E_PAD], tl.float32)
-        batch = tl.num_programs(1)
-        for first in range(0, batch, 32):
-            images = first + tl.arange(0, 32)
-            slots = images[:, None] * 2 * (H - S) + columns[None, :]
-            mask = (images < batch)[:, None] & inside[None, :]
-            sums += tl.sum(tl.load(image_stats + slots, mask=mask, other=0.0), 0)
-        tl.store(stats + columns, sums / batch, mask=inside)
-
-
-@triton.jit
 def _attend_tile(
     projected,
     kv0,
@@ -293,4 +277,14 @@ def attend(
                 H, D, D0, D1, V1, STRIDE, EVEN_KEYS, True, True, PRECISION, TMA, False,
                 BM_ROUTED, BN,
             )  # fmt: skip
-    mean_statistics(image_stats, stats, H, S, E_PAD)
+    if S < H and pid + b == 0:  # it has waited
+        columns = tl.arange(0, E_PAD)
+        inside = columns < 2 * (H - S)
+        sums = tl.zeros([E_PAD], tl.float32)
+        batch = tl.num_programs(1)
+        for first in range(0, batch, 32):
+            images = first + tl.arange(0, 32)
+            slots = images[:, None] * 2 * (H - S) + columns[None, :]
+            mask = (images < batch)[:, None] & inside[None, :]
+            sums += tl.sum(tl.load(image_stats + slots, mask=mask, other=0.0), 0)
+        tl.store(stats + columns, sums / batch, mask=inside)
