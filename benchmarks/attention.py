@@ -11,15 +11,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from common import (
-    early_launch,
-    environment,
-    fastest_dense,
-    make_projected,
-    table,
-    time_graph,
-    write_json,
-)
+from common import environment, fastest_dense, make_projected, table, time_graph, write_json
 
 from moh_dit.attention import moh_attention, split_heads
 
@@ -74,10 +66,8 @@ def plan(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--plans", nargs="+", type=plan, default=PLANS, help="as 24:14+2")
-    parser.add_argument("--early", action="store_true", help="with programmatic dependent launch")
     parser.add_argument("--json")
     args = parser.parse_args()
-    early_launch(args.early)
     print(environment())
     rows = []
     for width in (72, 64):

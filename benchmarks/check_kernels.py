@@ -14,7 +14,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from common import early_launch, environment, make_projected, relative_error, table, write_json
+from common import environment, make_projected, relative_error, table, write_json
 
 from moh_dit.attention import moh_attention
 from moh_dit.noise import philox_normal
@@ -92,7 +92,6 @@ def check_all(inputs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workers", type=int, default=14, help="processes (they mostly compile)")
-    parser.add_argument("--early", action="store_true", help="with programmatic dependent launch")
     parser.add_argument("--json")
     args = parser.parse_args()
     print(environment())
@@ -110,8 +109,7 @@ def main():
     rows, context = [], torch.multiprocessing.get_context("spawn")
     # Exact attention over 4096 tokens takes gigabytes: few of those at a time.
     for group, workers in ((short, args.workers), (long, min(7, args.workers))):
-        setup = dict(initializer=early_launch, initargs=(args.early,))
-        with ProcessPoolExecutor(workers, mp_context=context, **setup) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
             rows += itertools.chain.from_iterable(pool.map(check_all, group))
     wrong = [row for row in rows if not row["worst"] <= 1.5 or not row["repeats"]]
     worst = {}

@@ -10,8 +10,6 @@ import statistics
 import torch
 import triton
 
-from moh_dit import kernels
-
 
 def environment():
     return dict(
@@ -20,12 +18,6 @@ def environment():
         triton=triton.__version__,
         date=datetime.date.today().isoformat(),
     )
-
-
-def early_launch(wanted):
-    """Have kernels start while the one before them runs, on this GPU, whatever the table says."""
-    if wanted:
-        kernels.table.EARLY_LAUNCH = {torch.cuda.get_device_capability()}
 
 
 def relative_error(actual, expected):

@@ -12,7 +12,6 @@ import gc
 import torch
 import torch.nn.functional as F
 from common import (
-    early_launch,
     environment,
     fastest_dense,
     kernel_times,
@@ -73,13 +72,11 @@ def main():
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--compile", choices=COMPILE, default="blocks", help="what is one graph")
     parser.add_argument("--mode", choices=MODES, default="default", help="of torch.compile")
-    parser.add_argument("--early", action="store_true", help="with programmatic dependent launch")
     parser.add_argument("--float8", action="store_true", help="linear layers in FP8")
     parser.add_argument("--loss_after", type=int, default=0, help="show the loss after N steps")
     parser.add_argument("--profile", action="store_true", help="show where the time goes")
     parser.add_argument("--json")
     args = parser.parse_args()
-    early_launch(args.early)
     print(environment())
     rows = []
     for pixels in args.sizes:

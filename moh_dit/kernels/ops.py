@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import table, triton_backward, triton_forward, triton_routing
+from . import triton_backward, triton_forward, triton_routing
 from .table import launch_configuration
 
 
@@ -45,17 +45,6 @@ def _launch(kernel, projected, heads, shared, head_dim, config) -> tuple[dict, d
         scale_log2=math.log2(math.e) / math.sqrt(head_dim),
     )  # fmt: skip
     return config, constants
-
-
-def _early(projected: Tensor) -> bool:
-    """Whether kernels start while the one before them runs."""
-    known = table.EARLY_LAUNCH
-    return bool(known) and torch.cuda.get_device_capability(projected.device) in known
-
-
-def _waiting(projected: Tensor) -> dict:
-    """Launch options of a kernel that does so."""
-    return dict(EARLY=True, launch_pdl=True) if _early(projected) else dict(EARLY=False)
 
 
 def _query_tiles(tokens: int, heads: int, shared: int, config: dict) -> int:
@@ -92,13 +81,12 @@ def run_route(projected, heads, shared, active, head_dim, tile=32, num_warps=2):
     score_sums = new(batch, tiles, routed, dtype=torch.float32)
     triton_routing.route[(tiles, batch)](
         projected, gates, score_sums, tokens, H=heads, S=shared, K=active, D=head_dim,
-        STRIDE=stride, H_PAD=_power_of_2(heads), TOKENS=tile, EARLY=_early(projected),
-        num_warps=num_warps,
+        STRIDE=stride, H_PAD=_power_of_2(heads), TOKENS=tile, num_warps=num_warps,
     )  # fmt: skip
     if routed:
         triton_routing.list_tokens[(routed, batch)](
             gates, score_sums, index, count, stats, tokens, tiles, H=heads, S=shared,
-            CHUNK=min(1024, max(16, _power_of_2(tokens))), num_warps=4, **_waiting(projected),
+            CHUNK=min(1024, max(16, _power_of_2(tokens))), num_warps=4,
         )  # fmt: skip
     return gates, index, count, stats
 
@@ -119,7 +107,6 @@ def run_attend(
         projected, *_blocks(projected, 3 * heads, head_dim, config["BN"], config["TMA"]),
         gates, index, count, out, lse, image_stats, stats, tokens, constants.pop("scale_log2"),
         E_PAD=_power_of_2(max(1, 2 * (heads - shared))), V1=tail, **constants, **config,
-        **_waiting(projected),
     )  # fmt: skip
     return lse
 
@@ -137,7 +124,6 @@ def run_query_gradient(
         projected, *_blocks(projected, 3 * heads, head_dim, config["BN"], config["TMA"]),
         grad_out, out, gates, lse, delta, index, count, grad_projected, tokens,
         1 / math.sqrt(head_dim), constants.pop("scale_log2"), **constants, **config,
-        EARLY=_early(projected),
     )  # fmt: skip
     return delta
 
@@ -156,7 +142,6 @@ def run_key_value_gradient(
         *_blocks(grad_out, heads, head_dim, block, tma), _row_blocks(lse, block, tma),
         _row_blocks(delta, block, tma), grad_out, lse, delta, index, count, grad_projected, tokens,
         1 / math.sqrt(head_dim), constants.pop("scale_log2"), **constants, **config,
-        **_waiting(projected),
     )  # fmt: skip
 
 
@@ -170,7 +155,7 @@ def run_route_backward(
         projected, gates, delta, grad_stats, grad_projected, tokens, H=heads, S=shared, D=head_dim,
         STRIDE=stride, H_PAD=_power_of_2(heads),
         TAIL=_power_of_2(max(1, stride - 3 * heads * head_dim - heads)),
-        TOKENS=tile, num_warps=num_warps, **_waiting(projected),
+        TOKENS=tile, num_warps=num_warps,
     )  # fmt: skip
 
 
@@ -225,10 +210,10 @@ def attention_backward_op(
     delta = run_query_gradient(
         projected, grad_out, out, gates, lse, index, count, grad_projected, shared, head_dim
     )
-    run_route_backward(projected, gates, delta, grad_stats, grad_projected, shared, head_dim)
     run_key_value_gradient(
         projected, grad_out, lse, delta, index, count, grad_projected, shared, head_dim
     )
+    run_route_backward(projected, gates, delta, grad_stats, grad_projected, shared, head_dim)
     return grad_projected
 
 

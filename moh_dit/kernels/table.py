@@ -53,11 +53,6 @@ def launch_configuration(kernel: str, projected: torch.Tensor, head_dim: int) ->
     return dict(next(config for first, config in rows if tokens >= first))
 
 
-# Where kernels start while the one before them runs (programmatic dependent launch), by compute
-# capability, as far as measured and verified: nowhere yet.
-EARLY_LAUNCH: set[tuple[int, int]] = set()
-
-
 # Where ``auto`` takes which backend. GPU: by compute capability and head width, as far as measured
 # and verified; anything else takes "reference", that is dense attention and a multiplication by
 # gates: eager, that was slower at every size, also in layers whose every head is shared.

@@ -7,14 +7,7 @@ more arithmetic, the same bits in every run.
 import triton
 import triton.language as tl
 
-from .triton_forward import (
-    let_next_start,
-    load_block,
-    load_rows,
-    store_rows,
-    wait_for_previous,
-    zero_unselected,
-)
+from .triton_forward import load_block, load_rows, store_rows, zero_unselected
 
 
 @triton.jit
@@ -176,13 +169,11 @@ def query_gradient(
     EVEN_QUERIES: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
-    EARLY: tl.constexpr,
     BM: tl.constexpr,
     BM_ROUTED: tl.constexpr,
     BN: tl.constexpr,
 ):
     """δ (B, h, N) of the selected queries and dq, zero for the others. Grid as :func:`attend`."""
-    let_next_start(EARLY)
     pid = tl.program_id(0)
     b = tl.program_id(1)
     tiles = tl.cdiv(N, BM)
@@ -243,7 +234,6 @@ def _key_value_gradient_tile(
     GATHER: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
-    EARLY: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -263,7 +253,6 @@ def _key_value_gradient_tile(
     row_of = (b * H + head).to(tl.int64) * N
     offsets = tl.arange(0, BM)
     BLOCKS: tl.constexpr = TMA and not GATHER
-    wait_for_previous(EARLY)
     for start in tl.range(0, limit, BM):
         slots = start + offsets
         valid = slots < limit
@@ -347,7 +336,6 @@ def key_value_gradient(
     EVEN_QUERIES: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
-    EARLY: tl.constexpr,
     BM: tl.constexpr,
     BM_ROUTED: tl.constexpr,
     BN: tl.constexpr,
@@ -362,7 +350,7 @@ def key_value_gradient(
             projected, q0_blocks, q1_blocks, y0_blocks, y1_blocks, lse_blocks, delta_blocks,
             grad_out, lse, delta, index, grad_projected, N, pid % tiles, b, head,
             N, scale, scale_log2,
-            H, D, D0, D1, STRIDE, EVEN_KEYS, not EVEN_QUERIES, False, PRECISION, TMA, EARLY, BM, BN,
+            H, D, D0, D1, STRIDE, EVEN_KEYS, not EVEN_QUERIES, False, PRECISION, TMA, BM, BN,
         )  # fmt: skip
     elif S < H:
         list_of = b * (H - S) + head - S
@@ -371,5 +359,5 @@ def key_value_gradient(
             projected, q0_blocks, q1_blocks, y0_blocks, y1_blocks, lse_blocks, delta_blocks,
             grad_out, lse, delta, index + list_of.to(tl.int64) * N,
             grad_projected, limit, pid % tiles, b, head, N, scale, scale_log2,
-            H, D, D0, D1, STRIDE, EVEN_KEYS, True, True, PRECISION, TMA, EARLY, BM_ROUTED, BN,
+            H, D, D0, D1, STRIDE, EVEN_KEYS, True, True, PRECISION, TMA, BM_ROUTED, BN,
         )  # fmt: skip

@@ -7,8 +7,6 @@ shared heads, routed heads, then the two of the two-stage weights.
 import triton
 import triton.language as tl
 
-from .triton_forward import let_next_start, wait_for_previous
-
 
 @triton.jit
 def _router_logits(
@@ -69,10 +67,8 @@ def route(
     STRIDE: tl.constexpr,
     H_PAD: tl.constexpr,
     TOKENS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Gates of a tile of tokens (MoH eq. 5–7) and its ΣP. Grid (⌈N/TOKENS⌉, B)."""
-    let_next_start(EARLY)
     E: tl.constexpr = H - S
     tile = tl.program_id(0)
     b = tl.program_id(1)
@@ -126,11 +122,8 @@ def list_tokens(
     H: tl.constexpr,
     S: tl.constexpr,
     CHUNK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Tokens that selected a routed head, in order, hence no atomics; f and P̄. Grid (E, B)."""
-    let_next_start(EARLY)
-    wait_for_previous(EARLY)
     E: tl.constexpr = H - S
     routed = tl.program_id(0)
     b = tl.program_id(1)
@@ -169,7 +162,6 @@ def route_backward(
     H_PAD: tl.constexpr,
     TAIL: tl.constexpr,
     TOKENS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Gradients of the router logits from δ = ∂L/∂g. Grid (⌈N/TOKENS⌉, B).
 
@@ -177,8 +169,6 @@ def route_backward(
     for the two stages ``dl_0 = a_1 Σ_shared g δ - a_0 Σ_routed g δ = -dl_1``. P̄ adds
     ``P_i (c_i - Σ P c)/(B N)`` with c its upstream gradient.
     """
-    let_next_start(EARLY)
-    wait_for_previous(EARLY)
     E: tl.constexpr = H - S
     b = tl.program_id(1)
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
