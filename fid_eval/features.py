@@ -4,7 +4,6 @@ A set is cut into chunks of ``CHUNK`` images. Each is one process's turn, one pa
 moments and one file of the cache, so neither the number of processes nor a kill changes a result.
 """
 
-import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -193,59 +192,38 @@ def _extract_own(
             tap,
             lambda n: bar.update(n * step),
         )
-        for chunk, values, ready in computed:
+        for chunk, values in computed:
             while due and due[0] < chunk:  # in order, so that rows are dropped in order
                 finish(due[0], pending[due.pop(0)])
             part.computed += len(values["pool"])
-            with beside(ready, runtime.device):
-                if cache is not None:
-                    _save_chunk(cache / f"chunk-{chunk:06d}.safetensors", values)
-                finish(chunk, {k: v for k, v in values.items() if k in wanted | {"pool", "labels"}})
+            if cache is not None:
+                _save_chunk(cache / f"chunk-{chunk:06d}.safetensors", values)
+            finish(chunk, {k: v for k, v in values.items() if k in wanted | {"pool", "labels"}})
         for chunk in due:
             finish(chunk, pending[chunk])
     part.moments = {layer: value.cpu() for layer, value in part.moments.items()}
     return part
 
 
-@contextlib.contextmanager
-def beside(ready: Any, device: torch.device) -> Iterator[None]:
-    """On a GPU, work on what was done at the event ``ready``, while what came later goes on."""
-    if ready is None:
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    stream.wait_event(ready)
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()  # before anybody frees what was worked on
-
-
 def _computed_chunks(
     images: ImageSet, extractor: Extractor, runtime: Runtime, owned: Any, tap: Any, update: Any
-) -> Iterator[tuple[int, dict[str, Tensor], Any]]:
-    """(chunk, {pool, spatial, labels}, event) for the chunks ``owned``, computed on the device.
-
-    A chunk comes once the first batch of the next is under way, so that a GPU does not wait for
-    what is done with it; the event is when it was ready (None: no GPU).
-    """
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """(chunk, {pool, spatial, labels}) for the chunks ``owned``, computed on the device."""
     reader = images.images
     assert reader is not None
     held: list[dict[str, Tensor]] = []
     current = -1
-    on_gpu = runtime.device.type == "cuda"
 
-    def joined() -> tuple[int, dict[str, Tensor], Any]:
-        values = {key: torch.cat([values[key] for values in held]) for key in held[0]}
-        ready = torch.cuda.current_stream(runtime.device).record_event() if on_gpu else None
-        return current, values, ready
+    def joined() -> dict[str, Tensor]:
+        return {key: torch.cat([values[key] for values in held]) for key in held[0]}
 
     batches = reader.batches(runtime.batch_size, owned, runtime.workers, runtime.device)
     if reader.decodes and any(map(owned, range(-(-(reader.count or 0) // CHUNK)))):
         extractor.load(runtime.device, runtime.compile)  # while the first images are decoded
     for start, batch, labels in batches:
         chunk = start // CHUNK
-        finished = joined() if held and chunk != current else None
-        if finished is not None:
+        if held and chunk != current:
+            yield current, joined()
             held = []
         current = chunk
         extractor.load(runtime.device, runtime.compile)
@@ -269,10 +247,8 @@ def _computed_chunks(
             values["labels"] = labels
         held.append(values)
         update(len(batch))
-        if finished is not None:
-            yield finished
     if held:
-        yield joined()
+        yield current, joined()
 
 
 def _cache_folder(images: ImageSet, extractor: Extractor, runtime: Runtime) -> Path | None:
