@@ -14,7 +14,7 @@ from .catalogue import DEFAULT_METRICS, METRICS, Pair
 from .distributed import choose_device, on_first, world
 from .errors import EvaluationError
 from .extractors import Extractor, NetworkPrecision, get_extractor, wrap_extractor
-from .features import Features, Runtime, extract, read_ahead
+from .features import Features, Runtime, extract, reading_ahead
 from .images import Preprocess
 from .neighbours import Precision
 from .references import check_reference, open_reference
@@ -197,10 +197,8 @@ class Evaluator:
         for extractor_name, group in groups.items():
             extractor = self.extractors[extractor_name]
             begun = time.monotonic()
-            if extractor_name not in self._reference_features:
-                read_ahead(self.reference, self.runtime)
-            read_ahead(opened, self.runtime)
-            reference = self._features_of_reference(extractor, group)
+            with reading_ahead(opened, self.runtime):
+                reference = self._features_of_reference(extractor, group)
             result.seconds[f"reference, {extractor_name}"] = time.monotonic() - begun
             features = self._features(opened, extractor, group, "samples")
             # an iterable's size and labels are known only now

@@ -4,6 +4,7 @@ A set is cut into chunks of ``CHUNK`` images. Each is one process's turn, one pa
 moments and one file of the cache, so neither the number of processes nor a kill changes a result.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -103,13 +104,21 @@ def extract(
     return _join(parts, keep, moments, images.name, time.monotonic() - started)
 
 
-def read_ahead(images: ImageSet, runtime: Runtime) -> None:
-    """Have processes decode a set already, while the network is built or another set measured."""
+@contextlib.contextmanager
+def reading_ahead(images: ImageSet, runtime: Runtime) -> Iterator[None]:
+    """Processes decode a set that is due, while the network is built or another set measured."""
     reader, (rank, size) = images.images, world()
-    if reader is not None and reader.decodes and runtime.cache is None:
-        reader.read_ahead(
-            runtime.batch_size, lambda chunk: chunk % size == rank, runtime.workers, runtime.device
-        )
+    if reader is None or not reader.decodes or runtime.cache is not None:
+        yield
+        return
+    reader.read_ahead(
+        runtime.batch_size, lambda chunk: chunk % size == rank, runtime.workers, runtime.device
+    )
+    try:
+        yield
+    except BaseException:
+        reader.read_no_further()
+        raise
 
 
 @dataclass

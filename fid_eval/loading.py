@@ -155,15 +155,16 @@ def _decoded(
     pool = _forked(workers, reader, memory)
     free, waiting = list(range(window)), deque(spans)
     due: deque[tuple[int, Span, Future]] = deque()
-    started = False
+
+    def submit() -> None:
+        while waiting and free:
+            slot, span = free.pop(), waiting.popleft()
+            due.append((slot, span, pool.submit(_decode, span, slot * batch_bytes)))
+
     try:
-        while waiting or due:
-            while waiting and free:
-                slot, span = free.pop(), waiting.popleft()
-                due.append((slot, span, pool.submit(_decode, span, slot * batch_bytes)))
-            if not started:
-                started = True
-                yield None
+        submit()
+        yield None
+        while due:
             slot, span, future = due.popleft()
             digests = future.result()
             if isinstance(digests, EvaluationError):
@@ -176,6 +177,7 @@ def _decoded(
             # By numpy, on this thread: torch would wait for threads that wait for a core.
             np.copyto(images.numpy(), whole[start : start + math.prod(shape)].reshape(shape))
             free.append(slot)
+            submit()
             yield images
     except BrokenProcessPool:
         raise _killed(workers) from None

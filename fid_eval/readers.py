@@ -28,7 +28,7 @@ class ImageReader:
     decodes = False  # reading is work for the processor
     is_share = False  # each process holds another part
     digests: dict[int, str] | None = None  # where decoding also hashes: sha256 of images so far
-    ahead: tuple[list, Iterator[Tensor]] = ([], iter(()))  # spans that are being loaded already
+    ahead: tuple[list, Any] | None = None  # spans that are being loaded already, and their loader
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """uint8 (stop − start, H, W, 3)."""
@@ -58,7 +58,8 @@ class ImageReader:
         On the CPU; ``device`` is where they are going.
         """
         self.read_ahead(batch_size, owned, workers, device)
-        (spans, loaded), self.ahead = self.ahead, ([], iter(()))
+        assert self.ahead is not None
+        (spans, loaded), self.ahead = self.ahead, None
 
         def batch(span: tuple[int, int], images: Tensor) -> Batch:
             labels = None if self.labels is None else torch.from_numpy(self.labels[slice(*span)])
@@ -72,8 +73,9 @@ class ImageReader:
         """Begin with the ``batches`` of these arguments, unless that is done."""
         assert self.count is not None
         spans = list(batch_spans(self.count, batch_size, owned))
-        if spans == self.ahead[0]:
+        if self.ahead is not None and spans == self.ahead[0]:
             return
+        self.read_no_further()
         loaded = load_spans(
             self,
             spans,
@@ -83,6 +85,12 @@ class ImageReader:
             device,
         )
         self.ahead = spans, loaded
+
+    def read_no_further(self) -> None:
+        """End what ``read_ahead`` began and nobody has asked for."""
+        if self.ahead is not None:
+            self.ahead[1].close()
+        self.ahead = None
 
 
 class ArrayReader(ImageReader):

@@ -1,10 +1,12 @@
 """``evaluate`` on small sets: naming, agreement of inputs, references, caching, bad input."""
 
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from fid_eval import EvaluationError, Evaluator, evaluate
@@ -376,3 +378,35 @@ def test_clip_archives_are_run_only_if_their_hash_is_known(tmp_path):
     (tmp_path / "clip.pt").write_bytes(b"something else")
     with pytest.raises(EvaluationError, match="the published weights have 3035c92b"):
         get_extractor("clip", tmp_path / "clip.pt")
+
+
+@pytest.fixture
+def png_folders(tmp_path, monkeypatch):
+    """(reference, samples) of PNG files, decoded by processes."""
+    monkeypatch.setattr("fid_eval.readers.PROCESSES_FROM", 1)
+    for seed, name in enumerate(("reference", "samples")):
+        (tmp_path / name).mkdir()
+        for number, image in enumerate(draw(60, seed)[0]):
+            Image.fromarray(image).save(tmp_path / name / f"{number:02d}.png")
+    return tmp_path / "reference", tmp_path / "samples"
+
+
+def test_a_set_read_ahead_gives_the_same_numbers(png_folders, sets):
+    given = evaluate(*png_folders, **options(metrics=["fid"]))
+    arrays = evaluate(draw(60, 0)[0], draw(60, 1)[0], **options(metrics=["fid"]))
+    assert given.metrics == arrays.metrics
+    assert not multiprocessing.active_children()
+
+
+def test_nothing_goes_on_being_decoded_that_nobody_needs(png_folders):
+    reference, samples = png_folders
+    evaluator = Evaluator(reference, **options(metrics=["is"]))
+    evaluator(samples)  # the Inception Score reads no reference
+    assert evaluator.reference.images.ahead is None
+    damaged = reference / "30.png"
+    damaged.write_bytes(damaged.read_bytes().replace(b"IDAT", b"IDAX", 1))
+    opened = Evaluator(reference, **options(metrics=["fid"])).open(samples)
+    with pytest.raises(EvaluationError, match=r"30.png: truncated or damaged"):
+        Evaluator(reference, **options(metrics=["fid"]))(opened)
+    assert opened.images.ahead is None
+    assert not multiprocessing.active_children()
