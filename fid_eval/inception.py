@@ -26,7 +26,7 @@ def torch_fidelity_module(name: str) -> ModuleType:
         del sys.modules["torch_fidelity"]  # whoever wants all of it imports it
 
 
-original = torch_fidelity_module("feature_extractor_inceptionv3")
+fidelity = torch_fidelity_module("feature_extractor_inceptionv3")
 
 SPATIAL_CHANNELS = 7  # of the 192 of mixed_6/conv: Nash et al. 2021
 
@@ -50,10 +50,15 @@ def resize_like_tensorflow(images: Tensor, size: int) -> Tensor:
     return rows.permute(0, 3, 1, 2)
 
 
-class FusedConv(nn.Module):
-    """torch-fidelity's BasicConv2d; on a GPU, normalisation, bias and ReLU ride on the convolution.
+def fuses(x: Tensor) -> bool:
+    """Whether there is a cuDNN for ``x``; AMD's GPUs are "cuda" too, and have none."""
+    return x.is_cuda and torch.version.cuda is not None and torch.backends.cudnn.enabled
 
-    Three passes over every activation are half of the network's time there otherwise.
+
+class FusedConv(nn.Module):
+    """torch-fidelity's BasicConv2d; on an NVIDIA GPU, cuDNN also normalises and applies the ReLU.
+
+    One pass over every activation instead of three (``benchmarks/evaluation.py``, "network").
     """
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
@@ -62,7 +67,7 @@ class FusedConv(nn.Module):
         self.folded: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cuda or torch.compiler.is_compiling():  # which fuses by itself
+        if not fuses(x) or torch.compiler.is_compiling():  # which fuses by itself
             return F.relu(self.bn(self.conv(x)), inplace=True)
         if self.folded is None or self.folded[0].device != x.device:
             self.folded = self.fold()
@@ -97,7 +102,7 @@ class Inception(nn.Module):
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
-        net = original.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], repacked(state))
+        net = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], repacked(state))
         self.size = net.INPUT_IMAGE_SIZE
         self.stem = nn.Sequential(
             net.Conv2d_1a_3x3, net.Conv2d_2a_3x3, net.Conv2d_2b_3x3, net.MaxPool_1,
@@ -112,7 +117,7 @@ class Inception(nn.Module):
         self.fc = net.fc
         for module in list(self.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, original.BasicConv2d):
+                if isinstance(child, fidelity.BasicConv2d):
                     setattr(module, name, FusedConv(child.conv, child.bn))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

@@ -167,7 +167,7 @@ def test_the_network_comes_without_the_rest_of_torch_fidelity():
         "import sys, fid_eval.inception as ours\n"
         "assert not {'torchvision', 'torch_fidelity'} & set(sys.modules)\n"
         "import torch_fidelity as whole\n"
-        "assert whole.FeatureExtractorInceptionV3 is ours.original.FeatureExtractorInceptionV3\n"
+        "assert whole.FeatureExtractorInceptionV3 is ours.fidelity.FeatureExtractorInceptionV3\n"
         "assert 'torchvision' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
