@@ -198,9 +198,9 @@ def _one_line(error: Exception) -> str:
 
 def main() -> None:
     """``python -m moh_dit.autoencoder``, the same as ``moh-dit-train-autoencoder``."""
-    from .data.commands import train
+    from .data.commands import train_autoencoder
 
-    train()
+    train_autoencoder()
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 DRAWS_AHEAD = 64
-# Values made at once: what stays in a CPU's cache, and what keeps a GPU busy for longer than it
-# takes to launch a hundred small kernels.
+# Values made at once: what stays in a CPU's cache, and what keeps a GPU without the kernel busy for
+# longer than it takes to launch a hundred small ones.
 VALUES_AHEAD = {"cpu": 1 << 18, "cuda": 1 << 23}
 
 

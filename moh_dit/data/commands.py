@@ -100,9 +100,9 @@ def _encode(config: Encoding) -> None:
 
 
 def _train(config: AutoencoderTraining) -> None:
-    from .autoencoder_training import train_autoencoder
+    from .autoencoder_training import train_autoencoder as train
 
-    train_autoencoder(config)
+    train(config)
 
 
 def encode() -> None:
@@ -117,7 +117,7 @@ def encode() -> None:
     )
 
 
-def train() -> None:
+def train_autoencoder() -> None:
     """Console script ``moh-dit-train-autoencoder``."""
     run_program(
         _train,
