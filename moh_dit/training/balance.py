@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..attention import load_balance_loss
+from ..routing import load_balance_loss, pooled_balance_loss
 
 
 class BalanceLoss:
@@ -49,7 +49,7 @@ class BalanceLoss:
 
     def _load(self, router_stats: tuple[Tensor, ...]) -> Tensor:
         """f of a micro-batch over all processes, layer after layer (ΣE,)."""
-        load = torch.cat([stats[0] for stats in router_stats]).detach()
+        load = torch.cat(router_stats, dim=1)[0].detach()
         return self.accelerator.reduce(load, "mean")
 
     def __call__(self, router_stats: tuple[Tensor, ...]) -> Tensor:
@@ -58,14 +58,10 @@ class BalanceLoss:
             self._loads.append(self._load(router_stats))
         if self.published:
             return load_balance_loss(router_stats, self.num_active_routed_heads, published=True)
+        f = torch.stack(self._loads).mean(0)
+        mean_scores = torch.cat(router_stats, dim=1)[1]
         sizes = [stats.shape[1] for stats in router_stats]
-        pooled = [
-            torch.stack([f, stats[1]])
-            for f, stats in zip(
-                torch.stack(self._loads).mean(0).split(sizes), router_stats, strict=True
-            )
-        ]
-        return load_balance_loss(pooled, self.num_active_routed_heads)
+        return pooled_balance_loss(f, mean_scores, sizes, self.num_active_routed_heads)
 
     def load(self) -> Tensor | None:
         """f over all processes and the step's micro-batches so far, layer after layer (ΣE,)."""
