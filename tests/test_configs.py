@@ -19,7 +19,6 @@ from moh_dit.training.config import TrainConfig
 from moh_dit.training.loop import Trainer
 from moh_dit.training.record import read_log
 from moh_dit.training.setup import build_model
-from moh_dit.transformer import DiTBlock
 
 FOLDER = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -98,7 +97,6 @@ def test_accelerate_reads_its_file(name):
     assert config.num_processes == {"one_gpu": 1, "two_nodes": 16}.get(name, 8)
     if name == "fsdp2":
         assert config.fsdp_config["fsdp_version"] == 2
-        assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == DiTBlock.__name__
         assert config.fsdp_config["fsdp_reshard_after_forward"] is False
 
 

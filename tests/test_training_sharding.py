@@ -38,7 +38,7 @@ def make_trainer(run_dir, num_steps, sharded, **settings):
     config = TrainConfig(
         run_dir=str(run_dir),
         model=ModelConfig(
-            hidden_size=20, depth=2, num_heads=5, head_dim=4, num_shared_heads=2,
+            hidden_size=20, depth=5, num_heads=5, head_dim=4, num_shared_heads=2,
             num_active_routed_heads=1,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, max_grad_norm=0.5),
@@ -55,14 +55,19 @@ def make_trainer(run_dir, num_steps, sharded, **settings):
     return trainer
 
 
-def train(run_dir, num_steps=4, sharded=False):
-    make_trainer(run_dir, num_steps, sharded).train()
+def train(run_dir, num_steps=4, sharded=False, **settings):
+    make_trainer(run_dir, num_steps, sharded, **settings).train()
 
 
-def train_in_bf16(run_dir, sharded, gather_in=sharding.gather_in):
+def train_checkpointed(run_dir):
+    """Blocks of one group computed again, one by one, in the backward pass."""
+    train(run_dir, 2, True, gradient_checkpointing=True)
+
+
+def train_in_bf16(run_dir, sharded, shard=sharding.shard):
     """Two steps from random weights, zero nowhere; keeps what the first one learns from."""
     ShardingAccelerator.reshard_after_forward = False
-    loop.gather_in = gather_in
+    loop.shard = shard
     trainer = make_trainer(run_dir, 2, sharded, mixed_precision="bf16")
     model, watch, first = trainer.raw_model, trainer.watch, {}
     random, named = torch.Generator().manual_seed(0), list(model.named_parameters())
@@ -72,7 +77,7 @@ def train_in_bf16(run_dir, sharded, gather_in=sharding.gather_in):
     def look(*_):  # when all blocks have run
         for name, parameter in model.named_parameters():
             assert not sharding.is_sharded(parameter)
-            rounded = sharded and gather_in is sharding.gather_in and name.startswith("blocks.")
+            rounded = sharded and shard is sharding.shard and name.startswith("blocks.")
             assert parameter.dtype == (torch.bfloat16 if rounded else torch.float32)
 
     def keep(step, terms, before_update=watch.before_update):
@@ -89,8 +94,9 @@ def train_in_bf16(run_dir, sharded, gather_in=sharding.gather_in):
     torch.save(first, run_dir / "first.pt")
 
 
-def in_float32(module, dtype):
-    """Instead of ``gather_in``: weights are gathered as they are."""
+def shard_in_float32(model, accelerator, gathered):
+    """Instead of ``shard``: weights are gathered as they are."""
+    sharding.shard(model, accelerator, None)
 
 
 def train_past_infinity(run_dir, sharded):
@@ -143,9 +149,15 @@ def test_sharded_weights_give_the_same_run_and_either_kind_can_go_on(tmp_path):
     assert torch.equal(pipeline.transformer.state_dict()[key], raw)
 
 
+def test_groups_of_blocks_under_activation_checkpointing(tmp_path):
+    launch(train, tmp_path / "kept", 2, True, num_processes=2)
+    launch(train_checkpointed, tmp_path / "again", num_processes=2)
+    assert_equal(files(tmp_path / "again"), files(tmp_path / "kept"))
+
+
 def test_blocks_gathered_in_bf16_compute_what_autocast_computes(tmp_path):
     launch(train_in_bf16, tmp_path / "whole", False, num_processes=2)
-    launch(train_in_bf16, tmp_path / "float32", True, in_float32, num_processes=2)
+    launch(train_in_bf16, tmp_path / "float32", True, shard_in_float32, num_processes=2)
     launch(train_in_bf16, tmp_path / "bf16", True, num_processes=2)
     assert_equal(files(tmp_path / "bf16"), files(tmp_path / "float32"))
     whole, float32, bf16 = (

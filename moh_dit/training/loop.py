@@ -37,7 +37,7 @@ from .setup import (
     trainable,
     weight_decay_groups,
 )
-from .sharding import gather_in, release
+from .sharding import release, shard
 from .state import (
     TrainingState,
     check_resumable,
@@ -104,6 +104,10 @@ class Trainer:
         if config.compile:
             # Block by block: layers of one plan share a graph, and FSDP2 works between them.
             model.compile_repeated_blocks()
+        if accelerator.is_fsdp2:
+            # Autocast rounds every weight of a block where it is used, all in linear maps.
+            in_bf16 = config.mixed_precision == "bf16"
+            shard(model, accelerator, torch.bfloat16 if in_bf16 else None)
         adamw = torch.optim.AdamW(
             weight_decay_groups(trainable(model), config.optimizer),
             lr=config.optimizer.learning_rate,
@@ -111,13 +115,13 @@ class Trainer:
             fused=True,
         )
         self.model: nn.Module
-        self.model, self.optimizer = accelerator.prepare(model, adamw)
-        if config.mixed_precision == "bf16":
-            # Autocast rounds every weight of a block where it is used, all in linear maps.
-            gather_in(model.blocks, torch.bfloat16)
+        if accelerator.is_fsdp2:
+            self.model, self.optimizer = model, accelerator.prepare_optimizer(adamw)
+        else:
+            self.model, self.optimizer = accelerator.prepare(model, adamw)
         self.lr_factor = learning_rate_factor(config.optimizer, config.num_steps, adamw)
         self.watch = GradientWatch(
-            trainable(model),  # anew: FSDP2 has replaced them
+            trainable(model),
             adamw,
             config.optimizer.max_grad_norm,
             LOSS_TERMS,

@@ -19,7 +19,6 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..checkpoints import Opened, open_checkpoint
 from ..data.commands import Encoding
@@ -74,17 +73,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def check_fsdp(accelerator: Accelerator) -> None:
-    """Have FSDP2 compute what DDP computes; a ``UserError`` where there is no FSDP2.
-
-    Gradients are summed in float32, and autocast decides about the rest as it does elsewhere; what
-    it rounds anyway is gathered rounded (``gather_in``). accelerate would cast all weights, inputs
-    (the times of a flow among them) and summed gradients to bf16.
-    """
+    """A ``UserError`` where there is no FSDP2."""
     if not accelerator.is_fsdp2:
         raise UserError(
             "FSDP needs several GPUs and fsdp_version: 2 (configs/accelerate/fsdp2.yaml)"
         )
-    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     # The model's output is a view, which is safe as long as nobody writes into it.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
 

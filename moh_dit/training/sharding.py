@@ -3,11 +3,17 @@
 On one process and under DDP every tensor is whole already, and nothing here does anything.
 """
 
+from typing import Any, cast
+
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+# Gathered at once: FSDP2 works in Python for every group, which a block is too short to hide.
+BLOCKS_TOGETHER = 4
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -57,19 +63,34 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def gather_in(module: nn.Module, dtype: torch.dtype) -> None:
-    """Have what FSDP2 spreads within ``module`` gathered in ``dtype``; before the first pass.
+def shard(model: nn.Module, accelerator: Accelerator, gathered: torch.dtype | None) -> None:
+    """Spread the weights of ``model`` over processes by FSDP2, to compute what DDP computes.
 
-    The parts keep their own precision, and gradients are summed in float32.
+    Not by accelerate, which has one policy for a whole model and would cast inputs (the times of a
+    flow among them) and sums of gradients to bf16: here autocast decides, as it does elsewhere, and
+    what it rounds anyway is gathered rounded.
+
+    Args:
+        model: has its blocks in ``model.blocks``.
+        accelerator: says over which processes, and whether blocks stay gathered from the forward to
+            the backward pass.
+        gathered: precision in which blocks are gathered (``None``: their own). The parts keep their
+            own precision, and gradients are summed in float32.
     """
-    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for each in _spread(module):
-        # accelerate has one policy for a whole model. torch reads its own in the first pass: of the
-        # group up to 2.14, of its parameters since.
-        if (group := each._get_fsdp_state()._fsdp_param_group) is not None:
-            group.mp_policy = policy
-            for parameter in group.fsdp_params:
-                parameter.mp_policy = policy
+    plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
+    if mesh is not None:
+        mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+    common: dict[str, Any] = dict(mesh=mesh, offload_policy=plugin.cpu_offload)
+    policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
+    blocks = list(cast(nn.ModuleList, model.blocks))
+    for first in range(0, len(blocks), BLOCKS_TOGETHER):
+        fully_shard(
+            blocks[first : first + BLOCKS_TOGETHER],
+            mp_policy=policy,
+            reshard_after_forward=plugin.reshard_after_forward,
+            **common,
+        )
+    fully_shard(model, **common)
 
 
 def release(module: nn.Module) -> None:
