@@ -115,26 +115,18 @@ def load_balance_loss(
             whatever the mix.
     """
     f, mean_scores = torch.cat(tuple(router_stats), dim=1)  # (ΣE,) each
-    sizes = [stats.shape[1] for stats in router_stats]
-    return pooled_balance_loss(f, mean_scores, sizes, num_active_routed_heads, published)
-
-
-def pooled_balance_loss(
-    f: Tensor, mean_scores: Tensor, sizes: list[int], active: list[int], published: bool = False
-) -> Tensor:
-    """:func:`load_balance_loss` from f and P̄ (ΣE,) of all routed layers, of E ``sizes`` in turn."""
     # Neighbours of one scale E / k are summed at once: a sum per layer is hundreds of tiny kernels.
     scales: list[float] = []
     columns: list[int] = []
-    for size, k in zip(sizes, active, strict=True):
-        scale = size / (1 if published else k)
+    for stats, k in zip(router_stats, num_active_routed_heads, strict=True):
+        scale = stats.shape[1] / (1 if published else k)
         if not scales or scale != scales[-1]:
             scales.append(scale)
             columns.append(0)
-        columns[-1] += size
+        columns[-1] += stats.shape[1]
     products = (f * mean_scores).split(columns)
     terms = [scale * part.sum() for scale, part in zip(scales, products, strict=True)]
-    return torch.stack(terms).sum() / len(sizes)
+    return torch.stack(terms).sum() / len(router_stats)
 
 
 def check_head_plan(

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..routing import load_balance_loss, pooled_balance_loss
+from ..routing import load_balance_loss
 
 
 class BalanceLoss:
@@ -59,9 +59,9 @@ class BalanceLoss:
         if self.published:
             return load_balance_loss(router_stats, self.num_active_routed_heads, published=True)
         f = torch.stack(self._loads).mean(0)
-        mean_scores = torch.cat(router_stats, dim=1)[1]
+        pooled = torch.stack([f, torch.cat(router_stats, dim=1)[1]])
         sizes = [stats.shape[1] for stats in router_stats]
-        return pooled_balance_loss(f, mean_scores, sizes, self.num_active_routed_heads)
+        return load_balance_loss(pooled.split(sizes, dim=1), self.num_active_routed_heads)
 
     def load(self) -> Tensor | None:
         """f over all processes and the step's micro-batches so far, layer after layer (ΣE,)."""
