@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DynamoBackend
 from processes import launch
 from safetensors.torch import load_file
 
@@ -27,8 +28,6 @@ class ShardingAccelerator(Accelerator):
         self.state.distributed_type = DistributedType.FSDP
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["DiTBlock"],
             cpu_ram_efficient_loading=False,
             reshard_after_forward=self.reshard_after_forward,
         )
@@ -180,3 +179,21 @@ def test_looking_for_what_is_not_finite_leaves_no_stale_weights(tmp_path):
 def test_sharding_without_gpus_is_refused():
     with pytest.raises(UserError, match="several GPUs"):
         setup.check_fsdp(Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("setting", "instead"),
+    [("fsdp_activation_checkpointing", "gradient_checkpointing"), ("dynamo_backend", "compile")],
+)
+def test_what_the_trainer_does_itself_is_not_taken_from_accelerate(monkeypatch, setting, instead):
+    accelerator = Accelerator(cpu=True)
+    state, plugin = accelerator.state, FullyShardedDataParallelPlugin(fsdp_version=2)
+    monkeypatch.setattr(state, "distributed_type", DistributedType.FSDP)
+    monkeypatch.setattr(state, "fsdp_plugin", plugin, raising=False)
+    setup.check_fsdp(accelerator)
+    if setting == "dynamo_backend":
+        monkeypatch.setattr(state.dynamo_plugin, "backend", DynamoBackend.INDUCTOR)
+    else:
+        plugin.activation_checkpointing = True
+    with pytest.raises(UserError, match=f"{setting} .* --{instead} true"):
+        setup.check_fsdp(accelerator)

@@ -104,21 +104,22 @@ class Trainer:
         if config.compile:
             # Block by block: layers of one plan share a graph, and FSDP2 works between them.
             model.compile_repeated_blocks()
+        self.model: nn.Module = model
         if accelerator.is_fsdp2:
             # Autocast rounds every weight of a block where it is used, all in linear maps.
             in_bf16 = config.mixed_precision == "bf16"
             shard(model, accelerator, torch.bfloat16 if in_bf16 else None)
+        else:
+            self.model = accelerator.prepare_model(model)
         adamw = torch.optim.AdamW(
             weight_decay_groups(trainable(model), config.optimizer),
             lr=config.optimizer.learning_rate,
             betas=config.optimizer.betas,
             fused=True,
         )
-        self.model: nn.Module
-        if accelerator.is_fsdp2:
-            self.model, self.optimizer = model, accelerator.prepare_optimizer(adamw)
-        else:
-            self.model, self.optimizer = accelerator.prepare(model, adamw)
+        # Not together with the model: under FSDP2 accelerate would look for the optimizer's weights
+        # by address, and the empty parts of small ones all have the same.
+        self.optimizer = accelerator.prepare_optimizer(adamw)
         self.lr_factor = learning_rate_factor(config.optimizer, config.num_steps, adamw)
         self.watch = GradientWatch(
             trainable(model),

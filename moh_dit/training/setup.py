@@ -15,7 +15,11 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DynamoBackend,
+    InitProcessGroupKwargs,
+)
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
@@ -73,11 +77,19 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def check_fsdp(accelerator: Accelerator) -> None:
-    """A ``UserError`` where there is no FSDP2."""
+    """A ``UserError`` where there is no FSDP2, or it is told what the run's configuration says."""
     if not accelerator.is_fsdp2:
         raise UserError(
             "FSDP needs several GPUs and fsdp_version: 2 (configs/accelerate/fsdp2.yaml)"
         )
+    compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    for wanted, name, instead in (
+        (accelerator.state.fsdp_plugin.activation_checkpointing, "fsdp_activation_checkpointing",
+         "gradient_checkpointing"),
+        (compiles, "dynamo_backend", "compile"),
+    ):  # fmt: skip
+        if wanted:
+            raise UserError(f"{name} of accelerate is not used here; give --{instead} true instead")
     # The model's output is a view, which is safe as long as nobody writes into it.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
 
