@@ -17,6 +17,7 @@ import torch
 from common import environment, make_projected, relative_error, table, write_json
 
 from moh_dit.attention import moh_attention
+from moh_dit.modulation import adaln
 from moh_dit.noise import philox_normal
 
 PLANS = [(24, 14, 2), (16, 10, 2), (8, 8, 0), (6, 0, 3)]
@@ -80,6 +81,42 @@ def check_noise():
     return good
 
 
+def check_adaln():
+    """adaLN of every preset's width against float64, beside the error of the plain tensors."""
+    rows = []
+    for width, (stream, other), tokens in itertools.product(
+        (384, 768, 1024, 1152), ((torch.float32, torch.bfloat16), (torch.bfloat16,) * 2), (256, 77)
+    ):
+        torch.manual_seed(0)
+        x = (3 + 2 * torch.randn(8, tokens, width, device="cuda")).to(stream)
+        branch = torch.randn(8, tokens, width, device="cuda").to(other)
+        modulation = torch.randn(8, 3 * width, device="cuda").to(other)
+        upstream = [torch.randn(8, tokens, width, device="cuda").to(d) for d in (stream, other)]
+        given = [x, branch, modulation, *upstream]
+
+        def outcome(backend, given):
+            x, branch, modulation = leaves = [g.clone().requires_grad_() for g in given[:3]]
+            shift, scale, gate = modulation.unsqueeze(1).chunk(3, dim=-1)
+            x, y = adaln(x, shift, scale, gate, branch, backend)
+            x, y = x.to(given[3].dtype), y.to(given[4].dtype)
+            return [x.detach(), y.detach(), *torch.autograd.grad((x, y), leaves, given[3:])]
+
+        exact = outcome("reference", [each.double() for each in given])
+        dense, chosen, again = (outcome(b, given) for b in ("reference", "triton", "triton"))
+        names = ("stream", "output", "grad_x", "grad_branch", "grad_modulation")
+        row = dict(C=width, N=tokens, stream=str(stream)[6:], worst=0.0, where="")
+        for name, a, d, e in zip(names, chosen, dense, exact, strict=True):
+            row[name] = relative_error(a, e)
+            ratio = row[name] / max(relative_error(d, e), torch.finfo(a.dtype).eps / 8)
+            if not ratio <= row["worst"]:
+                row["worst"], row["where"] = ratio, name
+        row["repeats"] = all(torch.equal(a, b) for a, b in zip(chosen, again, strict=True))
+        rows.append(row)
+    print("adaLN:")
+    table(rows, list(rows[0]))
+    return all(row["worst"] <= 1.5 and row["repeats"] for row in rows)
+
+
 def check_all(inputs):
     warnings.simplefilter("ignore")
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
@@ -95,7 +132,7 @@ def main():
     parser.add_argument("--json")
     args = parser.parse_args()
     print(environment())
-    good_noise = check_noise()
+    good = [check_noise(), check_adaln()]
     short, long = [], []
     for dtype, width, (i, plan) in itertools.product(
         (torch.bfloat16, torch.float16), (64, 72), enumerate(PLANS)
@@ -127,7 +164,7 @@ def main():
         f"{len(rows)} inputs, {len(wrong)} wrong, worst ratio {max(r['worst'] for r in rows):.2f}"
     )
     write_json(args.json, rows)
-    sys.exit(bool(wrong) or not good_noise)
+    sys.exit(bool(wrong) or not all(good))
 
 
 if __name__ == "__main__":

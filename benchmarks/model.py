@@ -19,7 +19,7 @@ from common import (
     write_json,
 )
 from float8 import float8_linears
-from peers import COMPILE, MODES, build, compiled, initialise
+from peers import add_model_arguments, build, compiled, initialise
 
 MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 then mask",
           "diffusers DiT-XL/2"]  # fmt: skip
@@ -30,9 +30,7 @@ def measure(name, pixels, batch, args):
     torch.manual_seed(0)
     torch._dynamo.reset()
     with torch.device("cuda"):
-        model = compiled(
-            initialise(build(name, pixels // 8)).to(torch.bfloat16).eval(), args.compile, args.mode
-        )
+        model = compiled(initialise(build(name, pixels // 8)).to(torch.bfloat16).eval(), args)
         x = torch.randn(batch, 4, pixels // 8, pixels // 8, dtype=torch.bfloat16)
         t, y = torch.randint(1000, (batch,)), torch.randint(1000, (batch,))
     with fastest_dense(), float8_linears(args.float8), torch.no_grad():
@@ -48,9 +46,7 @@ def main():
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--sizes", nargs="+", type=int, default=list(BATCH))
     parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--compile", choices=COMPILE, default="blocks", help="what is one graph")
-    parser.add_argument("--mode", choices=MODES, default="default", help="of torch.compile")
-    parser.add_argument("--float8", action="store_true", help="linear layers in FP8")
+    add_model_arguments(parser)
     parser.add_argument("--profile", action="store_true", help="show where the time goes")
     parser.add_argument("--json")
     args = parser.parse_args()

@@ -7,6 +7,7 @@ from torch import nn
 
 from moh_dit import build_model
 from moh_dit.attention import MoHAttention, split_heads
+from moh_dit.kernels import MODULATION_BACKENDS
 
 
 class DenseThenMask(nn.Module):
@@ -57,17 +58,29 @@ def blocks(model):
     return model.transformer_blocks if hasattr(model, "transformer_blocks") else model.blocks
 
 
-COMPILE = ("blocks", "model")
-MODES = ("default", "max-autotune-no-cudagraphs")
+def add_model_arguments(parser):
+    parser.add_argument(
+        "--compile", choices=("blocks", "model"), default="blocks", help="what is one graph"
+    )
+    parser.add_argument(
+        "--mode", choices=("default", "max-autotune-no-cudagraphs"), default="default",
+        help="of torch.compile",
+    )  # fmt: skip
+    parser.add_argument(
+        "--modulation", choices=MODULATION_BACKENDS, default="auto", help="adaLN of our models"
+    )
+    parser.add_argument("--float8", action="store_true", help="linear layers in FP8")
 
 
-def compiled(model, how, mode):
+def compiled(model, args):
     """``blocks``: layers of one plan share a graph, and seconds do for a minute; or all as one."""
-    if how == "model":
-        model.compile(dynamic=False, mode=mode)
+    if hasattr(model, "set_modulation_backend"):
+        model.set_modulation_backend(args.modulation)
+    if args.compile == "model":
+        model.compile(dynamic=False, mode=args.mode)
         return model
     for block in blocks(model):
-        block.compile(mode=mode)
+        block.compile(mode=args.mode)
     return model
 
 

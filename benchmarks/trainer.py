@@ -31,7 +31,7 @@ from moh_dit.training.record import read_log
 
 ROOT = Path(__file__).parents[1]
 MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75"]
-NUM_IMAGES, NUM_CLASSES, PIXELS = 4096, 8, 128
+NUM_IMAGES, NUM_CLASSES, PIXELS = 2560, 8, 128
 ENTRIES = 5  # log entries, of ten steps each, that are measured
 STATE = ["state/model.safetensors", "state/optimizer.safetensors",
          "transformer/diffusion_pytorch_model.safetensors"]  # fmt: skip
@@ -166,7 +166,7 @@ def main():
     parser.add_argument("--work", type=Path, required=True, help="folder for data and runs")
     parser.add_argument("--parts", nargs="+", default=["data", "single", "resume", "ddp", "fsdp2"])
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--batch", type=int, default=128, help="images per GPU and step")
+    parser.add_argument("--batch", type=int, default=160, help="images per GPU and step")
     parser.add_argument("--resume_model", default="MoH-DiT-S/2-75")
     parser.add_argument("--json")
     args = parser.parse_args()

@@ -20,7 +20,7 @@ from common import (
     write_json,
 )
 from float8 import float8_linears
-from peers import COMPILE, MODES, build, compiled, initialise
+from peers import add_model_arguments, build, compiled, initialise
 
 MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 then mask",
           "diffusers DiT-XL/2"]  # fmt: skip
@@ -31,7 +31,7 @@ def measure(name, pixels, batch, args):
     torch.manual_seed(0)
     torch._dynamo.reset()
     with torch.device("cuda"):
-        model = compiled(initialise(build(name, pixels // 8)).train(), args.compile, args.mode)
+        model = compiled(initialise(build(name, pixels // 8)).train(), args)
         x = torch.randn(batch, 4, pixels // 8, pixels // 8)
         t, y = torch.randint(1000, (batch,)), torch.randint(1000, (batch,))
         noise = torch.randn(batch, 4, pixels // 8, pixels // 8)
@@ -70,9 +70,7 @@ def main():
     parser.add_argument("--sizes", nargs="+", type=int, default=list(BATCH))
     parser.add_argument("--batch", type=int, help="instead of the default for each size")
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--compile", choices=COMPILE, default="blocks", help="what is one graph")
-    parser.add_argument("--mode", choices=MODES, default="default", help="of torch.compile")
-    parser.add_argument("--float8", action="store_true", help="linear layers in FP8")
+    add_model_arguments(parser)
     parser.add_argument("--loss_after", type=int, default=0, help="show the loss after N steps")
     parser.add_argument("--profile", action="store_true", help="show where the time goes")
     parser.add_argument("--json")

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .attention import MoHAttention, load_balance_loss
 from .errors import UserError
-from .kernels import BACKENDS
+from .kernels import BACKENDS, MODULATION_BACKENDS
+from .modulation import adaln
 
 HeadPlan = int | list[int] | list[int | None] | None
 
@@ -160,12 +161,19 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         Raises:
             UserError: when there is no backend of that name.
         """
-        if backend not in BACKENDS:
-            raise UserError(
-                f"attention backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}"
-            )
+        _check_backend("attention", backend, BACKENDS)
         for block in self.blocks:
             cast(DiTBlock, block).attn.attention_backend = backend
+
+    def set_modulation_backend(self, backend: str) -> None:
+        """Compute adaLN by ``backend``: "reference", "triton" (GPU: one pass) or "auto".
+
+        Raises:
+            UserError: when there is no backend of that name.
+        """
+        _check_backend("modulation", backend, MODULATION_BACKENDS)
+        for layer in (*self.blocks, self.final_layer):
+            cast(DiTBlock | FinalLayer, layer).modulation_backend = backend
 
     def forward(
         self,
@@ -227,6 +235,8 @@ class DiTBlock(nn.Module):
     with the attention's ``router_stats`` in training.
     """
 
+    modulation_backend = "auto"
+
     def __init__(
         self,
         hidden_size: int,
@@ -238,7 +248,6 @@ class DiTBlock(nn.Module):
         router: str = "learned",
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.attn = MoHAttention(
             hidden_size,
             num_heads,
@@ -247,7 +256,6 @@ class DiTBlock(nn.Module):
             head_dim,
             router=router,
         )
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
@@ -257,10 +265,11 @@ class DiTBlock(nn.Module):
         # The statistics leave as a plain output: checkpointing, re-entrant or not, keeps gradients.
         modulation = self.adaLN_modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (B, 1, C) each
-        attended, router_stats = self.attn(modulate(self.norm1(hidden_states), shift1, scale1))
-        hidden_states = hidden_states + gate1 * attended
-        mixed = self.mlp(modulate(self.norm2(hidden_states), shift2, scale2))
-        hidden_states = hidden_states + gate2 * mixed
+        backend = self.modulation_backend
+        hidden_states, read = adaln(hidden_states, shift1, scale1, backend=backend)
+        attended, router_stats = self.attn(read)
+        hidden_states, read = adaln(hidden_states, shift2, scale2, gate1, attended, backend)
+        hidden_states = hidden_states + gate2 * self.mlp(read)
         return (hidden_states, router_stats) if self.training else hidden_states
 
 
@@ -283,15 +292,17 @@ class Mlp(nn.Module):
 class FinalLayer(nn.Module):
     """adaLN, then a linear map to the pixels of each patch."""
 
+    modulation_backend = "auto"
+
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).unsqueeze(1).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(hidden_states), shift, scale))
+        _, read = adaln(hidden_states, shift, scale, backend=self.modulation_backend)
+        return self.linear(read)
 
 
 class PatchEmbedder(nn.Module):
@@ -340,8 +351,11 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(class_labels)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+def _check_backend(what: str, backend: str, backends: tuple[str, ...]) -> None:
+    if backend not in backends:
+        raise UserError(
+            f"{what} backend {backend!r} is unknown; choose one of {', '.join(backends)}"
+        )
 
 
 def per_layer(name: str, value: HeadPlan, depth: int) -> list:

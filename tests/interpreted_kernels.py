@@ -15,9 +15,11 @@ from reference import relative_error
 
 from moh_dit.attention import MoHAttention, moh_attention
 from moh_dit.kernels import table
+from moh_dit.modulation import adaln
 from moh_dit.noise import philox_normal
 
 PADDING = 2
+TESTS = ("test_schema", "test_faketensor", "test_autograd_registration")  # of operators
 # name: (B, N, heads, shared, active, head width, dtype, copy engine)
 CASES = {
     "width 72, ragged": (2, 36, 4, 2, 1, 72, torch.float32, False),
@@ -28,6 +30,13 @@ CASES = {
     "narrow heads": (2, 50, 6, 2, 3, 8, torch.float32, False),
     "saturated router": (1, 24, 6, 0, 3, 16, torch.float32, False),
     "one token": (1, 1, 3, 1, 1, 16, torch.float32, False),
+}
+# name: (B, N, C, dtype of the stream, dtype of branches and modulation)
+ADALN_CASES = {
+    "ragged": (2, 37, 72, torch.float32, torch.float32),
+    "half precision beside the stream": (2, 33, 48, torch.float32, torch.float16),
+    "half precision": (3, 5, 40, torch.float16, torch.float16),
+    "one token": (2, 1, 24, torch.float32, torch.float32),
 }
 
 
@@ -98,9 +107,84 @@ def operator_checks():
     from moh_dit.kernels import ops
 
     projected = make_input(1, 20, 4, 2, 1, 16, torch.float32).nan_to_num_().requires_grad_()
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    outcomes = torch.library.opcheck(ops.attention_op, (projected, 4, 2, 1, 16), test_utils=tests)
+    outcomes = torch.library.opcheck(ops.attention_op, (projected, 4, 2, 1, 16), test_utils=TESTS)
     return sorted(set(outcomes.values()))
+
+
+def adaln_outcome(inputs, backend):
+    """Results and gradients of adaLN as a block and the layer after it use it."""
+    x, branch, modulation, upstream = inputs
+    leaves = [each.clone().requires_grad_() for each in (x, branch, modulation)]
+    x, branch, modulation = leaves
+    shift1, scale1, shift2, scale2, gate = modulation.unsqueeze(1).chunk(5, dim=-1)
+    x, first = adaln(x.mT.contiguous().mT, shift1, scale1, backend=backend)  # as patches come
+    x, second = adaln(x, shift2, scale2, gate, branch * first, backend)
+    _, third = adaln(x + second, shift1, scale2, backend=backend)
+    results = (x, first, second, third)
+    loss = sum((a * b.to(a.dtype)).sum() for a, b in zip(results, upstream, strict=True))
+    return [*map(torch.Tensor.detach, results), *torch.autograd.grad(loss, leaves)]
+
+
+def adaln_inputs(batch, tokens, width, dtype, modulation_dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    x = (3 + 2 * normal(batch, tokens, width)).to(dtype)  # a mean that counts
+    branch = normal(batch, tokens, width).to(modulation_dtype)
+    modulation = normal(batch, 5 * width).to(modulation_dtype)
+    return x, branch, modulation, [normal(batch, tokens, width).to(dtype) for _ in range(4)]
+
+
+def compare_adaln(case):
+    inputs = adaln_inputs(*case)
+    actual, again = (adaln_outcome(inputs, "triton") for _ in range(2))
+    expected = adaln_outcome(
+        [each.double() for each in inputs[:3]] + [[u.double() for u in inputs[3]]], "reference"
+    )
+    return {
+        "worst": max(relative_error(a, b) for a, b in zip(actual, expected, strict=True)),
+        "dtypes": [str(a.dtype)[6:] for a in actual],
+        "repeats": all(torch.equal(a, b) for a, b in zip(actual, again, strict=True)),
+    }
+
+
+def compiled_adaln():
+    """adaLN through torch.compile, one graph, against itself without."""
+    inputs = adaln_inputs(2, 20, 32, torch.float32, torch.float32)
+
+    def run(x, branch, modulation):
+        shift, scale, gate = modulation.unsqueeze(1).chunk(3, dim=-1)
+        x, y = adaln(x, shift, scale, backend="triton")
+        x, z = adaln(x, shift, scale, gate, branch * y, "triton")
+        _, last = adaln(x, shift, scale, backend="triton")
+        return x.square().sum() + z.square().sum() + last.pow(3).sum()
+
+    gradients = []
+    for call in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        leaves = [each.clone().requires_grad_() for each in (*inputs[:2], inputs[2][:, :96])]
+        gradients.append(torch.autograd.grad(call(*leaves), leaves))
+    return max(relative_error(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def adaln_operator_checks():
+    from moh_dit.kernels import triton_adaln
+
+    x, branch, modulation, _ = adaln_inputs(2, 5, 16, torch.float32, torch.float32)
+    gate, shift, scale, *_ = modulation.unsqueeze(1).split(16, -1)
+    outcomes: set[str] = set()
+    for g, b in ((None, None), (gate, branch)):
+        forward = x, g, b, shift, scale
+        backward = x, branch, x, triton_adaln.adaln_op(*forward)[2], g, b, scale
+        for operator, arguments in (
+            (triton_adaln.adaln_op, forward),
+            (triton_adaln.adaln_backward_op, backward),
+        ):
+            outcomes |= set(
+                torch.library.opcheck(operator, arguments, test_utils=TESTS[:2]).values()
+            )
+    return sorted(outcomes)
 
 
 def noise():
@@ -123,6 +207,9 @@ if __name__ == "__main__":
             "cases": chosen,
             "compiled": compiled(),
             "operator_checks": operator_checks(),
+            "adaln": {name: compare_adaln(case) for name, case in ADALN_CASES.items()},
+            "adaln_compiled": compiled_adaln(),
+            "adaln_operator_checks": adaln_operator_checks(),
             "noise": noise(),
         },
         sys.stdout,

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreted_kernels import CASES, make_input, outcome
+from interpreted_kernels import ADALN_CASES, CASES, make_input, outcome
 from reference import relative_error
 
 from moh_dit.attention import MoHAttention, moh_attention
 from moh_dit.errors import UserError
 from moh_dit.kernels import choose_backend
-from moh_dit.kernels.table import auto_backend
+from moh_dit.kernels.table import auto_backend, auto_modulation_backend
+from moh_dit.transformer import MoHDiTTransformer2DModel
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,21 @@ def test_triton_kernels_match_float64(interpreted, case):
 def test_operators_trace_into_one_graph(interpreted):
     assert interpreted["compiled"] < 1e-6
     assert interpreted["operator_checks"] == ["SUCCESS"]
+
+
+@pytest.mark.parametrize("case", ADALN_CASES)
+def test_adaln_kernels_match_float64(interpreted, case):
+    result = interpreted["adaln"][case]
+    stream, others = (str(dtype)[6:] for dtype in ADALN_CASES[case][3:])
+    assert result["worst"] < (2e-6 if others == "float32" else 2e-3)
+    # The stream, what three branches read of it, and the gradients.
+    assert result["dtypes"] == [stream, others, others, others, stream, others, others]
+    assert result["repeats"]
+
+
+def test_adaln_traces_into_one_graph(interpreted):
+    assert interpreted["adaln_compiled"] < 1e-6
+    assert interpreted["adaln_operator_checks"] == ["SUCCESS"]
 
 
 def test_the_noise_kernel_makes_the_numbers_of_any_other_device(interpreted):
@@ -85,7 +101,20 @@ def test_auto_takes_what_was_measured(case, expected):
     assert auto_backend(*case) == expected
 
 
+def test_auto_takes_adaln_kernels_where_they_were_measured():
+    assert auto_modulation_backend((9, 0), torch.bfloat16) == "triton"
+    assert auto_modulation_backend((9, 0), torch.float32) == "reference"
+    assert auto_modulation_backend((8, 0), torch.bfloat16) == "reference"
+    assert auto_modulation_backend(None, torch.bfloat16) == "reference"
+
+
 def test_backends_that_cannot_run_are_refused():
+    model = MoHDiTTransformer2DModel(4, 2, hidden_size=16, depth=1, num_heads=2)
+    with pytest.raises(UserError, match="modulation backend 'fused' is unknown; choose one of"):
+        model.set_modulation_backend("fused")
+    model.set_modulation_backend("triton")
+    with pytest.raises(UserError, match='modulation_backend "triton" needs a GPU'):
+        model(torch.zeros(1, 4, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     projected = torch.zeros(1, 4, 3 * 16 + 16)
     with pytest.raises(UserError, match="choose one of auto"):
         moh_attention(projected, 2, 2, 0, 8, "flash")

@@ -60,6 +60,8 @@ GPU_BACKENDS: dict[tuple[int, int], dict[int, str]] = {
     (9, 0): {64: "triton", 72: "triton"},
 }
 GPU_DTYPES = (torch.bfloat16, torch.float16)
+# The same of adaLN, whatever the width of the model.
+GPU_MODULATION_BACKENDS: dict[tuple[int, int], str] = {(9, 0): "triton"}
 # CPU: gathering pays from this many tokens and up to this share of active heads.
 GATHERED_FROM_TOKENS, GATHERED_UP_TO_SHARE = 256, 0.8
 
@@ -81,3 +83,10 @@ def auto_backend(
     pays = tokens >= GATHERED_FROM_TOKENS and shared + active <= GATHERED_UP_TO_SHARE * heads
     # Its lists are as long as the data make them, which a compiled graph cannot hold.
     return "gathered" if pays and not torch.compiler.is_compiling() else "reference"
+
+
+def auto_modulation_backend(capability: tuple[int, int] | None, dtype: torch.dtype) -> str:
+    """As :func:`auto_backend`, by the dtype of shift, scale and gate."""
+    if capability is None or dtype not in GPU_DTYPES:
+        return "reference"
+    return GPU_MODULATION_BACKENDS.get(capability, "reference")

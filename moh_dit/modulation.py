@@ -1,0 +1,37 @@
+"""adaLN-Zero (DiT §3.2): what lies between the residual stream and a block's attention and MLP."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels import adaln_triton, choose_modulation_backend
+
+
+def adaln(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    gate: Tensor | None = None,
+    branch: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Add a branch to the stream, and normalise and modulate what the next one reads of it.
+
+    Args:
+        x: the residual stream (B, N, C).
+        shift, scale: of the next branch, (B, 1, C).
+        gate, branch: (B, 1, C) and (B, N, C) of the branch before; ``None``: nothing is added.
+        backend: "reference", "triton" (GPU: one pass each way; float32, float16, bfloat16), or
+            "auto", the fastest by measurement.
+
+    Returns:
+        ``r = x + gate·branch`` and ``LN(r)·(1 + scale) + shift``; the latter, from "triton", in the
+        dtype of ``shift``, as a linear layer under autocast would round it.
+
+    Raises:
+        UserError: when the backend is unknown or cannot run on this device or dtype.
+    """
+    if choose_modulation_backend(backend, x, scale) == "triton":
+        return adaln_triton(x, gate, branch, shift, scale)
+    if gate is not None and branch is not None:
+        x = x + gate * branch
+    return x, F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
