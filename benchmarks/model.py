@@ -3,7 +3,8 @@
     python benchmarks/model.py [--models ...] [--sizes 256 512 1024] [--json model.json]
 
 bf16 weights, blocks compiled, dense attention by torch's fastest backend in every model alike;
-medians.
+medians of CUDA-graph replays, as `sample_dit.py --cuda_graphs true` has it, and without ("no
+graph"): launching 28 layers from Python may take longer than the pass itself.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from common import (
     fastest_dense,
     kernel_times,
     table,
+    time_graph,
     time_steps,
     write_json,
 )
@@ -34,18 +36,23 @@ def measure(name, pixels, batch, args):
         x = torch.randn(batch, 4, pixels // 8, pixels // 8, dtype=torch.bfloat16)
         t, y = torch.randint(1000, (batch,)), torch.randint(1000, (batch,))
     with fastest_dense(), float8_linears(args.float8), torch.no_grad():
-        milliseconds = time_steps(lambda: model(x, timestep=t, class_labels=y), args.seconds)
+        milliseconds = time_graph(
+            lambda: model(x, timestep=t, class_labels=y), repeats=args.repeats
+        )
+        from_python = time_steps(lambda: model(x, timestep=t, class_labels=y), 0.5)
         if args.profile:
             kernel_times(lambda: model(x, timestep=t, class_labels=y))
-    return dict(model=name, pixels=pixels, batch=batch, ms=milliseconds,
-                images_per_s=1000 * batch / milliseconds)  # fmt: skip
+    return {
+        "model": name, "pixels": pixels, "batch": batch, "ms": milliseconds,
+        "no graph, ms": from_python, "images_per_s": 1000 * batch / milliseconds,
+    }  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--sizes", nargs="+", type=int, default=list(BATCH))
-    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--repeats", type=int, default=40)
     add_model_arguments(parser)
     parser.add_argument("--profile", action="store_true", help="show where the time goes")
     parser.add_argument("--json")
