@@ -17,6 +17,7 @@ from moh_dit.attention import MoHAttention, moh_attention
 from moh_dit.kernels import table
 from moh_dit.modulation import adaln
 from moh_dit.noise import philox_normal
+from moh_dit.transformer import MoHDiTTransformer2DModel
 
 PADDING = 2
 TESTS = ("test_schema", "test_faketensor", "test_autograd_registration")  # of operators
@@ -168,6 +169,32 @@ def compiled_adaln():
     return max(relative_error(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def whole_model():
+    """Gradients of a model by the kernels, with and without checkpointing, against plain torch."""
+    torch.manual_seed(0)
+    model = MoHDiTTransformer2DModel(4, 2, 2, hidden_size=24, depth=2, num_heads=3,
+                                     num_shared_heads=1, num_active_routed_heads=1)  # fmt: skip
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    latents, labels = torch.randn(2, 2, 4, 4), torch.tensor([3, 1000])
+    gradients = {}
+    for way in ("reference", "triton", "triton, checkpointed"):
+        model.set_attention_backend(way.split(",")[0])
+        model.set_modulation_backend(way.split(",")[0])
+        if way.endswith("checkpointed"):
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        output = model(latents, torch.tensor([10, 900]), labels)
+        (output.sample.square().sum() + output.load_balance_loss).backward()
+        gradients[way] = [p.grad for p in model.parameters() if p.requires_grad]
+    expected = gradients.pop("reference")
+    return {
+        way: max(relative_error(a, b) for a, b in zip(actual, expected, strict=True))
+        for way, actual in gradients.items()
+    }
+
+
 def adaln_operator_checks():
     from moh_dit.kernels import triton_adaln
 
@@ -210,6 +237,7 @@ if __name__ == "__main__":
             "adaln": {name: compare_adaln(case) for name, case in ADALN_CASES.items()},
             "adaln_compiled": compiled_adaln(),
             "adaln_operator_checks": adaln_operator_checks(),
+            "model": whole_model(),
             "noise": noise(),
         },
         sys.stdout,

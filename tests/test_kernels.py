@@ -58,6 +58,11 @@ def test_adaln_traces_into_one_graph(interpreted):
     assert interpreted["adaln_operator_checks"] == ["SUCCESS"]
 
 
+def test_a_whole_model_by_kernels_has_the_gradients_of_plain_torch(interpreted):
+    assert interpreted["model"].keys() == {"triton", "triton, checkpointed"}
+    assert max(interpreted["model"].values()) < 1e-5
+
+
 def test_the_noise_kernel_makes_the_numbers_of_any_other_device(interpreted):
     """So near that rounded to float32 they are the same (float64 differs in its last bits)."""
     assert len(interpreted["noise"]) == 3
