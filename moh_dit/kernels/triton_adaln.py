@@ -82,6 +82,19 @@ def _write(
 
 
 @triton.jit
+def _modulation(scale, gate, offsets, mask, RESIDUAL: tl.constexpr):
+    factor = 1.0 + _load(scale + offsets, mask)
+    return factor, _load(gate + offsets, mask) if RESIDUAL else factor
+
+
+@triton.jit
+def _store_sums(part, columns, mask, shift_sum, scale_sum, gate_sum, C: tl.constexpr):
+    tl.store(part + columns, shift_sum, mask=mask)
+    tl.store(part + C + columns, scale_sum, mask=mask)
+    tl.store(part + 2 * C + columns, gate_sum, mask=mask)
+
+
+@triton.jit
 def adaln_backward(
     x, gate, branch, scale, statistics, grad_residual, grad_out, grad_x, grad_branch, sums,
     N, modulation_stride,
@@ -95,23 +108,20 @@ def adaln_backward(
     nearly twice the registers at a width of 1152.
     """
     b = tl.program_id(1)
+    of_image = b.to(tl.int64) * modulation_stride
     columns0 = tl.arange(0, C0)
-    of_image = b.to(tl.int64) * modulation_stride + columns0
     every0 = columns0 < C0
-    factor0 = 1.0 + _load(scale + of_image, every0)
-    gate0 = _load(gate + of_image, every0) if RESIDUAL else factor0
+    factor0, gate0 = _modulation(scale, gate, of_image + columns0, every0, RESIDUAL)
     shift_sum0 = tl.zeros([C0], tl.float32)
-    scale_sum0 = tl.zeros([C0], tl.float32)
-    gate_sum0 = tl.zeros([C0], tl.float32)
+    scale_sum0 = shift_sum0
+    gate_sum0 = shift_sum0
     if C1 > 0:
         columns1 = C0 + tl.arange(0, C1)
-        of_image = b.to(tl.int64) * modulation_stride + columns1
         every1 = columns1 < C
-        factor1 = 1.0 + _load(scale + of_image, every1)
-        gate1 = _load(gate + of_image, every1) if RESIDUAL else factor1
+        factor1, gate1 = _modulation(scale, gate, of_image + columns1, every1, RESIDUAL)
         shift_sum1 = tl.zeros([C1], tl.float32)
-        scale_sum1 = tl.zeros([C1], tl.float32)
-        gate_sum1 = tl.zeros([C1], tl.float32)
+        scale_sum1 = shift_sum1
+        gate_sum1 = shift_sum1
     for i in tl.range(TOKENS, num_stages=STAGES):
         token = tl.program_id(0) * TOKENS + i
         row = b.to(tl.int64) * N + token
@@ -146,13 +156,9 @@ def adaln_backward(
                 inverse, offsets1, mask1, RESIDUAL,
             )  # fmt: skip
     part = sums + (b * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (3 * C)
-    tl.store(part + columns0, shift_sum0)
-    tl.store(part + C + columns0, scale_sum0)
-    tl.store(part + 2 * C + columns0, gate_sum0)
+    _store_sums(part, columns0, every0, shift_sum0, scale_sum0, gate_sum0, C)
     if C1 > 0:
-        tl.store(part + columns1, shift_sum1, mask=every1)
-        tl.store(part + C + columns1, scale_sum1, mask=every1)
-        tl.store(part + 2 * C + columns1, gate_sum1, mask=every1)
+        _store_sums(part, columns1, every1, shift_sum1, scale_sum1, gate_sum1, C)
 
 
 # Columns of a warp; tokens of a program and stages of its loop in the backward pass. The fastest
