@@ -224,6 +224,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, convert, monkeypatch):
 # --------------------------------------------------------------------------- self-contained folders
 
 ALONE = """
+import importlib
 import sys
 
 class Absent:
@@ -244,6 +245,11 @@ for number, source in enumerate((folder, again, "owner/name")):
     torch.save(images, f"{results}/{number}.pt")
     if source == folder:
         pipeline.save_pretrained(again)
+package = type(pipeline.transformer).__module__.partition(".")[0]
+for kernels in ("ops", "triton_adaln"):  # no operator is another version's
+    importlib.import_module(f"{package}.kernels.{kernels}")
+assert {"attention", "adaln"} <= set(dir(getattr(torch.ops, package)))
+assert not hasattr(torch.ops.moh_dit, "attention")
 assert "moh_dit" not in sys.modules
 """
 

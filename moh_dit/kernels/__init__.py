@@ -11,10 +11,13 @@ from .table import auto_backend, auto_modulation_backend
 
 BACKENDS = ("auto", "reference", "gathered", "triton")
 MODULATION_BACKENDS = ("auto", "reference", "triton")
+# Of torch operators: torch has one of a name, and code beside weights may be of another version.
+NAMESPACE = __name__.partition(".")[0]
 
 __all__ = [
     "BACKENDS",
     "MODULATION_BACKENDS",
+    "NAMESPACE",
     "adaln_triton",
     "attend_gathered",
     "choose_backend",

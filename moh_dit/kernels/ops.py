@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import triton_backward, triton_forward, triton_routing
+from . import NAMESPACE, triton_backward, triton_forward, triton_routing
 from .table import launch_configuration
 
 
@@ -159,7 +159,7 @@ def run_route_backward(
     )  # fmt: skip
 
 
-@torch.library.custom_op("moh_dit::attention", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
 def attention_op(
     projected: Tensor, heads: int, shared: int, active: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -187,7 +187,7 @@ def _(projected, heads, shared, active, head_dim):
     )
 
 
-@torch.library.custom_op("moh_dit::attention_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
 def attention_backward_op(
     grad_out: Tensor,
     grad_stats: Tensor,

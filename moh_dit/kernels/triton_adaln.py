@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import NAMESPACE
+
 EPSILON = 1e-6
 
 
@@ -234,7 +236,7 @@ def _gradients(x: Tensor, branch: Tensor | None, scale: Tensor) -> tuple[Tensor,
     )
 
 
-@torch.library.custom_op("moh_dit::adaln", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::adaln", mutates_args=())
 def adaln_op(
     x: Tensor, gate: Tensor | None, branch: Tensor | None, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,7 +253,7 @@ def _(x, gate, branch, shift, scale):
     return _results(x, branch, shift)
 
 
-@torch.library.custom_op("moh_dit::adaln_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::adaln_backward", mutates_args=())
 def adaln_backward_op(
     grad_residual: Tensor,
     grad_out: Tensor,
