@@ -16,6 +16,7 @@ class DenseThenMask(nn.Module):
     def __init__(self, layer: MoHAttention):
         super().__init__()
         self.layer = layer
+        self.num_active_routed_heads = layer.num_active_routed_heads
 
     def forward(self, x):
         layer, shared = self.layer, self.layer.num_shared_heads

@@ -20,17 +20,17 @@ def adaln(
         x: the residual stream (B, N, C).
         shift, scale: of the next branch, (B, 1, C).
         gate, branch: (B, 1, C) and (B, N, C) of the branch before; ``None``: nothing is added.
-        backend: "reference", "triton" (GPU: one pass each way; float32, float16, bfloat16), or
-            "auto", the fastest by measurement.
+        backend: "reference" (takes whatever broadcasts), "triton" (GPU: one pass each way; float32,
+            float16, bfloat16), or "auto", the fastest by measurement.
 
     Returns:
         ``r = x + gate·branch`` and ``LN(r)·(1 + scale) + shift``; the latter, from "triton", in the
         dtype of ``shift``, as a linear layer under autocast would round it.
 
     Raises:
-        UserError: when the backend is unknown or cannot run on this device or dtype.
+        UserError: when the backend is unknown or cannot run on this device, dtype or shape.
     """
-    if choose_modulation_backend(backend, x, scale) == "triton":
+    if choose_modulation_backend(backend, x, shift, scale, gate, branch) == "triton":
         return adaln_triton(x, gate, branch, shift, scale)
     if gate is not None and branch is not None:
         x = x + gate * branch

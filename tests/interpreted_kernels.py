@@ -21,7 +21,7 @@ from moh_dit.transformer import MoHDiTTransformer2DModel
 
 PADDING = 2
 TESTS = ("test_schema", "test_faketensor", "test_autograd_registration")  # of operators
-# name: (B, N, heads, shared, active, head width, dtype, copy engine)
+# name: (B, N, heads, shared, active, head width, dtype, copy engine[, mean of q and of -k])
 CASES = {
     "width 72, ragged": (2, 36, 4, 2, 1, 72, torch.float32, False),
     "width 72, copy engine": (2, 36, 4, 2, 1, 72, torch.float32, True),
@@ -31,6 +31,9 @@ CASES = {
     "narrow heads": (2, 50, 6, 2, 3, 8, torch.float32, False),
     "saturated router": (1, 24, 6, 0, 3, 16, torch.float32, False),
     "one token": (1, 1, 3, 1, 1, 16, torch.float32, False),
+    # Where a key beyond N, whose score would be 0, would outweigh all others without bound.
+    "scores far below zero": (2, 40, 3, 1, 1, 16, torch.float32, False, 5.0),
+    "scores below zero, float16": (2, 40, 3, 1, 1, 16, torch.float16, True, 2.5),
 }
 # name: (B, N, C, dtype of the stream, dtype of branches and modulation)
 ADALN_CASES = {
@@ -41,11 +44,13 @@ ADALN_CASES = {
 }
 
 
-def make_input(batch, tokens, heads, shared, active, width, dtype):
+def make_input(batch, tokens, heads, shared, active, width, dtype, mean=0.0):
     generator = torch.Generator().manual_seed(0)
     columns = 3 * heads * width
     projected = torch.randn(batch, tokens, columns + heads + 2 + PADDING, generator=generator)
     projected[..., -PADDING:] = float("nan")  # padding that nobody may read
+    projected[..., : heads * width] += mean
+    projected[..., heads * width : 2 * heads * width] -= mean
     if active:  # in image 0 everybody picks the first routed head, nobody the second
         projected[0, :, columns + shared] = 20
         projected[0, :, columns + shared + 1] = -20
@@ -55,19 +60,20 @@ def make_input(batch, tokens, heads, shared, active, width, dtype):
 def outcome(projected, plan, backend, upstream, pull):
     projected = projected.clone().requires_grad_()
     output, stats = moh_attention(projected, *plan, backend)
-    loss = (output * upstream.to(output.dtype)).sum()
-    if stats is not None:
-        loss = loss + (stats * pull.to(stats.dtype)).sum()
-    (gradient,) = torch.autograd.grad(loss, projected)
+    outputs = [output] if stats is None else [output, stats]
+    upstream = [a.to(b.dtype) for a, b in zip((upstream, pull), outputs, strict=False)]
+    (gradient,) = torch.autograd.grad(outputs, projected, upstream)
     return output.detach(), stats, gradient
 
 
-def compare(batch, tokens, heads, shared, active, width, dtype, tma):
+def compare(batch, tokens, heads, shared, active, width, dtype, tma, mean=0.0):
     table.PLAIN["TMA"] = tma
     plan = (heads, shared, active, width)
-    projected = make_input(batch, tokens, *plan, dtype)
+    projected = make_input(batch, tokens, *plan, dtype, mean)
     generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn(batch, tokens, heads * width, generator=generator).to(dtype)
+    # A gradient that starts between two 16-byte lines, as part of a larger tensor may.
+    upstream = torch.randn(batch * tokens * heads * width + 1, generator=generator).to(dtype)
+    upstream = upstream[1:].view(batch, tokens, heads * width)
     pull = 10 * torch.randn(2, heads - shared, generator=generator)
     actual = outcome(projected, plan, "triton", upstream, pull)
     again = outcome(projected, plan, "triton", upstream, pull)

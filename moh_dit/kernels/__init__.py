@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .gathered import attend_gathered
-from .table import auto_backend, auto_modulation_backend
+from .table import auto_backend, auto_cpu_backend, auto_modulation_backend
 
 BACKENDS = ("auto", "reference", "gathered", "triton")
 MODULATION_BACKENDS = ("auto", "reference", "triton")
@@ -33,17 +33,33 @@ def choose_backend(
     _check("attention_backend", backend, BACKENDS, projected)
     if backend != "auto":
         return backend
-    return auto_backend(
-        _capability(projected), projected.dtype, projected.shape[1], heads, shared, active, head_dim
-    )
+    if projected.device.type == "cpu" and projected.numel() > 0:
+        return auto_cpu_backend(projected.shape[1], heads, shared, active)
+    return auto_backend(_capability(projected), projected.dtype, head_dim)
 
 
-def choose_modulation_backend(backend: str, x: Tensor, modulation: Tensor) -> str:
-    """As :func:`choose_backend`, for ``moh_dit.modulation``."""
+def choose_modulation_backend(
+    backend: str,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    gate: Tensor | None,
+    branch: Tensor | None,
+) -> str:
+    """As :func:`choose_backend`, for :func:`moh_dit.modulation.adaln`."""
     _check("modulation_backend", backend, MODULATION_BACKENDS, x)
-    if backend != "auto":
-        return backend
-    return auto_modulation_backend(_capability(x), modulation.dtype)
+    of_image = (x.shape[0], 1, x.shape[2])
+    fits = shift.shape == scale.shape == of_image and (gate is None) == (branch is None)
+    if gate is not None and branch is not None:
+        fits = fits and gate.shape == of_image and branch.shape == x.shape
+    if backend == "auto":
+        return auto_modulation_backend(_capability(x), scale.dtype) if fits else "reference"
+    if backend == "triton" and not fits:
+        raise UserError(
+            'modulation_backend "triton" takes shift, scale and gate of (B, 1, C) for a stream and '
+            f'branch of (B, N, C), here {tuple(x.shape)}; use "auto"'
+        )
+    return backend
 
 
 def _check(setting: str, backend: str, backends: tuple[str, ...], x: Tensor) -> None:
@@ -63,7 +79,8 @@ def _check(setting: str, backend: str, backends: tuple[str, ...], x: Tensor) -> 
 
 
 def _capability(x: Tensor) -> tuple[int, int] | None:
-    return _capability_of(x.device.index) if x.is_cuda else None
+    """NVIDIA's, where Triton can run."""
+    return _capability_of(x.device.index) if x.is_cuda and not torch.version.hip else None
 
 
 @torch.compiler.assume_constant_result

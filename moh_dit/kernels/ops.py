@@ -36,8 +36,10 @@ def _launch(kernel, projected, heads, shared, head_dim, config) -> tuple[dict, d
     # The copy engine wants every stride, those of (B, h, N) float32 too, to be 16 bytes' multiple.
     size = projected.element_size()
     aligned = not (head_dim * size % 16 or projected.shape[2] * size % 16 or tokens % 4)
-    config["TMA"] = config["TMA"] and aligned and projected.data_ptr() % 16 == 0
-    tf32 = projected.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    aligned = aligned and projected.data_ptr() % 16 == 0 and projected.numel() > 0
+    config["TMA"] = config["TMA"] and aligned
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = tf32 and projected.dtype == torch.float32
     constants = dict(
         H=heads, S=shared, D=head_dim, D0=d0, D1=d1, STRIDE=projected.shape[2],
         EVEN_KEYS=tokens % config["BN"] == 0, EVEN_QUERIES=tokens % config["BM"] == 0,
@@ -166,9 +168,10 @@ def attention_op(
     """Gated output (B, N, h·d), router stats (2, E); gates, lse, index, count for backward."""
     projected = projected.contiguous()
     out = projected.new_empty(*projected.shape[:2], heads * head_dim)
-    gates, index, count, image_stats = run_route(projected, heads, shared, active, head_dim)
-    stats = gates.new_empty(2, heads - shared)
-    lse = run_attend(projected, gates, index, count, image_stats, out, stats, shared, head_dim)
+    with torch.cuda.device_of(projected):  # Triton launches on the current one
+        gates, index, count, image_stats = run_route(projected, heads, shared, active, head_dim)
+        stats = gates.new_empty(2, heads - shared)
+        lse = run_attend(projected, gates, index, count, image_stats, out, stats, shared, head_dim)
     return out, stats, gates, lse, index, count
 
 
@@ -206,14 +209,17 @@ def attention_backward_op(
         grad_stats.contiguous(),
         projected.contiguous(),
     )
+    if grad_out.data_ptr() % 16:  # a part of something else, which the copy engine cannot read
+        grad_out = grad_out.clone()
     grad_projected = torch.empty_like(projected)
-    delta = run_query_gradient(
-        projected, grad_out, out, gates, lse, index, count, grad_projected, shared, head_dim
-    )
-    run_key_value_gradient(
-        projected, grad_out, lse, delta, index, count, grad_projected, shared, head_dim
-    )
-    run_route_backward(projected, gates, delta, grad_stats, grad_projected, shared, head_dim)
+    with torch.cuda.device_of(projected):
+        delta = run_query_gradient(
+            projected, grad_out, out, gates, lse, index, count, grad_projected, shared, head_dim
+        )
+        run_key_value_gradient(
+            projected, grad_out, lse, delta, index, count, grad_projected, shared, head_dim
+        )
+        run_route_backward(projected, gates, delta, grad_stats, grad_projected, shared, head_dim)
     return grad_projected
 
 

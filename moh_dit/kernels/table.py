@@ -66,20 +66,15 @@ GPU_MODULATION_BACKENDS: dict[tuple[int, int], str] = {(9, 0): "triton"}
 GATHERED_FROM_TOKENS, GATHERED_UP_TO_SHARE = 256, 0.8
 
 
-def auto_backend(
-    capability: tuple[int, int] | None,
-    dtype: torch.dtype,
-    tokens: int,
-    heads: int,
-    shared: int,
-    active: int,
-    head_dim: int,
-) -> str:
+def auto_backend(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str:
     """The fastest backend by measurement; ``capability`` is ``None`` where Triton cannot run."""
-    if capability is not None:
-        if dtype not in GPU_DTYPES:
-            return "reference"
-        return GPU_BACKENDS.get(capability, {}).get(head_dim, "reference")
+    if capability is None or dtype not in GPU_DTYPES:
+        return "reference"
+    return GPU_BACKENDS.get(capability, {}).get(head_dim, "reference")
+
+
+def auto_cpu_backend(tokens: int, heads: int, shared: int, active: int) -> str:
+    """As :func:`auto_backend`."""
     pays = tokens >= GATHERED_FROM_TOKENS and shared + active <= GATHERED_UP_TO_SHARE * heads
     # Its lists are as long as the data make them, which a compiled graph cannot hold.
     return "gathered" if pays and not torch.compiler.is_compiling() else "reference"

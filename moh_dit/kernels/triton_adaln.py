@@ -245,7 +245,8 @@ def adaln_op(
     Without ``branch`` r is x, and the first result empty. Third: mean and 1/σ of the rows
     (2, B, N) float32, for the backward pass.
     """
-    return run_forward(x, gate, branch, shift, scale)
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        return run_forward(x, gate, branch, shift, scale)
 
 
 @adaln_op.register_fake
@@ -267,7 +268,8 @@ def adaln_backward_op(
 
     Without ``branch`` the second is empty, and the gate's part of the third undefined.
     """
-    return run_backward(grad_residual, grad_out, x, statistics, gate, branch, scale)
+    with torch.cuda.device_of(x):
+        return run_backward(grad_residual, grad_out, x, statistics, gate, branch, scale)
 
 
 @adaln_backward_op.register_fake

@@ -130,8 +130,9 @@ def _query_gradient_tile(
             )
             s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
             dp = tl.dot(y1, tl.trans(v1), dp, input_precision=PRECISION)
-        # A key beyond N is a row of zeros in k, so whatever p is there adds nothing to dq.
         p = tl.exp2(s * scale_log2 - norm)
+        if not EVEN_KEYS:  # k is zero beyond N, but p may be infinite there
+            p = tl.where(inside[None, :], p, 0.0)
         ds = (p * (dp - shift)).to(projected.dtype.element_ty)
         dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
         if D1 > 0:
