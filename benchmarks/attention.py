@@ -3,7 +3,8 @@
     python benchmarks/attention.py [--json attention.json]
 
 "dense" is plain multi-head attention of as many heads without any gate, by torch's fastest backend;
-"then mask" the published way to compute MoH: dense attention, eager routing, a gate multiply.
+"then mask" the published way to compute MoH: dense attention, eager routing, a gate multiply;
+"compiled mask" what torch.compile makes of that.
 Medians of CUDA-graph replays, milliseconds, bf16.
 """
 
@@ -40,17 +41,25 @@ def measure(batch, tokens, heads, shared, active, width):
         with torch.no_grad():
             return moh_attention(projected, *plan, backend)
 
-    def moh_both(backend):
-        outputs = [t for t in moh_attention(leaf, *plan, backend) if t is not None]
+    def moh_both(backend, attention=moh_attention):
+        outputs = [t for t in attention(leaf, *plan, backend) if t is not None]
         return torch.autograd.grad(outputs, leaf, [upstream, pull][: len(outputs)])
+
+    compiled = torch.compile(moh_attention, dynamic=False)
+
+    def compiled_forward():
+        with torch.no_grad():
+            return compiled(projected, *plan, "reference")
 
     row = dict(d=width, N=tokens, B=batch, plan=f"{heads}:{shared}+{active}")
     with fastest_dense():
         row["dense"] = time_graph(dense_forward)
         row["then mask"] = time_graph(lambda: moh_forward("reference"))
+        row["compiled mask"] = time_graph(compiled_forward)
         row["triton"] = time_graph(lambda: moh_forward("triton"))
         row["dense f+b"] = time_graph(dense_both)
         row["then mask f+b"] = time_graph(lambda: moh_both("reference"))
+        row["compiled mask f+b"] = time_graph(lambda: moh_both("reference", compiled))
         row["triton f+b"] = time_graph(lambda: moh_both("triton"))
     row["forward ratio"] = row["triton"] / row["dense"]
     row["f+b ratio"] = row["triton f+b"] / row["dense f+b"]

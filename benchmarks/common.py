@@ -3,12 +3,15 @@
 import collections
 import contextlib
 import datetime
+import functools
 import itertools
 import json
 import statistics
 
 import torch
+import torch.nn.functional as F
 import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def environment():
@@ -29,7 +32,8 @@ def make_projected(batch, tokens, heads, shared, active, width, dtype, routing="
     """Random q, k, v and router logits in one tensor, as the layer's projection makes them.
 
     ``routing``: "random"; "skewed": some heads are chosen far more often than others; "extreme":
-    in image 0 every token picks the first routed head and none the last.
+    in image 0 every token picks the first routed head and none the last; "cold": all scores of
+    queries and keys far below zero.
     """
     columns = 3 * heads * width
     total = columns + heads + (2 if shared and active else 0)
@@ -41,20 +45,29 @@ def make_projected(batch, tokens, heads, shared, active, width, dtype, routing="
     if active and routing == "extreme":
         projected[0, :, columns + shared] = 20
         projected[0, :, columns + heads - 1] = -20
+    if routing == "cold":
+        projected[..., : heads * width] += 1.5
+        projected[..., heads * width : 2 * heads * width] -= 1.5
     return projected.to(dtype)
 
 
-@contextlib.contextmanager
+@functools.cache
+def dense_backends():
+    """Backends of torch's dense attention that run here, the fastest first (bf16, 72 wide)."""
+    q = torch.randn(16, 16, 1024, 72, device="cuda", dtype=torch.bfloat16)
+    times = {}
+    for backend in (
+        SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+    ):  # fmt: skip
+        with contextlib.suppress(RuntimeError), sdpa_kernel(backend):
+            times[backend] = time_graph(lambda: F.scaled_dot_product_attention(q, q, q))
+    print("dense attention, ms:", {b.name.lower(): round(ms, 4) for b, ms in times.items()})
+    return sorted(times, key=times.__getitem__)
+
+
 def fastest_dense():
-    """Dense attention through cuDNN, the fastest backend of torch on Hopper, where it can run."""
-    flags = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_flash_sdp(flags[0])
-        torch.backends.cuda.enable_mem_efficient_sdp(flags[1])
+    """Within it, dense attention runs on the fastest backend, or plainly where that cannot."""
+    return sdpa_kernel([*dense_backends()[:1], SDPBackend.MATH], set_priority=True)
 
 
 def time_graph(call, target_ms=4.0, repeats=7):

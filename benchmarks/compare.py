@@ -1,5 +1,7 @@
 """Print what got slower (or needs more memory) between two JSON files of the same benchmark.
 
+A row is known by everything in it that is not a measurement, a number with a point.
+
     python benchmarks/compare.py before.json after.json [--tolerance 0.03]
 
 Exit code 1 if anything did, 2 if the files do not belong together.
@@ -7,18 +9,26 @@ Exit code 1 if anything did, 2 if the files do not belong together.
 
 import argparse
 import json
+import math
+import re
 import sys
 from typing import NoReturn
 
-LESS_IS_BETTER = ("ms", "peak_GiB", "dense", "then mask", "reference", "triton")
-IDENTITY = ("what", "model", "pixels", "batch", "d", "N", "B", "plan", "kernel", "case", "dtype")
+# Names of measurements, or words of them, of which less is better; of the others, these more.
+LESS_IS_BETTER = re.compile(r"\bms\b|\bpeak_GiB\b|^(dense|then mask|compiled mask|triton)\b")
+MORE_IS_BETTER = "images_per_s"
 
 
 def load(path):
     try:
         with open(path) as file:
             data = json.load(file)
-        rows = {tuple((k, row[k]) for k in IDENTITY if k in row): row for row in data["rows"]}
+        rows = {}
+        for row in data["rows"]:
+            known = tuple((k, str(v)) for k, v in row.items() if not isinstance(v, float))
+            if known in rows:
+                raise ValueError(f"it has two rows of {', '.join(v for _, v in known)}")
+            rows[known] = row
     except (OSError, ValueError, KeyError, TypeError) as error:
         _refuse(f"{path} is not a benchmark's JSON file: {error}")
     return data["environment"], rows
@@ -37,16 +47,17 @@ def compare(before, after, tolerance):
             new = after[key].get(name)
             if not isinstance(old, float) or not isinstance(new, float):
                 continue
-            if any(name == metric or name.startswith(metric + " ") for metric in LESS_IS_BETTER):
+            if LESS_IS_BETTER.search(name):
                 change = new / old - 1
-            elif name == "images_per_s":
+            elif name == MORE_IS_BETTER:
                 change = old / new - 1
             else:
                 continue
-            if change > tolerance:
+            if change > tolerance or (math.isnan(new) and not math.isnan(old)):
                 label = ", ".join(str(value) for _, value in key)
                 worse.append((change, f"{label}: {name} {old:.4g} → {new:.4g} ({change:+.1%})"))
-    return [line for _, line in sorted(worse, reverse=True)]
+    worse.sort(key=lambda pair: (not math.isnan(pair[0]), -pair[0]))
+    return [line for _, line in worse]
 
 
 def main():

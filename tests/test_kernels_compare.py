@@ -37,6 +37,26 @@ def test_names_what_got_slower_and_nothing_else(write):
     assert run(before, before).returncode == 0
 
 
+def test_knows_a_row_by_its_settings_and_a_time_by_its_unit(write):
+    rows = [dict(kernel="attend", config=[16, n], TMA=n == 1, ms=1.0) for n in (1, 2)]
+    rows.append(
+        {"plan": "12: 3+3", "N": 256, "gathered ms": 2.0, "no graph, ms": 3.0, "ratio": 1.0}
+    )
+    slower = [dict(rows[0], ms=float("nan")), dict(rows[1], ms=2.0)]
+    slower.append(rows[2] | {"gathered ms": 4.0, "no graph, ms": 9.0, "ratio": 5.0})
+    result = run(write("a.json", rows), write("b.json", slower))
+    assert result.returncode == 1
+    lines = result.stdout.splitlines()[2:]
+    assert [line.split("(")[1] for line in lines] == ["+nan%)", "+200.0%)", "+100.0%)", "+100.0%)"]
+    assert "attend, [16, 1], True: ms" in lines[0]
+
+
+def test_two_rows_of_one_thing_are_refused(write):
+    result = run(*[write("a.json", [dict(model="A", ms=10.0)] * 2)] * 2)
+    assert result.returncode == 2
+    assert "two rows of A" in result.stderr
+
+
 def test_files_that_do_not_belong_together_are_refused(write, tmp_path):
     one = write("a.json", [dict(model="A", ms=10.0)])
     result = run(one, write("b.json", [dict(model="B", ms=10.0)]))
