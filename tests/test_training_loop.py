@@ -176,6 +176,42 @@ def test_sigterm_saves_and_asks_to_be_requeued(whole, tmp_path):
     assert_identical(whole, tmp_path / "run")
 
 
+def test_sigterm_to_all_processes_of_a_run_saves_and_ends_it(tmp_path):
+    """As schedulers send it: to the workers that read latents, too."""
+    encode_data(Encoding(output=str(tmp_path / "latents")))
+    options = [f"--data.latents={tmp_path / 'latents'}", "--data.num_workers=2"]
+    process = subprocess.Popen(
+        command(tmp_path / "run", "--log_every=1", *options), env=environment(),
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and read_log(log)):
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == PREEMPTED
+    assert 1 <= int(list_checkpoints(tmp_path / "run")[-1].name[5:]) < NUM_STEPS
+    assert run(tmp_path / "run", "--resume=true", "--log_every=1", *options).returncode == 0
+    assert list_checkpoints(tmp_path / "run")[-1].name == f"step-{NUM_STEPS:08d}"
+
+
+def test_a_start_that_was_killed_while_it_wrote_the_autoencoder_leaves_nothing_half(tmp_path):
+    (tmp_path / "run" / ".writing-vae").mkdir(parents=True)
+    (tmp_path / "run" / ".writing-vae" / "config.json").write_text("{")
+    Trainer(tiny(tmp_path / "run", num_steps=1, resume=True)).train()
+    assert load_pipeline(tmp_path / "run").vae.config.latent_channels
+    assert not list((tmp_path / "run").glob(".writing-*"))
+
+
+def test_a_checkpoint_without_weights_is_passed_over_each_time(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    for _ in range(2):
+        (list_checkpoints(tmp_path / "run")[-1] / "state" / "model.safetensors").unlink()
+        Trainer(tiny(tmp_path / "run", resume=True)).train()
+        assert_identical(whole, tmp_path / "run")
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("damaged-*"))
+    assert left == ["damaged-damaged-step-00000012", "damaged-step-00000012"]
+
+
 def test_two_processes_compute_the_same_run_and_one_can_finish_it(whole, tmp_path):
     first = run(tmp_path / "run", "--num_steps=6", processes=2)
     assert first.returncode == 0, first.stderr

@@ -1,7 +1,10 @@
 """Train a (MoH-)DiT: configuration in, run folder out (layout: ``moh_dit.checkpoints``)."""
 
 import json
-from collections.abc import Iterator
+import shutil
+import signal
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample_latents
 from ..checkpoints import list_checkpoints
-from ..cli import save_config
+from ..cli import replace_text, save_config
 from ..data.latents import LatentSet, LatentStore
 from ..errors import UserError
 from ..flops import peak_flops
@@ -159,14 +162,15 @@ class Trainer:
         if peak is None:
             peak = peak_flops(config.mixed_precision, config.allow_tf32)
         self.window = window = Window(accelerator, self.raw_model, config.batch_size, peak)
-        batches = self._batches()
-        with progress_bar(
+        bar = progress_bar(
             config.num_steps,
             desc="training",
             unit="step",
             initial=self.start_step,
             enabled=accelerator.is_main_process,
-        ) as bar:
+        )
+        # Closed, it ends its workers, which nothing else would: they do not hear SIGTERM.
+        with closing(self._batches()) as batches, bar:
             for step in range(self.start_step + 1, config.num_steps + 1):
                 window.add(*self._step(step, batches))
                 bar.update()
@@ -207,12 +211,15 @@ class Trainer:
             for folder in ("checkpoints", "snapshots"):
                 clear_leftovers(run / folder)
             save_config(self.config, run / "config.yaml")
-            (run / "classes.json").write_text(json.dumps(self.class_names, indent=1))
+            replace_text(run / "classes.json", json.dumps(self.class_names, indent=1))
             with (run / "environment.jsonl").open("a") as file:  # one line for each start
                 file.write(json.dumps({"start_step": self.start_step, **environment()}) + "\n")
-            if not (run / "vae").exists():
-                self.vae.save_pretrained(run / "vae")
-                self.objective.scheduler.save_pretrained(run / "scheduler")
+            for name, part in (("vae", self.vae), ("scheduler", self.objective.scheduler)):
+                if not (run / name).exists():
+                    aside = run / f".writing-{name}"
+                    shutil.rmtree(aside, ignore_errors=True)  # of a start that was killed
+                    part.save_pretrained(aside)
+                    aside.rename(run / name)
             self.run_log = RunLog(run / "log.jsonl", self.start_step)
             self.state.check_space(run)
         self.accelerator.wait_for_everyone()
@@ -224,7 +231,7 @@ class Trainer:
             }
             self.accelerator.init_trackers("moh-dit", settings)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Endless micro-batches of posterior moments (b, 2C, h, w) and labels (b,)."""
         order = DataOrder(
             len(self.latents),
@@ -240,6 +247,7 @@ class Trainer:
             collate_fn=_as_fetched,
             num_workers=self.config.data.num_workers if on_disk else 0,
             pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_sigterm_to_the_trainer,
         )
         for moments, labels in loader:
             yield moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -341,6 +349,11 @@ class Trainer:
             if share == 0
         ]:
             self.accelerator.print(f"step {entry['step']}: no token chose {', '.join(dead)}")
+
+
+def _leave_sigterm_to_the_trainer(worker: int) -> None:
+    """Schedulers send it to all processes of a job; the step under way still needs its data."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_fetched(batch: Any) -> Any:

@@ -177,13 +177,18 @@ def _write_average(average: WeightAverage[MoHDiTTransformer2DModel], folder: Pat
 def newest_whole_checkpoint(run: Path) -> Path | None:
     """The checkpoint to go on from; damaged ones are put out of the way and reported."""
     for checkpoint in reversed(list_checkpoints(run)):
-        files = [*checkpoint.rglob("*.safetensors"), checkpoint / "state/optimizer.safetensors"]
+        needed = ("model", "optimizer")
+        files = [checkpoint / "state" / f"{name}.safetensors" for name in needed]
+        files += checkpoint.rglob("*.safetensors")
         try:
             for file in files:
                 with safe_open(file, framework="pt"):  # compares the header with the file's length
                     pass
         except (OSError, SafetensorError) as error:
-            aside = checkpoint.rename(checkpoint.with_name(f"damaged-{checkpoint.name}"))
+            aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+            while aside.exists():  # it was not the first time
+                aside = aside.with_name(f"damaged-{aside.name}")
+            checkpoint.rename(aside)
             tqdm.write(f"{file} is damaged ({error}): moved to {aside}", file=sys.stderr)
             continue
         return checkpoint
