@@ -20,6 +20,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 from PIL import Image
 
 from .errors import UserError
+from .files import write_aside
 
 Config = TypeVar("Config")
 
@@ -101,14 +102,8 @@ def load_config(config_class: type[Config], path: Path) -> Config:
 
 def save_config(config: Any, path: Path) -> None:
     """Write the resolved configuration as YAML; ``load_config`` and ``--config`` read it back."""
-    replace_text(path, yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it: a kill leaves the old one or the new one."""
-    aside = path.with_name(f".writing-{path.name}")
-    aside.write_text(text)
-    aside.replace(path)
+    text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    write_aside(path, text.encode())
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str | None:

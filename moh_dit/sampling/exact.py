@@ -24,6 +24,7 @@ from torch import nn
 
 from ..autoencoder import downsampling_factor
 from ..errors import UserError
+from ..files import write_aside
 from ..noise import WORD, philox
 from ..pipeline import MoHDiTPipeline
 from ..progress import progress_bar
@@ -248,13 +249,6 @@ def write_shard(partial: Path, start: int, images: np.ndarray) -> None:
     with aside.open("wb") as file:
         np.save(file, images)
     aside.replace(partial / name)
-
-
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    aside.replace(path)
 
 
 def finish(

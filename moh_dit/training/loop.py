@@ -1,8 +1,6 @@
 """Train a (MoH-)DiT: configuration in, run folder out (layout: ``moh_dit.checkpoints``)."""
 
 import json
-import shutil
-import signal
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,9 +12,10 @@ from torch.utils.data import DataLoader
 
 from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample_latents
 from ..checkpoints import list_checkpoints
-from ..cli import replace_text, save_config
+from ..cli import save_config
 from ..data.latents import LatentSet, LatentStore
 from ..errors import UserError
+from ..files import write_aside
 from ..flops import peak_flops
 from ..pipeline import MoHDiTPipeline
 from ..processes import on_main
@@ -47,6 +46,7 @@ from .state import (
     clear_leftovers,
     flatten,
     newest_whole_checkpoint,
+    written_aside,
 )
 from .watch import GradientWatch, first_not_finite
 
@@ -211,15 +211,13 @@ class Trainer:
             for folder in ("checkpoints", "snapshots"):
                 clear_leftovers(run / folder)
             save_config(self.config, run / "config.yaml")
-            replace_text(run / "classes.json", json.dumps(self.class_names, indent=1))
+            write_aside(run / "classes.json", json.dumps(self.class_names, indent=1).encode())
             with (run / "environment.jsonl").open("a") as file:  # one line for each start
                 file.write(json.dumps({"start_step": self.start_step, **environment()}) + "\n")
             for name, part in (("vae", self.vae), ("scheduler", self.objective.scheduler)):
                 if not (run / name).exists():
-                    aside = run / f".writing-{name}"
-                    shutil.rmtree(aside, ignore_errors=True)  # of a start that was killed
-                    part.save_pretrained(aside)
-                    aside.rename(run / name)
+                    with written_aside(run / name, run) as aside:
+                        part.save_pretrained(aside)
             self.run_log = RunLog(run / "log.jsonl", self.start_step)
             self.state.check_space(run)
         self.accelerator.wait_for_everyone()
@@ -247,7 +245,7 @@ class Trainer:
             collate_fn=_as_fetched,
             num_workers=self.config.data.num_workers if on_disk else 0,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_leave_sigterm_to_the_trainer,
+            worker_init_fn=Preemption.leave_to_trainer,
         )
         for moments, labels in loader:
             yield moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -349,11 +347,6 @@ class Trainer:
             if share == 0
         ]:
             self.accelerator.print(f"step {entry['step']}: no token chose {', '.join(dead)}")
-
-
-def _leave_sigterm_to_the_trainer(worker: int) -> None:
-    """Schedulers send it to all processes of a job; the step under way still needs its data."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_fetched(batch: Any) -> Any:

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..cli import replace_text
+from ..files import write_aside
 from ..flops import flops_per_image
 from ..transformer import MoHDiTTransformer2DModel
 
@@ -73,7 +73,7 @@ class RunLog:
     def __init__(self, path: Path, start_step: int = 0):
         self.path = path
         kept = [entry for entry in read_log(path) if entry["step"] <= start_step]
-        replace_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        write_aside(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one entry, which has a ``step``."""

@@ -294,6 +294,11 @@ class Preemption:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._told = True
 
+    @staticmethod
+    def leave_to_trainer(worker: int) -> None:
+        """In a loader's worker: jobs are told as a whole, and the step still needs its data."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     def is_due(self, accelerator: Accelerator, step: int) -> bool:
         """Whether to stop after this step."""
         if accelerator.num_processes == 1:

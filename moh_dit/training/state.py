@@ -98,7 +98,7 @@ class TrainingState:
             average.gather()
         # Asked of the main process alone: to the others it may have come to exist just now.
         if self.accelerator.is_main_process and not final.exists():
-            with _written_aside(final, run) as aside:
+            with written_aside(final, run) as aside:
                 self._write_state(aside / "state", weights, moments)
                 for index, average in enumerate(self.averages):
                     _write_average(average, aside / average_folder(index, average))
@@ -132,7 +132,7 @@ class TrainingState:
             average.gather()
         final = run / "snapshots" / checkpoint_name(step)
         if averages and self.accelerator.is_main_process and not final.exists():
-            with _written_aside(final, run) as aside:
+            with written_aside(final, run) as aside:
                 for average in averages:
                     _write_average(average, aside / average.name)
         self.accelerator.wait_for_everyone()
@@ -202,10 +202,11 @@ def clear_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def _written_aside(final: Path, run: Path) -> Iterator[Path]:
+def written_aside(final: Path, run: Path) -> Iterator[Path]:
     """A folder to write into, renamed to ``final`` when whole; what a kill left goes first."""
     clear_leftovers(final.parent)
     aside = final.with_name(f".writing-{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         yield aside
