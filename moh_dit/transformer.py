@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .attention import MoHAttention, load_balance_loss
+from .embeddings import LabelEmbedder, PatchEmbedder, TimestepEmbedder
 from .errors import UserError
 from .kernels import BACKENDS, MODULATION_BACKENDS
 from .modulation import adaln
@@ -303,52 +304,6 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(condition).unsqueeze(1).chunk(2, dim=-1)
         _, read = adaln(hidden_states, shift, scale, backend=self.modulation_backend)
         return self.linear(read)
-
-
-class PatchEmbedder(nn.Module):
-    """Latent → tokens, row by row: (B, C_in, H, W) → (B, N, C)."""
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.proj(latents.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
-
-
-class TimestepEmbedder(nn.Module):
-    """256 sinusoidal features (cos first) and an MLP: (B,) → (B, C)."""
-
-    num_features = 256
-
-    def __init__(self, hidden_size: int, freq_shift: float = 0):
-        super().__init__()
-        self.freq_shift = freq_shift
-        self.mlp = nn.Sequential(
-            nn.Linear(self.num_features, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
-        )
-
-    def forward(self, timestep: Tensor) -> Tensor:
-        features = get_timestep_embedding(
-            timestep,
-            self.num_features,
-            flip_sin_to_cos=True,
-            downscale_freq_shift=self.freq_shift,
-        )
-        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """A vector per class and one for the null class: (B,) → (B, C)."""
-
-    def __init__(self, num_classes: int, hidden_size: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-
-    def forward(self, class_labels: Tensor) -> Tensor:
-        return self.embedding_table(class_labels)
 
 
 def _check_backend(what: str, backend: str, backends: tuple[str, ...]) -> None:

@@ -78,56 +78,20 @@ def _query_gradient_tile(
             kv0, key, b, start, H + head, keys, inside, STRIDE, 0, D0, D, BN, not EVEN_KEYS, TMA
         )
         v0 = load_block(
-            kv0,
-            value,
-            b,
-            start,
-            2 * H + head,
-            keys,
-            inside,
-            STRIDE,
-            0,
-            D0,
-            D,
-            BN,
-            not EVEN_KEYS,
+            kv0, value, b, start, 2 * H + head, keys, inside, STRIDE, 0, D0, D, BN, not EVEN_KEYS,
             TMA,
-        )
+        )  # fmt: skip
         s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         dp = tl.dot(y0, tl.trans(v0), input_precision=PRECISION)
         if D1 > 0:
             k1 = load_block(
-                kv1,
-                key,
-                b,
-                start,
-                H + head,
-                keys,
-                inside,
-                STRIDE,
-                D0,
-                D1,
-                D,
-                BN,
-                not EVEN_KEYS,
+                kv1, key, b, start, H + head, keys, inside, STRIDE, D0, D1, D, BN, not EVEN_KEYS,
                 TMA,
-            )
+            )  # fmt: skip
             v1 = load_block(
-                kv1,
-                value,
-                b,
-                start,
-                2 * H + head,
-                keys,
-                inside,
-                STRIDE,
-                D0,
-                D1,
-                D,
-                BN,
-                not EVEN_KEYS,
-                TMA,
-            )
+                kv1, value, b, start, 2 * H + head, keys, inside, STRIDE, D0, D1, D, BN,
+                not EVEN_KEYS, TMA,
+            )  # fmt: skip
             s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
             dp = tl.dot(y1, tl.trans(v1), dp, input_precision=PRECISION)
         p = tl.exp2(s * scale_log2 - norm)
