@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import adaln_triton, choose_modulation_backend
+from .errors import UserError
+from .kernels import LAYER_NORM_EPSILON, adaln_triton, choose_modulation_backend
 
 
 def adaln(
@@ -28,10 +29,13 @@ def adaln(
         dtype of ``shift``, as a linear layer under autocast would round it.
 
     Raises:
-        UserError: when the backend is unknown or cannot run on this device, dtype or shape.
+        UserError: when the backend is unknown or cannot run on this device, dtype or shape, or a
+            gate comes without a branch.
     """
+    if (gate is None) != (branch is None):
+        raise UserError("adaln takes gate and branch together, or neither")
     if choose_modulation_backend(backend, x, shift, scale, gate, branch) == "triton":
         return adaln_triton(x, gate, branch, shift, scale)
     if gate is not None and branch is not None:
         x = x + gate * branch
-    return x, F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return x, F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPSILON) * (1 + scale) + shift

@@ -128,6 +128,8 @@ def test_auto_leaves_what_only_broadcasts_to_plain_torch(monkeypatch):
     monkeypatch.setattr("moh_dit.kernels._interpreted", lambda: True)
     with pytest.raises(UserError, match=r"takes shift, scale and gate of \(B, 1, C\)"):
         adaln(x, part, part, backend="triton")
+    with pytest.raises(UserError, match="gate and branch together"):
+        adaln(x, part, part, part)
 
 
 def test_auto_takes_adaln_kernels_where_they_were_measured():

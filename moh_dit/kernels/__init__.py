@@ -11,11 +11,13 @@ from .table import auto_backend, auto_cpu_backend, auto_modulation_backend
 
 BACKENDS = ("auto", "reference", "gathered", "triton")
 MODULATION_BACKENDS = ("auto", "reference", "triton")
+LAYER_NORM_EPSILON = 1e-6  # of adaLN (DiT's code)
 # Of torch operators: torch has one of a name, and code beside weights may be of another version.
 NAMESPACE = __name__.partition(".")[0]
 
 __all__ = [
     "BACKENDS",
+    "LAYER_NORM_EPSILON",
     "MODULATION_BACKENDS",
     "NAMESPACE",
     "adaln_triton",
@@ -48,18 +50,26 @@ def choose_modulation_backend(
 ) -> str:
     """As :func:`choose_backend`, for :func:`moh_dit.modulation.adaln`."""
     _check("modulation_backend", backend, MODULATION_BACKENDS, x)
-    of_image = (x.shape[0], 1, x.shape[2])
-    fits = shift.shape == scale.shape == of_image and (gate is None) == (branch is None)
-    if gate is not None and branch is not None:
-        fits = fits and gate.shape == of_image and branch.shape == x.shape
     if backend == "auto":
-        return auto_modulation_backend(_capability(x), scale.dtype) if fits else "reference"
-    if backend == "triton" and not fits:
+        backend = auto_modulation_backend(_capability(x), scale.dtype)
+        return backend if _fits(x, shift, scale, gate, branch) else "reference"
+    if backend == "triton" and not _fits(x, shift, scale, gate, branch):
         raise UserError(
             'modulation_backend "triton" takes shift, scale and gate of (B, 1, C) for a stream and '
             f'branch of (B, N, C), here {tuple(x.shape)}; use "auto"'
         )
     return backend
+
+
+def _fits(
+    x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor | None, branch: Tensor | None
+) -> bool:
+    """Whether shapes are those that the kernels take, without any broadcasting."""
+    parts = [part for part in (shift, scale, gate) if part is not None]
+    of_image = (x.shape[0], 1, x.shape[2])
+    return all(part.shape == of_image for part in parts) and (
+        branch is None or branch.shape == x.shape
+    )
 
 
 def _check(setting: str, backend: str, backends: tuple[str, ...], x: Tensor) -> None:

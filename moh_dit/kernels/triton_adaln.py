@@ -9,9 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import NAMESPACE
-
-EPSILON = 1e-6
+from . import LAYER_NORM_EPSILON, NAMESPACE
 
 
 @triton.jit
@@ -21,7 +19,7 @@ def _load(pointer, mask):
 
 @triton.jit
 def adaln_forward(
-    x, gate, branch, shift, scale, residual, out, statistics, N, modulation_stride, EPSILON,
+    x, gate, branch, shift, scale, residual, out, statistics, N, modulation_stride, epsilon,
     C: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """residual, out (B, N, C); statistics (2, B, N): mean and 1/σ. Grid (N, B)."""
@@ -38,7 +36,7 @@ def adaln_forward(
         values = values.to(tl.float32)
     mean = tl.sum(values, 0) / C
     centred = tl.where(inside, values - mean, 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / C + EPSILON)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / C + epsilon)
     normal = centred * inverse * (1.0 + _load(scale + of_image, inside))
     normal += _load(shift + of_image, inside)
     tl.store(out + row * C + columns, normal.to(out.dtype.element_ty), mask=inside)
@@ -72,15 +70,15 @@ def _read(
 
 @triton.jit
 def _write(
-    grad_x, grad_branch, normal, dy, dx, added, factor, gate, mean_dn, mean_dn_n, inverse,
+    grad_x, grad_branch, normal, dy, dx, factor, gate, mean_dn, mean_dn_n, inverse,
     offsets, mask, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x and branch of a part of a row; what it adds to that of the gate."""
+    """Gradients of x, which is returned, and branch of a part of a row."""
     dx += (dy * factor - mean_dn - normal * mean_dn_n) * inverse
     tl.store(grad_x + offsets, dx.to(grad_x.dtype.element_ty), mask=mask)
     if RESIDUAL:
         tl.store(grad_branch + offsets, (dx * gate).to(grad_branch.dtype.element_ty), mask=mask)
-    return dx * added
+    return dx
 
 
 @triton.jit
@@ -90,10 +88,13 @@ def _modulation(scale, gate, offsets, mask, RESIDUAL: tl.constexpr):
 
 
 @triton.jit
-def _store_sums(part, columns, mask, shift_sum, scale_sum, gate_sum, C: tl.constexpr):
+def _store_sums(
+    part, columns, mask, shift_sum, scale_sum, gate_sum, C: tl.constexpr, RESIDUAL: tl.constexpr
+):
     tl.store(part + columns, shift_sum, mask=mask)
     tl.store(part + C + columns, scale_sum, mask=mask)
-    tl.store(part + 2 * C + columns, gate_sum, mask=mask)
+    if RESIDUAL:
+        tl.store(part + 2 * C + columns, gate_sum, mask=mask)
 
 
 @triton.jit
@@ -103,8 +104,8 @@ def adaln_backward(
     C: tl.constexpr, RESIDUAL: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
     TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """grad_x, grad_branch (B, N, C); sums (B, ⌈N/TOKENS⌉, 3, C): this program's part of the
-    gradients of shift, scale and gate. Grid (⌈N/TOKENS⌉, B).
+    """grad_x, grad_branch (B, N, C); sums (B, ⌈N/TOKENS⌉, 3 or 2, C): this program's part of the
+    gradients of shift, scale and, where there is a branch, gate. Grid (⌈N/TOKENS⌉, B).
 
     A row is C0 columns, a power of two, and the rest in C1: padded as a whole it would be kept in
     nearly twice the registers at a width of 1152.
@@ -146,21 +147,26 @@ def adaln_backward(
             total_n += more_n
         shift_sum0 += dy0
         scale_sum0 += dy0 * n0
-        gate_sum0 += _write(
-            grad_x, grad_branch, n0, dy0, dx0, added0, factor0, gate0, total / C, total_n / C,
-            inverse, offsets0, mask0, RESIDUAL,
+        dx0 = _write(
+            grad_x, grad_branch, n0, dy0, dx0, factor0, gate0, total / C, total_n / C, inverse,
+            offsets0, mask0, RESIDUAL,
         )  # fmt: skip
+        if RESIDUAL:
+            gate_sum0 += dx0 * added0
         if C1 > 0:
             shift_sum1 += dy1
             scale_sum1 += dy1 * n1
-            gate_sum1 += _write(
-                grad_x, grad_branch, n1, dy1, dx1, added1, factor1, gate1, total / C, total_n / C,
-                inverse, offsets1, mask1, RESIDUAL,
+            dx1 = _write(
+                grad_x, grad_branch, n1, dy1, dx1, factor1, gate1, total / C, total_n / C, inverse,
+                offsets1, mask1, RESIDUAL,
             )  # fmt: skip
-    part = sums + (b * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (3 * C)
-    _store_sums(part, columns0, every0, shift_sum0, scale_sum0, gate_sum0, C)
+            if RESIDUAL:
+                gate_sum1 += dx1 * added1
+    program = (b * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    part = sums + program * ((3 if RESIDUAL else 2) * C)
+    _store_sums(part, columns0, every0, shift_sum0, scale_sum0, gate_sum0, C, RESIDUAL)
     if C1 > 0:
-        _store_sums(part, columns1, every1, shift_sum1, scale_sum1, gate_sum1, C)
+        _store_sums(part, columns1, every1, shift_sum1, scale_sum1, gate_sum1, C, RESIDUAL)
 
 
 # Columns of a warp; tokens of a program and stages of its loop in the backward pass. The fastest
@@ -176,8 +182,9 @@ def run_forward(x, gate, branch, shift, scale, columns_each=FORWARD):
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     residual, out, statistics = _results(x, branch, shift)
     adaln_forward[(tokens, batch)](
-        x, gate, branch, shift, scale, residual, out, statistics, tokens, scale.stride(0), EPSILON,
-        C=width, RESIDUAL=branch is not None, BLOCK=triton.next_power_of_2(width),
+        x, gate, branch, shift, scale, residual, out, statistics, tokens, scale.stride(0),
+        LAYER_NORM_EPSILON, C=width, RESIDUAL=branch is not None,
+        BLOCK=triton.next_power_of_2(width),
         num_warps=_warps(width, columns_each),
     )  # fmt: skip
     return residual, out, statistics
@@ -190,10 +197,10 @@ def run_backward(grad_residual, grad_out, x, statistics, gate, branch, scale, co
     gate, scale = _strided_alike(gate, scale)
     x, grad_residual, grad_out = (t.contiguous() for t in (x, grad_residual, grad_out))
     branch = None if branch is None else branch.contiguous()
-    grad_x, grad_branch, _ = _gradients(x, branch, scale)
+    grad_x, grad_branch, grad_modulation = _gradients(x, branch, scale)
     tiles = triton.cdiv(tokens, tokens_each)
     # Added up afterwards, in a fixed order: the same bits in every run.
-    sums = x.new_empty(batch, tiles, 3, width, dtype=torch.float32)
+    sums = x.new_empty(batch, tiles, grad_modulation.shape[1], width, dtype=torch.float32)
     main = _power_of_2_up_to(width)
     rest = triton.next_power_of_2(width - main) if width > main else 0
     adaln_backward[(tiles, batch)](
@@ -201,7 +208,7 @@ def run_backward(grad_residual, grad_out, x, statistics, gate, branch, scale, co
         tokens, scale.stride(0), C=width, RESIDUAL=branch is not None, C0=main, C1=rest,
         TOKENS=tokens_each, STAGES=stages, num_warps=_warps(width, columns_each),
     )  # fmt: skip
-    return grad_x, grad_branch, sums.sum(1).to(scale.dtype)
+    return grad_x, grad_branch, grad_modulation.copy_(sums.sum(1))
 
 
 def _power_of_2_up_to(n: int) -> int:
@@ -232,7 +239,7 @@ def _gradients(x: Tensor, branch: Tensor | None, scale: Tensor) -> tuple[Tensor,
     return (
         x.new_empty(x.shape),
         x.new_empty(0) if branch is None else branch.new_empty(branch.shape),
-        scale.new_empty(x.shape[0], 3, x.shape[2]),
+        scale.new_empty(x.shape[0], 2 if branch is None else 3, x.shape[2]),
     )
 
 
@@ -266,7 +273,7 @@ def adaln_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and branch, and of shift, scale and gate together: (B, 3, C).
 
-    Without ``branch`` the second is empty, and the gate's part of the third undefined.
+    Without ``branch`` the second is empty, and the third (B, 2, C).
     """
     with torch.cuda.device_of(x):
         return run_backward(grad_residual, grad_out, x, statistics, gate, branch, scale)
@@ -294,7 +301,7 @@ class AdaLN(torch.autograd.Function):
         grad_x, grad_branch, sums = adaln_backward_op(
             grad_residual, grad_out, x, statistics, gate, branch, scale
         )
-        of_shift, of_scale, of_gate = sums.split(1, 1)  # (B, 1, C) each
+        of_shift, of_scale, *of_gate = sums.split(1, 1)  # (B, 1, C) each
         if branch is None:
             return grad_x, None, None, of_shift, of_scale
-        return grad_x, of_gate, grad_branch, of_shift, of_scale
+        return grad_x, of_gate[0], grad_branch, of_shift, of_scale
