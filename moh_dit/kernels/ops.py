@@ -49,6 +49,14 @@ def _launch(kernel, projected, heads, shared, head_dim, config) -> tuple[dict, d
     return config, constants
 
 
+def _early(projected: Tensor, head_dim: int, config: dict | None = None) -> dict:
+    """Launch options of kernels that start while the one before them runs (from Hopper on)."""
+    config = config or launch_configuration("attend", projected, head_dim)
+    early = config.get("EARLY", False) and projected.is_cuda
+    early = early and torch.cuda.get_device_capability(projected.device) >= (9, 0)
+    return dict(EARLY=True, launch_pdl=True) if early else dict(EARLY=False)
+
+
 def _query_tiles(tokens: int, heads: int, shared: int, config: dict) -> int:
     routed_tiles = triton.cdiv(tokens, config["BM_ROUTED"])
     return shared * triton.cdiv(tokens, config["BM"]) + (heads - shared) * routed_tiles
@@ -74,6 +82,7 @@ def run_route(projected, heads, shared, active, head_dim, tile=32, num_warps=2):
     """Gates (B, h, N) float32, index (B, E, N), count (B, E) int32; stats (B, 2, E) per image."""
     batch, tokens, stride = projected.shape
     routed = heads - shared
+    early = _early(projected, head_dim)
     new = projected.new_empty
     gates = new(batch, heads, tokens, dtype=torch.float32)
     index = new(batch, routed, tokens, dtype=torch.int32)
@@ -83,12 +92,13 @@ def run_route(projected, heads, shared, active, head_dim, tile=32, num_warps=2):
     score_sums = new(batch, tiles, routed, dtype=torch.float32)
     triton_routing.route[(tiles, batch)](
         projected, gates, score_sums, tokens, H=heads, S=shared, K=active, D=head_dim,
-        STRIDE=stride, H_PAD=_power_of_2(heads), TOKENS=tile, num_warps=num_warps,
+        STRIDE=stride, H_PAD=_power_of_2(heads), TOKENS=tile, EARLY=early["EARLY"],
+        num_warps=num_warps,
     )  # fmt: skip
     if routed:
         triton_routing.list_tokens[(routed, batch)](
             gates, score_sums, index, count, stats, tokens, tiles, H=heads, S=shared,
-            CHUNK=min(1024, max(16, _power_of_2(tokens))), num_warps=4,
+            CHUNK=min(1024, max(16, _power_of_2(tokens))), num_warps=4, **early,
         )  # fmt: skip
     return gates, index, count, stats
 
@@ -108,7 +118,8 @@ def run_attend(
     triton_forward.attend[(tiles, batch)](
         projected, *_blocks(projected, 3 * heads, head_dim, config["BN"], config["TMA"]),
         gates, index, count, out, lse, image_stats, stats, tokens, constants.pop("scale_log2"),
-        E_PAD=_power_of_2(max(1, 2 * (heads - shared))), V1=tail, **constants, **config,
+        E_PAD=_power_of_2(max(1, 2 * (heads - shared))), V1=tail, **constants,
+        **config | _early(projected, head_dim, config),
     )  # fmt: skip
     return lse
 

@@ -7,22 +7,22 @@ Every configuration was timed and held against float64 on the chip (``docs/perfo
 import torch
 
 
-def _block(bm, bm_routed, bn, stages, tma=False, registers=None) -> dict:
-    config = dict(BM=bm, BM_ROUTED=bm_routed, BN=bn, TMA=tma, num_warps=4, num_stages=stages)
-    return config | ({"maxnreg": registers} if registers else {})
+def _block(bm, bm_routed, bn, stages, tma=False, **more) -> dict:
+    return dict(BM=bm, BM_ROUTED=bm_routed, BN=bn, TMA=tma, num_warps=4, num_stages=stages, **more)
 
 
 # Fastest found, by (kernel, padded width of a head's tail): rows of (first N it holds for,
-# configuration). The 72-wide heads have a tail, the 64-wide ones none.
+# configuration). The 72-wide heads have a tail, the 64-wide ones none. ``EARLY``: attend and what
+# routes for it start while the kernel before them runs; 72 wide, that is slower from 512 tokens on.
 LAUNCH: dict[tuple[str, bool], list[tuple[int, dict]]] = {
     ("attend", True): [
         (2048, _block(128, 128, 64, 3)),
         (512, _block(128, 128, 64, 3, tma=True)),
-        (0, _block(128, 64, 32, 3)),
+        (0, _block(128, 64, 32, 3, EARLY=True)),
     ],
     ("attend", False): [
         (2048, _block(64, 64, 128, 2, tma=True)),
-        (0, _block(64, 64, 64, 3)),
+        (0, _block(64, 64, 64, 3, EARLY=True)),
     ],
     ("query_gradient", True): [
         (2048, _block(64, 64, 64, 3)),
@@ -31,8 +31,8 @@ LAUNCH: dict[tuple[str, bool], list[tuple[int, dict]]] = {
     ("query_gradient", False): [(0, _block(64, 64, 32, 3))],
     ("key_value_gradient", True): [
         (2048, _block(64, 32, 64, 3)),
-        (512, _block(32, 32, 64, 3, tma=True, registers=168)),
-        (0, _block(32, 32, 64, 2, tma=True, registers=168)),
+        (512, _block(32, 32, 64, 3, tma=True, maxnreg=168)),
+        (0, _block(32, 32, 64, 2, tma=True, maxnreg=168)),
     ],
     ("key_value_gradient", False): [
         (2048, _block(64, 64, 64, 3, tma=True)),

@@ -8,11 +8,27 @@ run-time arguments they would lose 16-byte loads. Exponentials are base 2,
 
 Shared heads take their queries in order, routed heads through the list that routing made. Nothing
 is added atomically: results are the same in every run. ``TMA`` loads consecutive rows through the
-copy engine (descriptors ``kv0`` … of the two column parts) instead of by pointers.
+copy engine (descriptors ``kv0`` … of the two column parts) instead of by pointers. ``EARLY``
+kernels start while the one before them runs (programmatic dependent launch), do what they can
+without it, and wait for its end.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def wait_for_previous(EARLY: tl.constexpr):
+    """The end of the kernel before, and with it all that it wrote."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_start(EARLY: tl.constexpr):
+    """Say that the next kernel may start, once every program of this one has come here."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -133,6 +149,7 @@ def _attend_tile(
     GATHER: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    EARLY: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -184,6 +201,7 @@ def _attend_tile(
             )  # fmt: skip
             acc1 = tl.dot(p, v1, acc1 * rescale[:, None], input_precision=PRECISION)
 
+    wait_for_previous(EARLY)  # shared heads have not needed routing until here
     row_of = (b * H + head).to(tl.int64) * N
     gate = tl.load(gates + row_of + rows, mask=valid, other=0.0)
     # The gate joins the normaliser: exp2(s - lse) is g·p, all that the backward pass needs.
@@ -221,6 +239,7 @@ def attend(
     EVEN_QUERIES: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    EARLY: tl.constexpr,
     BM: tl.constexpr,
     BM_ROUTED: tl.constexpr,
     BN: tl.constexpr,
@@ -231,25 +250,16 @@ def attend(
     """
     pid = tl.program_id(0)
     b = tl.program_id(1)
-    if S < H and pid + b == 0:
-        columns = tl.arange(0, E_PAD)
-        inside = columns < 2 * (H - S)
-        sums = tl.zeros([E_PAD], tl.float32)
-        batch = tl.num_programs(1)
-        for first in range(0, batch, 32):
-            images = first + tl.arange(0, 32)
-            slots = images[:, None] * 2 * (H - S) + columns[None, :]
-            mask = (images < batch)[:, None] & inside[None, :]
-            sums += tl.sum(tl.load(image_stats + slots, mask=mask, other=0.0), 0)
-        tl.store(stats + columns, sums / batch, mask=inside)
     tiles = tl.cdiv(N, BM)
     if pid < S * tiles:
         _attend_tile(
             projected, kv0, kv1, gates, index, out, lse, N, pid % tiles, b, pid // tiles, N,
             scale_log2,
-            H, D, D0, D1, V1, STRIDE, EVEN_KEYS, not EVEN_QUERIES, False, PRECISION, TMA, BM, BN,
+            H, D, D0, D1, V1, STRIDE, EVEN_KEYS, not EVEN_QUERIES, False, PRECISION, TMA, EARLY,
+            BM, BN,
         )  # fmt: skip
     elif S < H:
+        wait_for_previous(EARLY)
         routed_tiles = tl.cdiv(N, BM_ROUTED)
         routed = (pid - S * tiles) // routed_tiles
         tile = (pid - S * tiles) % routed_tiles
@@ -264,5 +274,17 @@ def attend(
             _attend_tile(
                 projected, kv0, kv1, gates, index + list_of.to(tl.int64) * N, out, lse, limit,
                 tile, b, S + routed, N, scale_log2,
-                H, D, D0, D1, V1, STRIDE, EVEN_KEYS, True, True, PRECISION, TMA, BM_ROUTED, BN,
+                H, D, D0, D1, V1, STRIDE, EVEN_KEYS, True, True, PRECISION, TMA, False,
+                BM_ROUTED, BN,
             )  # fmt: skip
+    if S < H and pid + b == 0:  # it has waited
+        columns = tl.arange(0, E_PAD)
+        inside = columns < 2 * (H - S)
+        sums = tl.zeros([E_PAD], tl.float32)
+        batch = tl.num_programs(1)
+        for first in range(0, batch, 32):
+            images = first + tl.arange(0, 32)
+            slots = images[:, None] * 2 * (H - S) + columns[None, :]
+            mask = (images < batch)[:, None] & inside[None, :]
+            sums += tl.sum(tl.load(image_stats + slots, mask=mask, other=0.0), 0)
+        tl.store(stats + columns, sums / batch, mask=inside)

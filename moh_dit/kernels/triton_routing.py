@@ -7,6 +7,8 @@ shared heads, routed heads, then the two of the two-stage weights.
 import triton
 import triton.language as tl
 
+from .triton_forward import let_next_start, wait_for_previous
+
 
 @triton.jit
 def _router_logits(
@@ -67,8 +69,10 @@ def route(
     STRIDE: tl.constexpr,
     H_PAD: tl.constexpr,
     TOKENS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Gates of a tile of tokens (MoH eq. 5–7) and its ΣP. Grid (⌈N/TOKENS⌉, B)."""
+    let_next_start(EARLY)
     E: tl.constexpr = H - S
     tile = tl.program_id(0)
     b = tl.program_id(1)
@@ -122,8 +126,11 @@ def list_tokens(
     H: tl.constexpr,
     S: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Tokens that selected a routed head, in order, hence no atomics; f and P̄. Grid (E, B)."""
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     E: tl.constexpr = H - S
     routed = tl.program_id(0)
     b = tl.program_id(1)
