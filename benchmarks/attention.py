@@ -21,6 +21,7 @@ PLANS = [(24, 14, 2), (16, 10, 2), (8, 8, 0), (24, 16, 3)]  # heads, shared, act
 
 
 def measure(batch, tokens, heads, shared, active, width):
+    torch._dynamo.reset()  # after a few graphs of one function it would compile no more
     plan = (heads, shared, active, width)
     projected = make_projected(batch, tokens, *plan, torch.bfloat16)
     upstream = torch.randn(batch, tokens, heads * width, device="cuda", dtype=torch.bfloat16)

@@ -3,11 +3,11 @@
     python benchmarks/trainer.py --work /tmp/trainer [--parts data single ...] [--json out.json]
 
 Latents of 4×32×32 (256 px through a factor-8 autoencoder; here 128 px through the embedded one of
-factor 4), bf16, compiled, fused AdamW, one average, random images. "single" runs the models one
-GPU each, side by side where there are several, so that the runs on two GPUs are compared with the
-same hardware doing as much. "resume" kills a run (SIGKILL) and compares what the resumed one ends
-with, byte for byte, with a run left alone. Figures are medians over the log entries after the
-first.
+factor 4), bf16, compiled, fused AdamW, one average, random images. "single" runs a model on every
+GPU at once, each on its own, so that the runs on all of them are compared with the same hardware
+doing as much; cards of one kind differ by some per cent, and scaling is over their mean. "resume"
+kills a run (SIGKILL) and compares what the resumed one ends with, byte for byte, with a run left
+alone. Figures are medians over the log entries after the first.
 """
 
 import argparse
@@ -94,12 +94,10 @@ def finish(process: subprocess.Popen, folder: Path) -> None:
     process.wait()
 
 
-def result(folder: Path, log: Path, launch: str, gpus: int, batch: int) -> dict:
+def result(folder: Path, log: Path, preset: str, launch: str, gpus: int, batch: int) -> dict:
     """A row of the table from the log of a run."""
     entries = logged(folder)
-    row = dict(
-        model=folder.name.split(",")[0].replace("_", "/"), launch=launch, gpus=gpus, batch=batch
-    )
+    row = dict(model=preset, launch=launch, gpus=gpus, batch=batch)
     if len(entries) < ENTRIES:
         print(log.read_text()[-3000:])
         return row | dict(images_per_s=float("nan"))
@@ -113,28 +111,24 @@ def result(folder: Path, log: Path, launch: str, gpus: int, batch: int) -> dict:
     )  # fmt: skip
 
 
-def measure(work: Path, launch: str, batch: int, models: list[str]) -> list[dict]:
-    """Every model, on one GPU each or on all."""
+def measure(work: Path, launch: str, batch: int, preset: str) -> list[dict]:
+    """A model on each GPU alone, all at once ("single"), or on all of them together."""
     count = torch.cuda.device_count()
     processes = 1 if launch == "single" else count
-    jobs, rows = [], []
-    for number, preset in enumerate(models):
-        name = f"{preset.replace('/', '_')}, {launch}"
-        start = [sys.executable]
-        if launch == "ddp":
-            start = launcher("ddp_8gpu.yaml", count)
-        elif launch == "fsdp2":
-            start = launcher("fsdp2.yaml", count)
+    start = [sys.executable]
+    if launch != "single":
+        start = launcher({"ddp": "ddp_8gpu.yaml", "fsdp2": "fsdp2.yaml"}[launch], count)
+    jobs = []
+    for gpu in range(count // processes):
+        name = f"{preset.replace('/', '_')}, {launch} {gpu}"
         command, folder = training(work, name, preset, batch * processes, start)
         log = work / f"{name}.log"
-        gpu = str(number % count) if launch == "single" else None
-        jobs.append((run(command, log, gpu), folder, log))
-        if launch != "single" or (number + 1) % count == 0 or number + 1 == len(models):
-            for process, folder, log in jobs:
-                finish(process, folder)
-                rows.append(result(folder, log, launch, processes, batch * processes))
-            jobs.clear()
-    return rows
+        jobs.append((run(command, log, str(gpu) if launch == "single" else None), folder, log))
+    for process, folder, _ in jobs:
+        finish(process, folder)
+    return [
+        result(folder, log, preset, launch, processes, batch * processes) for _, folder, log in jobs
+    ]
 
 
 def checked_resume(work: Path, preset: str) -> dict:
@@ -173,6 +167,7 @@ def main():
     args.work.mkdir(parents=True, exist_ok=True)
     print(environment(), torch.cuda.device_count(), "GPUs")
     rows: list[dict] = []
+    alone: dict[str, float] = {}
     for part in args.parts:
         began = time.monotonic()
         if part == "data":
@@ -180,10 +175,13 @@ def main():
         elif part == "resume":
             print(checked_resume(args.work, args.resume_model))
         else:
-            for row in measure(args.work, part, args.batch, args.models):
-                alone = [r for r in rows if r["model"] == row["model"] and r["launch"] == "single"]
-                row["scaling"] = row["images_per_s"] / alone[0]["images_per_s"] if alone else 1.0
-                rows.append(row)
+            for preset in args.models:
+                new = measure(args.work, part, args.batch, preset)
+                if part == "single":
+                    alone[preset] = statistics.mean(row["images_per_s"] for row in new)
+                for row in new:
+                    row["scaling"] = row["images_per_s"] / alone.get(preset, float("nan"))
+                rows += new
             table(rows, list(rows[-1]))
             write_json(args.json, rows)
         print(f"{part}: {time.monotonic() - began:.0f} s", flush=True)
