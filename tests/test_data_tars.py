@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from moh_dit.data.images import load_batch, open_images, read_batches
-from moh_dit.data.tars import TarImages
+from moh_dit.data.tars import TarImages, tar_shards
 from moh_dit.errors import UserError
 
 
@@ -44,7 +44,16 @@ def shards(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("where", ["", "train-*.tar", "train-000.tar"])
+def test_counted_shards_are_all_there_and_in_order(tmp_path):
+    for name in ("a1-8", "a1-9", "a2-8", "a2-9"):
+        (tmp_path / f"{name}.tar").touch()
+    found = [path.name for path in tar_shards(tmp_path / "a{1..2}-{8..9}.tar")]
+    assert found == ["a1-8.tar", "a1-9.tar", "a2-8.tar", "a2-9.tar"]
+    with pytest.raises(UserError, match=r"tar shard .*a1-10\.tar of .*does not exist"):
+        tar_shards(tmp_path / "a1-{9..10}.tar")
+
+
+@pytest.mark.parametrize("where", ["", "train-*.tar", "train-{000..001}.tar", "train-000.tar"])
 def test_folder_pattern_and_file(shards, where):
     images = open_images(shards / where, 12, progress=False)
     assert isinstance(images, TarImages)
@@ -52,6 +61,7 @@ def test_folder_pattern_and_file(shards, where):
     assert len(images) == number
     assert images.class_names == ["0", "1", "2"]
     np.testing.assert_array_equal(images.labels, np.arange(number) % 3)
+    assert images.shards == sorted(shards.iterdir())[: number // 3]
     pixels, labels = load_batch(images, range(number)[::-1])  # in any order
     for row, i in enumerate(range(number)[::-1]):
         np.testing.assert_array_equal(pixels[row], np.asarray(picture(i)))

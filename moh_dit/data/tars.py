@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,13 +74,35 @@ class TarImages(ImageFiles):
 
 
 def tar_shards(source: str | Path) -> list[Path]:
-    """The tar files that ``source`` means: a file, a pattern with ``*``, or a folder of them."""
+    """The tar files that ``source`` means: a file, a folder of them, or a pattern.
+
+    Patterns are those of ``glob``, and WebDataset's ``{000..127}``, of which none may be missing.
+
+    Raises:
+        UserError: a shard of ``{000..127}`` that is not there.
+    """
     path = Path(source)
     if path.is_dir():
         return sorted(path.glob("*.tar"))
     if path.suffix == ".tar" and path.is_file():
         return [path]
-    return sorted(Path(name) for name in glob.glob(str(source)) if name.endswith(".tar"))
+    if (names := _counted(str(source))) is None:
+        return sorted(Path(name) for name in glob.glob(str(source)) if name.endswith(".tar"))
+    for name in names:
+        if not Path(name).is_file():
+            raise UserError(f"tar shard {name} of {source} does not exist")
+    return [Path(name) for name in names]
+
+
+def _counted(pattern: str) -> list[str] | None:
+    """Every name that ``{000..127}`` in a pattern of tar files stands for; ``None`` without."""
+    found = re.fullmatch(r"(.*?)\{(\d+)\.\.(\d+)\}(.*\.tar)", pattern, re.DOTALL)
+    if found is None:
+        return None
+    before, first, last, after = found.groups()
+    numbers = range(int(first), int(last) + 1)
+    names = [f"{before}{number:0{len(first)}}{after}" for number in numbers]
+    return [each for name in names for each in _counted(name) or [name]]
 
 
 def _tar_samples(shard: Path) -> Iterator[tuple[str, int, int, str]]:
