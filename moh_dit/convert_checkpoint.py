@@ -1,8 +1,6 @@
 """From one checkpoint format to another: what ``moh_dit.convert`` does once it knows what to do."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from .continue_tuning import MoHSettings, dense_to_moh, noisy_batches
 from .convert import ConvertConfig
 from .errors import UserError
 from .export import PLANS, Extras
+from .files import written_aside
 from .formats.identify import describe, full_config
 from .formats.weights import State, lazy
 from .pipeline import MoHDiTPipeline
@@ -102,28 +101,3 @@ def check_space(output: Path, state: State) -> None:
             f"output {output}: {free / 2**30:.2f} GiB are free there, the weights take "
             f"{needed / 2**30:.2f} GiB"
         )
-
-
-@contextmanager
-def written_aside(output: Path) -> Iterator[Path]:
-    """A path to write to, renamed to ``output`` when whole; nothing is left of a failure."""
-    aside = output.with_name(f".writing-{output.name}")
-    made = next((p for p in [*output.absolute().parents][::-1] if not p.exists()), None)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        remove(aside)  # of a process that was killed
-        yield aside
-        aside.rename(output)
-    except OSError as error:
-        raise UserError(f"output {output} could not be written: {error}") from None
-    finally:
-        remove(aside)
-        if made is not None and not output.exists():
-            remove(made)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or folder that may not exist."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)

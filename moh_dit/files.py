@@ -1,7 +1,14 @@
-"""Files that a kill leaves as they were or as they shall be."""
+"""Files and folders that a kill leaves as they were or as they shall be."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import UserError
 
 
 def write_aside(path: Path, content: bytes) -> None:
@@ -9,3 +16,35 @@ def write_aside(path: Path, content: bytes) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_bytes(content)
     aside.replace(path)
+
+
+@contextmanager
+def written_aside(output: Path, advice: str = "") -> Iterator[Path]:
+    """A path for a file or folder, renamed to ``output`` when whole; a failure leaves nothing.
+
+    Raises:
+        UserError: it cannot be written, for want of space or rights; ends with ``advice``.
+    """
+    aside = output.with_name(f".writing-{output.name}")
+    made = next((p for p in [*output.absolute().parents][::-1] if not p.exists()), None)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        remove(aside)  # of a process that was killed
+        yield aside
+        for file in filter(Path.is_file, [aside, *aside.rglob("*")]):
+            with file.open("rb") as written:  # else a power cut could leave a name and no content
+                os.fsync(written.fileno())
+        aside.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{output} could not be written ({error}){advice}") from None
+    finally:
+        remove(aside)
+        if made is not None and not output.exists():
+            remove(made)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder that may not exist."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from reference import relative_error
+from safetensors import SafetensorError
 from torch import nn
 
 from moh_dit.checkpoints import load_pipeline
@@ -93,3 +94,12 @@ def test_a_run_keeps_snapshots_from_which_one_samples(tmp_path, monkeypatch, cap
         reconstruct(PosthocConfig(str(tmp_path / "run"), 0.1, step=13))
     with pytest.raises(UserError, match="no checkpoint of step 6"):
         reconstruct(PosthocConfig(str(tmp_path / "run"), 0.1, step=6))
+    with monkeypatch.context() as patch:
+        patch.setattr(posthoc_ema, "save_file", full)
+        with pytest.raises(UserError, match=r"ema-posthoc-0\.07 could not be written .*space"):
+            reconstruct(PosthocConfig(str(tmp_path / "run"), 0.07))
+    assert not list((tmp_path / "run").rglob("*posthoc-0.07"))
+
+
+def full(*arguments, **options):
+    raise SafetensorError("No space left on device")

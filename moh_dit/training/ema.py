@@ -77,7 +77,7 @@ class Ema(WeightAverage[Model]):
     def __init__(self, model: Model, decay: float):
         super().__init__(model)
         self.decay = decay
-        self.name = f"ema-{decay:g}"
+        self.name = ema_name(decay)
 
     def decay_at(self, step: int) -> float:
         return min(self.decay, step / (step + 9))
@@ -102,6 +102,11 @@ class PowerEma(WeightAverage[Model]):
 
     def decay_at(self, step: int) -> float:
         return (1 - 1 / step) ** (self.gamma + 1)
+
+
+def ema_name(decay: float) -> str:
+    """What an average of this decay is called in a checkpoint."""
+    return f"ema-{decay}"
 
 
 def power_name(std: float) -> str:

@@ -9,7 +9,6 @@ the best guess at the wanted average, and a very good one.
 """
 
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from ..checkpoints import WEIGHTS, checkpoint_name, checkpoint_step
 from ..cli import run_program
 from ..errors import UserError
+from ..files import written_aside
 from ..progress import progress_bar
 from ..transformer import MoHDiTTransformer2DModel
 from .ema import power_gamma
@@ -145,14 +145,12 @@ def reconstruct(config: PosthocConfig) -> None:
     frozen = next(iter(snapshots.values()))
     with safe_open(frozen, framework="pt") as file:
         weights["pos_embed"] = file.get_tensor("pos_embed")  # never trained, so never averaged
-    aside = output.with_name(f".writing-{output.name}")
-    shutil.rmtree(aside, ignore_errors=True)  # of a kill
-    aside.mkdir(parents=True)
     model_config = MoHDiTTransformer2DModel.load_config(frozen.parent)
     with torch.device("meta"):
-        MoHDiTTransformer2DModel.from_config(model_config).save_config(aside)
-    save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
-    aside.rename(output)
+        model = MoHDiTTransformer2DModel.from_config(model_config)
+    with written_aside(output) as aside:
+        model.save_config(aside)
+        save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
     print(
         f"{output}: σ_rel {config.std:g} at step {step} from {len(snapshots)} snapshots; the "
         f"profile is met to {error:.2%}"

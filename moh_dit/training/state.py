@@ -1,15 +1,12 @@
 """Saving and restoring everything a run needs to go on exactly where it stopped."""
 
-import dataclasses
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,55 +23,20 @@ from ..checkpoints import (
     load_weights,
     read_weights,
 )
-from ..cli import load_config
-from ..errors import UserError
+from ..files import written_aside
 from ..transformer import MoHDiTTransformer2DModel
 from .config import TrainConfig
-from .ema import PowerEma, WeightAverage
+from .ema import PowerEma, WeightAverage, ema_name, power_name
 from .sharding import gather_state, restore_state
 
-# What may change when a run is resumed; everything else defines what is being computed.
-FREE_ON_RESUME = (
-    "run_dir", "resume", "num_steps", "log_every", "checkpoint_every", "keep_checkpoints",
-    "trackers", "compile", "gradient_checkpointing", "gradient_accumulation_steps", "evaluation",
-    "on_nonfinite", "deterministic", "allow_tf32", "peak_tflops", "ema_snapshot_every",
-)  # fmt: skip
-
-
-def check_resumable(config: TrainConfig, run: Path) -> None:
-    """Raise ``UserError`` naming the keys in which ``config`` differs from the run's own."""
-    path = run / "config.yaml"
-    before, now = flatten(load_config(TrainConfig, path)), flatten(config)
-    changed = [
-        f"{key} is {now[key]}, was {before[key]}"
-        for key in now
-        if now[key] != before[key] and key.split(".")[0] not in FREE_ON_RESUME
-    ]
-    if changed:
-        raise UserError(
-            f"cannot resume {run} with another configuration: {'; '.join(changed)}. "
-            f"Use --config {path}, or a new run_dir"
-        )
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A configuration by dotted keys."""
-    flat: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{field.name}.")
-        else:
-            flat[prefix + field.name] = list(value) if isinstance(value, tuple) else value
-    return flat
-
+SCALER = Path("state/scaler.json")  # of a checkpoint, under fp16
 
 WeightAverages = list[WeightAverage[MoHDiTTransformer2DModel]]
 
 
-def average_folder(index: int, average: WeightAverage) -> str:
+def average_folder(index: int, name: str) -> str:
     """Where a checkpoint keeps an average: the first is the one to sample with."""
-    return "transformer" if index == 0 else average.name
+    return "transformer" if index == 0 else name
 
 
 @dataclass
@@ -98,10 +60,10 @@ class TrainingState:
             average.gather()
         # Asked of the main process alone: to the others it may have come to exist just now.
         if self.accelerator.is_main_process and not final.exists():
-            with written_aside(final, run) as aside:
+            with written_for_run(final, run) as aside:
                 self._write_state(aside / "state", weights, moments)
                 for index, average in enumerate(self.averages):
-                    _write_average(average, aside / average_folder(index, average))
+                    _write_average(average, aside / average_folder(index, average.name))
             for old in list_checkpoints(run)[:-keep] if keep else []:
                 # Renamed first: a folder called step-* is whole, whenever this is killed.
                 shutil.rmtree(old.rename(old.with_name(f".deleting-{old.name}")))
@@ -112,7 +74,8 @@ class TrainingState:
     def check_space(self, run: Path) -> None:
         """Say so while there is time, if the next checkpoint will not fit on the disk."""
         weights = sum(parameter.numel() * 4 for parameter in self.model.parameters())
-        needed = weights * (3 + len(self.averages))  # AdamW's two moments
+        # AdamW has two moments; a snapshot may be due as well.
+        needed = weights * (3 + len(self.averages) + len(self._powers()))
         free = shutil.disk_usage(run).free
         if free < needed:
             tqdm.write(
@@ -121,18 +84,21 @@ class TrainingState:
                 file=sys.stderr,
             )
 
+    def _powers(self) -> list[PowerEma]:
+        return [average for average in self.averages if isinstance(average, PowerEma)]
+
     def save_snapshot(self, run: Path, step: int) -> None:
         """Keep the power-function averages of this step for good; see ``posthoc_ema``.
 
         Raises:
             UserError: as in :meth:`save`.
         """
-        averages = [average for average in self.averages if isinstance(average, PowerEma)]
+        averages = self._powers()
         for average in averages:
             average.gather()
         final = run / "snapshots" / checkpoint_name(step)
         if averages and self.accelerator.is_main_process and not final.exists():
-            with written_aside(final, run) as aside:
+            with written_for_run(final, run) as aside:
                 for average in averages:
                     _write_average(average, aside / average.name)
         self.accelerator.wait_for_everyone()
@@ -145,18 +111,14 @@ class TrainingState:
         """
         folder = checkpoint / "state"
         for index, average in enumerate(self.averages):
-            file = checkpoint / average_folder(index, average) / WEIGHTS
-            if not file.is_file():
-                raise UserError(f"{checkpoint} has no average {average.name}")
+            file = checkpoint / average_folder(index, average.name) / WEIGHTS
             load_weights(average.model, file)
             average.spread(self.model)
         weights = read_weights(folder / "model.safetensors")
         moments = read_weights(folder / "optimizer.safetensors")
         restore_state(list(self.model.named_parameters()), self.optimizer, weights, moments)
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(
-                json.loads((folder / "scaler.json").read_text())
-            )
+            self.accelerator.scaler.load_state_dict(json.loads((checkpoint / SCALER).read_text()))
         return checkpoint_step(checkpoint)
 
     def _write_state(
@@ -166,7 +128,7 @@ class TrainingState:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         save_file(moments, folder / "optimizer.safetensors")
         if self.accelerator.scaler is not None:
-            (folder / "scaler.json").write_text(json.dumps(self.accelerator.scaler.state_dict()))
+            (folder / SCALER.name).write_text(json.dumps(self.accelerator.scaler.state_dict()))
 
 
 def _write_average(average: WeightAverage[MoHDiTTransformer2DModel], folder: Path) -> None:
@@ -174,17 +136,21 @@ def _write_average(average: WeightAverage[MoHDiTTransformer2DModel], folder: Pat
     save_file(average.model.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def newest_whole_checkpoint(run: Path) -> Path | None:
+def newest_whole_checkpoint(run: Path, config: TrainConfig) -> Path | None:
     """The checkpoint to go on from; damaged ones are put out of the way and reported."""
+    averages = [*map(ema_name, config.ema_decays), *map(power_name, config.ema_power_stds)]
+    folders = [average_folder(index, name) for index, name in enumerate(averages)]
+    needed = ["state/model.safetensors", "state/optimizer.safetensors"]
+    needed += [f"{folder}/{WEIGHTS}" for folder in folders]
     for checkpoint in reversed(list_checkpoints(run)):
-        needed = ("model", "optimizer")
-        files = [checkpoint / "state" / f"{name}.safetensors" for name in needed]
-        files += checkpoint.rglob("*.safetensors")
         try:
-            for file in files:
+            for file in [checkpoint / name for name in needed]:
                 with safe_open(file, framework="pt"):  # compares the header with the file's length
                     pass
-        except (OSError, SafetensorError) as error:
+            if config.mixed_precision == "fp16":
+                file = checkpoint / SCALER
+                json.loads(file.read_text())
+        except (OSError, ValueError, SafetensorError) as error:
             aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
             while aside.exists():  # it was not the first time
                 aside = aside.with_name(f"damaged-{aside.name}")
@@ -202,22 +168,11 @@ def clear_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def written_aside(final: Path, run: Path) -> Iterator[Path]:
+def written_for_run(final: Path, run: Path) -> Iterator[Path]:
     """A folder to write into, renamed to ``final`` when whole; what a kill left goes first."""
     clear_leftovers(final.parent)
-    aside = final.with_name(f".writing-{final.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
+    last = list_checkpoints(run)
+    advice = f"; free space, then resume from {last[-1] if last else 'the start'}"
+    with written_aside(final, advice) as aside:
+        aside.mkdir()
         yield aside
-        for file in filter(Path.is_file, aside.rglob("*")):
-            with file.open("rb") as written:  # else a power cut could leave a name and no content
-                os.fsync(written.fileno())
-        aside.rename(final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        last = list_checkpoints(run)
-        raise UserError(
-            f"{final} could not be written ({error}); free space, then resume from "
-            f"{last[-1] if last else 'the start'}"
-        ) from None
