@@ -6,9 +6,11 @@ accelerate launch train_dit.py --config configs/imagenet256_moh_dit_xl2_75.yaml
 
 from moh_dit.cli import run_program
 from moh_dit.training.config import TrainConfig
+from moh_dit.training.preemption import Preemption
 
 
 def train(config: TrainConfig) -> None:
+    Preemption()  # listens while the rest is imported
     from moh_dit.training.loop import Trainer
 
     Trainer(config).train()

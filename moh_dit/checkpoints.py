@@ -2,6 +2,7 @@
 
     RUN/
       config.yaml           resolved configuration; alone reproduces the run
+      data.json             what tells the data and the autoencoder of the run from others
       classes.json          class names, by label
       vae/  scheduler/      the autoencoder and the noise process, diffusers format
       checkpoints/

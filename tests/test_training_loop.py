@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import launch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,17 +28,20 @@ from moh_dit.data.encoding import encode_data
 from moh_dit.data.latents import open_latents
 from moh_dit.errors import UserError
 from moh_dit.flops import flops_per_image
-from moh_dit.training import state
+from moh_dit.training import loop, preview, state
 from moh_dit.training.config import (
+    DataConfig,
     EvaluationConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
 )
-from moh_dit.training.loop import PREEMPTED, Trainer
+from moh_dit.training.loop import Trainer
+from moh_dit.training.preemption import PREEMPTED
 from moh_dit.training.record import RunLog, read_log, shown
 from moh_dit.training.setup import learning_rate_factor, weight_decay_groups
+from moh_dit.training.watch import GradientWatch
 
 ROOT = Path(__file__).parent.parent
 MODEL = dict(hidden_size=32, depth=2, num_heads=4, num_shared_heads=[4, 1],
@@ -194,6 +198,115 @@ def test_sigterm_to_all_processes_of_a_run_saves_and_ends_it(tmp_path):
     assert list_checkpoints(tmp_path / "run")[-1].name == f"step-{NUM_STEPS:08d}"
 
 
+def test_sigterm_before_the_first_step_asks_to_be_requeued(tmp_path, monkeypatch):
+    encode = loop.encode_training_data
+
+    def told_meanwhile(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return encode(*arguments)
+
+    monkeypatch.setattr(loop, "encode_training_data", told_meanwhile)
+    with pytest.raises(SystemExit) as end:
+        Trainer(tiny(tmp_path / "run"))
+    assert end.value.code == PREEMPTED
+    assert not (tmp_path / "run").exists()
+
+
+LOOKING = dict(
+    evaluation=EvaluationConfig(
+        sample_every=4, fid_every=4, num_samples=40, num_inference_steps=2,
+        feature_extractor="digits", metrics=["fid"],
+    )
+)  # fmt: skip
+
+
+def told_during(name, monkeypatch):
+    """Have a SIGTERM come when the preview calls ``name``."""
+    function = getattr(preview, name)
+
+    def told(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(preview, name, told)
+
+
+@pytest.mark.parametrize("name", ["sample_grid", "generate"])
+def test_sigterm_while_looking_saves_and_the_look_is_made_up_for(
+    name, whole, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        told_during(name, patch)
+        with pytest.raises(SystemExit) as end:
+            Trainer(tiny(run, **LOOKING)).train()
+    assert end.value.code == PREEMPTED
+    assert list_checkpoints(run)[-1].name == "step-00000004"
+    made = {str(path.relative_to(run)) for path in run.glob("*/step-00000004.*")}
+    assert made == ({"samples/step-00000004.png"} if name == "generate" else set())
+    Trainer(tiny(run, resume=True, **LOOKING)).train()
+    for step in (4, 8, 12):
+        assert (run / "samples" / f"step-{step:08d}.png").exists()
+        assert (run / "evaluations" / f"step-{step:08d}.json").exists()
+    entries = read_log(run / "log.jsonl")
+    assert [entry["step"] for entry in entries if "fd_digits" in entry] == [4, 8, 12]
+    assert_identical(whole, run)
+
+
+def look_until_told(run_dir):
+    """In each of two processes, of which the second is told during the evaluation."""
+    if os.environ["RANK"] == "1":
+        told_during("generate", pytest.MonkeyPatch())
+    with pytest.raises(SystemExit) as end:
+        Trainer(tiny(run_dir, **LOOKING)).train()
+    (run_dir / f"code-{os.environ['RANK']}").write_text(str(end.value.code))
+
+
+def test_a_process_that_is_told_while_all_evaluate_stops_all(tmp_path):
+    launch(look_until_told, tmp_path / "run", num_processes=2)
+    codes = [(tmp_path / "run" / f"code-{rank}").read_text() for rank in (0, 1)]
+    assert codes == [str(PREEMPTED)] * 2
+    assert list_checkpoints(tmp_path / "run")[-1].name == "step-00000004"
+    assert not (tmp_path / "run" / "evaluations").exists()
+
+
+def test_the_last_grid_is_made_up_for_after_a_kill(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    grid = tmp_path / "run" / "samples" / f"step-{NUM_STEPS:08d}.png"
+    expected = grid.read_bytes()
+    grid.unlink()
+    Trainer(tiny(tmp_path / "run", resume=True)).train()
+    assert grid.read_bytes() == expected
+
+
+def test_a_run_goes_on_with_its_data_wherever_they_lie_and_no_others(tmp_path):
+    images(tmp_path / "data")
+
+    def resumed(where, **options):
+        data = DataConfig(source=str(tmp_path / where), num_workers=0)
+        return Trainer(tiny(tmp_path / "run", data=data, resume=True, **options))
+
+    resumed("data", num_steps=1).train()
+    (tmp_path / "data").rename(tmp_path / "moved")
+    resumed("moved", num_steps=2).train()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "moved" / "c0" / "new.png")
+    count = len(list((tmp_path / "moved").rglob("*.png")))
+    with pytest.raises(
+        UserError, match=f"began with other data: {count - 1} images then, {count} images now"
+    ):
+        resumed("moved", num_steps=3)
+
+
+def test_weights_to_start_from_are_not_needed_to_go_on(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "given")
+    start = dict(init_from=str(tmp_path / "given"), model=dict.fromkeys(MODEL))
+    Trainer(tiny(tmp_path / "run", num_steps=1, **start)).train()
+    shutil.rmtree(tmp_path / "given")
+    trainer = Trainer(tiny(tmp_path / "run", num_steps=2, resume=True, **start))
+    assert trainer.start_step == 1
+    assert trainer.raw_model.config.hidden_size == MODEL["hidden_size"]
+
+
 def test_a_start_that_was_killed_while_it_wrote_the_autoencoder_leaves_nothing_half(tmp_path):
     (tmp_path / "run" / ".writing-vae").mkdir(parents=True)
     (tmp_path / "run" / ".writing-vae" / "config.json").write_text("{")
@@ -262,6 +375,13 @@ def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path, capsys):
     trainer.train()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "damaged-step-00000012")
     assert_identical(whole, tmp_path / "run")
+
+
+def test_a_checkpoint_without_one_of_the_averages_is_passed_over(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012" / "ema-0.5")
+    assert Trainer(tiny(tmp_path / "run", resume=True)).start_step == 9
+    assert "step-00000012/ema-0.5/" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full_while_logging_is_one_line(tmp_path, monkeypatch, capsys):
@@ -347,8 +467,25 @@ def test_the_module_where_it_begins_is_named(tmp_path):
         trainer.train()
 
 
+def name_the_module(run_dir):
+    """In each of two processes: the second one's share of the batch makes infinities."""
+    rank = os.environ["RANK"]
+    trainer = Trainer(tiny(run_dir))
+    if rank == "1":
+        trainer.raw_model.blocks[1].mlp.register_forward_hook(lambda *a: a[-1] + float("inf"))
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    (run_dir / f"error-{rank}").write_text(str(error.value))
+
+
+def test_a_module_of_another_process_is_named(tmp_path):
+    launch(name_the_module, tmp_path / "run", num_processes=2)
+    for rank in (0, 1):
+        assert "first in blocks.1.mlp" in (tmp_path / "run" / f"error-{rank}").read_text()
+
+
 def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path, monkeypatch, capsys):
-    trainer = Trainer(tiny(tmp_path / "run", num_steps=4, on_nonfinite="skip"))
+    trainer = Trainer(tiny(tmp_path / "run", num_steps=4, log_every=1, on_nonfinite="skip"))
     loss, calls, weights = trainer._loss, [], []
 
     def poisoned(*arguments):
@@ -361,8 +498,27 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path, monkeypatch, 
     trainer.train()
     assert not torch.equal(weights[1], weights[2])
     assert torch.equal(weights[2], weights[3])
-    assert all(np.isfinite(entry["loss"]) for entry in read_log(tmp_path / "run" / "log.jsonl"))
     assert "skipped step 3" in capsys.readouterr().out
+    # Averages of no step are left out; NaN would be no JSON.
+    log = tmp_path / "run" / "log.jsonl"
+    assert "NaN" not in log.read_text()
+    entries = read_log(log)
+    assert [entry.get("skipped_steps", 0) for entry in entries] == [0, 0, 1, 0]
+    assert ["loss" in entry and "head_load" in entry for entry in entries] == [1, 1, 0, 1]
+
+
+def test_fp16_gradients_that_no_scale_makes_finite_are_reported():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    watch = GradientWatch([("weight", weight)], None, None, ("mse",), loss_scaled=True)
+    verdicts = []
+    for step in range(1, 121):
+        overflow = step != 60  # ordinary now and then
+        weight.grad = torch.full((2,), float("inf") if overflow else 1.0)
+        watch.before_update(step, torch.ones(1))
+        verdicts.append(watch.verdict())
+    heard = [step for step, verdict in enumerate(verdicts, 1) if verdict]
+    assert heard == [50, 110]
+    assert "gradient not finite in weight" in verdicts[49]
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -458,6 +614,11 @@ def bad_inputs(tmp_path):
         ("--batch_size=9 --gradient_accumulation_steps=2", ["batch_size 9"]),
         ("--optimizer.learning_rat=1", ["optimizer.learning_rate?"]),
         ("--trackers=[nothing]", ["nothing"]),
+        ("--trackers=[dvclive,tensorboard]", ["dvclive is not installed", "moh-dit[tracking]"]),
+        ("--peak_tflops=0", ["peak_tflops is 0"]),
+        ("--model.mlp_ratio=-1", ["mlp_ratio is -1"]),
+        ("--data.num_workers=-1", ["num_workers is -1"]),
+        ("--seed=18446744073709551616", ["seed is 18446744073709551616"]),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(

@@ -16,8 +16,7 @@ from PIL import Image
 
 from .. import __version__
 from ..errors import UserError
-from ..training.config import TrainConfig
-from ..training.state import flatten
+from ..training.config import TrainConfig, flatten
 from .charts import COLORS, Series, line_chart, load_chart
 from .commands import ReportConfig
 from .runs import Run, read_runs

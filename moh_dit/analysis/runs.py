@@ -12,9 +12,8 @@ from ..checkpoints import checkpoint_step, list_checkpoints
 from ..cli import load_config
 from ..errors import UserError
 from ..sampling.exact import flattened
-from ..training.config import TrainConfig
+from ..training.config import TrainConfig, flatten
 from ..training.record import read_log
-from ..training.state import flatten
 
 KNOWN = ("config.yaml", "log.jsonl", "environment.jsonl", "samples", "evaluations", "checkpoints")
 

@@ -4,7 +4,7 @@ Modules that import torch are imported where they are used, so that ``--help`` i
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
@@ -252,8 +252,14 @@ class TrainConfig:
         for name in ("depth", "patch_size", "hidden_size"):
             if (value := getattr(self.model, name)) is not None and value < 1:
                 raise UserError(f"model.{name} is {value}; it must be at least 1")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; it must be at least 0")
+        if (ratio := self.model.mlp_ratio) is not None and not 0 < ratio < math.inf:
+            raise UserError(f"model.mlp_ratio is {ratio}; it must be greater than 0")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise UserError(f"peak_tflops is {self.peak_tflops}; it must be greater than 0")
+        if self.data.num_workers < 0:
+            raise UserError(f"data.num_workers is {self.data.num_workers}; it must be at least 0")
+        if not 0 <= self.seed < 2**64:
+            raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2**64")
         if (gamma := self.objective.min_snr_gamma) is not None and not gamma > 0:
             raise UserError(f"objective.min_snr_gamma is {gamma}; it must be greater than 0")
         if not self.objective.logit_normal[1] > 0:
@@ -293,3 +299,15 @@ class TrainConfig:
                 "optimizer.lr_warmup_steps needs a schedule with warm-up: set "
                 "optimizer.lr_schedule to constant_with_warmup, linear, cosine or the like"
             )
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A configuration by dotted keys."""
+    flat: dict[str, Any] = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{each.name}.")
+        else:
+            flat[prefix + each.name] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,21 +1,19 @@
 """Train a (MoH-)DiT: configuration in, run folder out (layout: ``moh_dit.checkpoints``)."""
 
-import json
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample_latents
 from ..checkpoints import list_checkpoints
-from ..cli import save_config
 from ..data.latents import LatentSet, LatentStore
 from ..errors import UserError
-from ..files import write_aside
 from ..flops import peak_flops
 from ..pipeline import MoHDiTPipeline
 from ..processes import on_main
@@ -25,43 +23,45 @@ from .balance import BalanceLoss
 from .config import TrainConfig
 from .ema import Ema, PowerEma, WeightAverage
 from .order import DataOrder, Share, StepRandom
-from .preview import Preview
-from .record import RunLog, Window, environment, plot_curves, shown
+from .preemption import PREEMPTED, Interrupted, Preemption
+from .preview import Due, Preview
+from .record import RunLog, Window, dead_heads, plot_curves, shown
+from .run_folder import (
+    check_resumable,
+    check_same_data,
+    data_identity,
+    init_trackers,
+    open_run_folder,
+    refuse_existing,
+)
 from .setup import (
-    Preemption,
     build_model,
     encode_training_data,
     gradient_exchange,
     learning_rate_factor,
     make_accelerator,
     open_training_data,
-    refuse_existing,
     trainable,
     weight_decay_groups,
 )
 from .sharding import release, shard
-from .state import (
-    TrainingState,
-    check_resumable,
-    clear_leftovers,
-    flatten,
-    newest_whole_checkpoint,
-    written_aside,
-)
+from .state import TrainingState, newest_whole_checkpoint
 from .watch import GradientWatch, first_not_finite
 
 LOSS_TERMS = ("mse", "vlb", "balance")
-PREEMPTED = 75  # EX_TEMPFAIL: saved, and may be queued again
 
 
 class Trainer:
     """One run. Whatever can be wrong with the input is found while this is made.
+
+    A SIGTERM ends the program with exit code 75 from then on, until :meth:`train` at once.
 
     Raises:
         UserError: for input that is missing, unreadable, or does not fit together.
     """
 
     def __init__(self, config: TrainConfig):
+        self.preemption = Preemption()
         self.config = config
         self.run_dir = Path(config.run_dir)
         refuse_existing(self.run_dir, config.resume)
@@ -74,10 +74,15 @@ class Trainer:
         self.latent_shape = latent_shape(self.vae, config.data.image_size)
         opened = open_training_data(config.data, self.vae, self.latent_shape, self.accelerator)
         self.class_names = opened.class_names
+        self.identity = on_main(self.accelerator, lambda: data_identity(opened, self.vae))
+        check_same_data(self.run_dir, self.identity)
+        self.checkpoint = on_main(
+            self.accelerator, lambda: newest_whole_checkpoint(self.run_dir, config)
+        )
         torch.manual_seed(config.seed)
         self.objective = config.objective.build(self.accelerator.device)
         self.raw_model = build_model(
-            config, self.objective, self.latent_shape, len(self.class_names)
+            config, self.objective, self.latent_shape, len(self.class_names), self.checkpoint
         )
         self._prepare()
         self.vae.to(self.accelerator.device)
@@ -88,6 +93,7 @@ class Trainer:
                 self.averages[0].model, self.vae, self.objective.scheduler, self.class_names
             ),
             opened,
+            self.preemption,
         )
         self.latents = (
             opened
@@ -146,32 +152,43 @@ class Trainer:
             average.spread(model)
         self.state = TrainingState(accelerator, model, adamw, self.averages)
         self.start_step = 0
-        newest = on_main(accelerator, lambda: newest_whole_checkpoint(self.run_dir))
-        if newest is not None:
-            self.start_step = self.state.restore(newest)
+        if self.checkpoint is not None:
+            self.start_step = self.state.restore(self.checkpoint)
 
     def train(self) -> None:
         """Run to ``num_steps``. After SIGTERM: save, then exit with code 75."""
-        config, accelerator = self.config, self.accelerator
-        if self.start_step >= config.num_steps:
-            accelerator.print(f"{self.run_dir} is done: step {self.start_step}; raise num_steps")
+        config, accelerator, preemption = self.config, self.accelerator, self.preemption
+        step, missed = self.start_step, Due(False, False)
+        if step:
+            missed = self.preview.missed(step, step == config.num_steps, self.run_dir)
+        if step >= config.num_steps and not any(missed):
+            accelerator.print(f"{self.run_dir} is done: step {step}; raise num_steps")
             return
-        preemption = Preemption()
-        self._open_run_folder()
-        peak = config.peak_tflops and config.peak_tflops * 1e12
-        if peak is None:
-            peak = peak_flops(config.mixed_precision, config.allow_tf32)
+        preemption.hold()
+        if accelerator.is_main_process:
+            open_run_folder(
+                config, step, self.class_names, self.identity, self.vae, self.objective.scheduler
+            )
+            self.run_log = RunLog(self.run_dir / "log.jsonl", step)
+            self.state.check_space(self.run_dir)
+        accelerator.wait_for_everyone()
+        init_trackers(accelerator, config)
+        given = config.peak_tflops and config.peak_tflops * 1e12
+        peak = given or peak_flops(config.mixed_precision, config.allow_tf32)
         self.window = window = Window(accelerator, self.raw_model, config.batch_size, peak)
         bar = progress_bar(
             config.num_steps,
             desc="training",
             unit="step",
-            initial=self.start_step,
+            initial=step,
             enabled=accelerator.is_main_process,
         )
         # Closed, it ends its workers, which nothing else would: they do not hear SIGTERM.
         with closing(self._batches()) as batches, bar:
-            for step in range(self.start_step + 1, config.num_steps + 1):
+            with window.paused():
+                stop = not self._look(step, missed)
+            while step < config.num_steps and not stop:
+                step += 1
                 window.add(*self._step(step, batches))
                 bar.update()
                 last = step == config.num_steps
@@ -185,18 +202,12 @@ class Trainer:
                         self._check_finite()
                         self.state.save_snapshot(self.run_dir, step)
                     if step % config.checkpoint_every == 0 or last or stop:
-                        self._check_finite()
-                        self.state.save(self.run_dir, step, config.keep_checkpoints)
-                        if accelerator.is_main_process:
-                            plot_curves(self.run_dir / "log.jsonl", self.run_dir / "curves.png")
-                    if stop and not last:
-                        break
-                    if self.preview.is_due(step, last):
-                        self.averages[0].gather()
-                    if metrics := self.preview.after(step, last, self.run_dir):
-                        self._log({"step": step, **metrics})
+                        self._save(step)
+                    if not stop and not self._look(step, self.preview.due(step, last)):
+                        stop = True
+                        self._save(step)
         accelerator.end_training()
-        if stop and not last:
+        if stop:
             accelerator.print(f"told to stop: saved at step {step}; continue with --resume")
             raise SystemExit(PREEMPTED)
         accelerator.print(
@@ -204,30 +215,25 @@ class Trainer:
             f"sample_dit.py --checkpoint {self.run_dir} --output grid.png"
         )
 
-    def _open_run_folder(self) -> None:
-        run = self.run_dir
+    def _save(self, step: int) -> None:
+        self._check_finite()
+        self.state.save(self.run_dir, step, self.config.keep_checkpoints)
         if self.accelerator.is_main_process:
-            run.mkdir(parents=True, exist_ok=True)
-            for folder in ("checkpoints", "snapshots"):
-                clear_leftovers(run / folder)
-            save_config(self.config, run / "config.yaml")
-            write_aside(run / "classes.json", json.dumps(self.class_names, indent=1).encode())
-            with (run / "environment.jsonl").open("a") as file:  # one line for each start
-                file.write(json.dumps({"start_step": self.start_step, **environment()}) + "\n")
-            for name, part in (("vae", self.vae), ("scheduler", self.objective.scheduler)):
-                if not (run / name).exists():
-                    with written_aside(run / name, run) as aside:
-                        part.save_pretrained(aside)
-            self.run_log = RunLog(run / "log.jsonl", self.start_step)
-            self.state.check_space(run)
-        self.accelerator.wait_for_everyone()
-        if self.config.trackers:
-            plain = (bool, int, float, str)
-            settings = {
-                key: value if isinstance(value, plain) else str(value)
-                for key, value in flatten(self.config).items()
-            }
-            self.accelerator.init_trackers("moh-dit", settings)
+            plot_curves(self.run_dir / "log.jsonl", self.run_dir / "curves.png")
+
+    def _look(self, step: int, due: Due) -> bool:
+        """Samples and metrics of ``step``, as far as they are due; false after a SIGTERM."""
+        if not any(due):
+            return True
+        self._check_finite()
+        self.averages[0].gather()
+        try:
+            metrics = self.preview.make(due, step, self.run_dir)
+        except Interrupted:
+            return False
+        if metrics:
+            self._log({"step": step, **metrics})
+        return True
 
     def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Endless micro-batches of posterior moments (b, 2C, h, w) and labels (b,)."""
@@ -323,7 +329,8 @@ class Trainer:
         # The update was held back: the weights are still those that the batch met.
         origin = first_not_finite(self.raw_model, lambda: [self._predict(*m) for m in self._seen])
         release(self.raw_model)  # no backward pass follows
-        verdict += f"; in the forward pass first in {origin or 'no module of this process'}"
+        origins = [each for each in gather_object([origin]) if each]  # of the processes' batches
+        verdict += f"; in the forward pass first in {', '.join(dict.fromkeys(origins)) or 'none'}"
         if self.config.on_nonfinite == "skip":
             self.accelerator.print(f"skipped {verdict}")
             return
@@ -340,12 +347,7 @@ class Trainer:
         self.run_log.write(entry)
         numbers = {key: value for key, value in entry.items() if isinstance(value, float)}
         self.accelerator.log(numbers, step=entry["step"])
-        if dead := [
-            f"layer {layer} routed head {i}"
-            for layer, load in entry.get("head_load", {}).items()
-            for i, share in enumerate(load)
-            if share == 0
-        ]:
+        if dead := dead_heads(entry):
             self.accelerator.print(f"step {entry['step']}: no token chose {', '.join(dead)}")
 
 

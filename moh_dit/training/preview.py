@@ -1,9 +1,10 @@
 """Look at a run while it trains: grids of samples and FID, by the code that does it afterwards."""
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from accelerate import Accelerator
@@ -13,15 +14,25 @@ from fid_eval import EvaluationError, Evaluator, Share
 from ..data.images import ImageSet, read_batches
 from ..data.latents import LatentSet, index_batches
 from ..errors import UserError
+from ..files import write_aside
 from ..pipeline import MoHDiTPipeline
+from ..processes import on_main
 from ..sampling.config import SamplingSettings
 from ..sampling.engine import generate, use_settings
 from ..sampling.exact import set_labels
 from ..sampling.grids import sample_grid
 from .config import EvaluationConfig
+from .preemption import Interrupted, Preemption
 
 MAX_GRID_CLASSES = 10
 BATCH_SIZE = 64
+
+
+class Due(NamedTuple):
+    """What is to be made of a step."""
+
+    grid: bool
+    evaluation: bool
 
 
 class Preview:
@@ -32,6 +43,7 @@ class Preview:
         accelerator: the run's processes, which share the samples of an evaluation.
         pipeline: the averaged model with the run's autoencoder and scheduler.
         data: the training data; its images are the reference unless the configuration names one.
+        preemption: is listened to, since what is made here may take longer than one is given.
 
     Raises:
         UserError: an extractor or reference that cannot be had, before any training.
@@ -43,6 +55,7 @@ class Preview:
         accelerator: Accelerator,
         pipeline: MoHDiTPipeline,
         data: ImageSet | LatentSet,
+        preemption: Preemption,
     ):
         self.config = config
         self.accelerator = accelerator
@@ -50,6 +63,7 @@ class Preview:
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale
         )
         self.pipeline = pipeline
+        self.preemption = preemption
         use_settings(pipeline, self.settings, None)  # so that mistakes are found before training
         self.evaluator: Evaluator | None = None
         if config.fid_every:
@@ -68,35 +82,69 @@ class Preview:
             except EvaluationError as error:
                 raise UserError(f"evaluation: {error}") from None
 
-    def is_due(self, step: int, last: bool) -> bool:
-        """Whether anything is to be sampled after ``step``."""
-        every = (self.config.sample_every, self.config.fid_every)
-        return last or any(steps and step % steps == 0 for steps in every)
-
-    def after(self, step: int, last: bool, run_dir: Path) -> dict[str, float]:
-        """Whatever is due after ``step``; returns the metrics measured, if any."""
+    def due(self, step: int, last: bool) -> Due:
+        """What is to be made after ``step``."""
         config = self.config
-        if last or (config.sample_every and step % config.sample_every == 0):
-            self._grid(run_dir / "samples" / f"step-{step:08d}.png")
-        if self.evaluator is None or not (last or step % config.fid_every == 0):
+        return Due(
+            grid=last or bool(config.sample_every and step % config.sample_every == 0),
+            evaluation=self.evaluator is not None and (last or step % config.fid_every == 0),
+        )
+
+    def missed(self, step: int, last: bool, run_dir: Path) -> Due:
+        """What was due after ``step`` and is not there: the run was stopped before it."""
+        grid, evaluation = self.due(step, last)
+
+        def look() -> Due:
+            return Due(
+                grid and not grid_path(run_dir, step).exists(),
+                evaluation and not evaluation_path(run_dir, step).exists(),
+            )
+
+        return on_main(self.accelerator, look)
+
+    def make(self, due: Due, step: int, run_dir: Path) -> dict[str, float]:
+        """Make what is due; returns the metrics measured, if any.
+
+        Raises:
+            Interrupted: a SIGTERM came, on every process alike.
+        """
+        if due.grid:
+            self._grid(grid_path(run_dir, step))
+        if not due.evaluation:
             return {}
         result = self._evaluate()
         if self.accelerator.is_main_process:
-            folder = run_dir / "evaluations"
-            folder.mkdir(exist_ok=True)
+            path = evaluation_path(run_dir, step)
+            path.parent.mkdir(exist_ok=True)
             record = json.dumps({"step": step, **result.to_dict()}, indent=1, default=str)
-            (folder / f"step-{step:08d}.json").write_text(record)
+            write_aside(path, record.encode())
         return result.metrics
 
     def _grid(self, path: Path) -> None:
-        if self.accelerator.is_main_process:
+        num_classes = self.pipeline.transformer.config.num_classes
+        shown = np.linspace(0, num_classes - 1, min(num_classes, MAX_GRID_CLASSES)).astype(int)
+
+        def draw() -> bool:
+            try:
+                sheet = sample_grid(
+                    self.pipeline, self.settings, shown.tolist(), on_step=self._listen
+                )
+            except Interrupted:
+                return False
+            content = io.BytesIO()
+            sheet.save(content, "png")
             path.parent.mkdir(exist_ok=True)
-            num_classes = self.pipeline.transformer.config.num_classes
-            shown = np.linspace(0, num_classes - 1, min(num_classes, MAX_GRID_CLASSES)).astype(int)
-            sample_grid(self.pipeline, self.settings, shown.tolist()).save(path)
-        self.accelerator.wait_for_everyone()
+            write_aside(path, content.getvalue())
+            return True
+
+        if not on_main(self.accelerator, draw):
+            raise Interrupted
+
+    def _listen(self, *_: Any) -> None:
+        self.preemption.check()
 
     def _evaluate(self) -> Any:
+        alone = self.accelerator.num_processes == 1
         classes = range(self.pipeline.transformer.config.num_classes)
         labels = np.asarray(set_labels(self.config.num_samples, list(classes), "balanced", 0))
         shares = np.array_split(np.arange(len(labels)), self.accelerator.num_processes)
@@ -105,16 +153,30 @@ class Preview:
         def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             own = labels[mine]
             samples = generate(
-                self.pipeline, own.tolist(), self.settings, indices=mine, batch_size=BATCH_SIZE
-            )
+                self.pipeline, own.tolist(), self.settings, indices=mine, batch_size=BATCH_SIZE,
+                on_step=self._listen if alone else None,
+            )  # fmt: skip
             for positions, images in samples:
                 yield images, own[positions]
+                self.preemption.check_all(self.accelerator, done=False)
+            while self.preemption.check_all(self.accelerator, done=True):
+                pass  # others have a batch more
 
         assert self.evaluator is not None
         try:
             return self.evaluator(Share(batches()))
         except EvaluationError as error:
             raise UserError(f"evaluation: {error}") from None
+
+
+def grid_path(run_dir: Path, step: int) -> Path:
+    """The grid of samples after ``step``."""
+    return run_dir / "samples" / f"step-{step:08d}.png"
+
+
+def evaluation_path(run_dir: Path, step: int) -> Path:
+    """The metrics after ``step``."""
+    return run_dir / "evaluations" / f"step-{step:08d}.json"
 
 
 def _labelled_batches(images: ImageSet) -> Iterator[tuple[np.ndarray, np.ndarray]]:

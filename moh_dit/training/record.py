@@ -122,9 +122,20 @@ def plot_curves(log: Path, output: Path) -> None:
     plt.close(figure)
 
 
+def dead_heads(entry: dict[str, Any]) -> list[str]:
+    """Routed heads that no token chose in the stretch of a log entry."""
+    return [
+        f"layer {layer} routed head {i}"
+        for layer, load in entry.get("head_load", {}).items()
+        for i, share in enumerate(load)
+        if share == 0
+    ]
+
+
 def shown(entry: dict[str, Any]) -> dict[str, str]:
     """What the progress bar says of a log entry."""
-    words = {"loss": f"{entry['loss']:.4f}", "img/s": f"{entry['images_per_second']:.4g}"}
+    words = {"loss": f"{entry['loss']:.4f}"} if "loss" in entry else {}
+    words |= {"img/s": f"{entry['images_per_second']:.4g}"}
     return words | ({"MFU": f"{entry['mfu']:.1%}"} if "mfu" in entry else {})
 
 
@@ -171,6 +182,7 @@ class Window:
         values = torch.cat([values, values.new_ones(1)]).where(finite, 0)  # the last one counts
         self.sums = values if self.sums is None else self.sums + values
         if load is not None:
+            load = load.where(finite, 0)
             self.load = load if self.load is None else self.load + load
         self.steps += 1
 
@@ -191,27 +203,27 @@ class Window:
     def close(self, step: int, learning_rate: float) -> dict[str, Any]:
         """The log entry of the steps so far, averaged over them and over the processes."""
         sums = cast(Tensor, self.accelerator.reduce(cast(Tensor, self.sums), "mean"))
-        mse, vlb, balance, grad_norm = (sums[:-1] / sums[-1]).tolist()
+        *totals, counted = sums.tolist()
         elapsed = time.perf_counter() - self.since  # after the synchronisation above
         entry: dict[str, Any] = {
             "step": step,
             "images": step * self.images_per_step,
-            "loss": mse + vlb,
-            "mse": mse,
-            "vlb": vlb,
-            "balance": balance,
-            "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "images_per_second": self.steps * self.images_per_step / elapsed,
             "data_wait": self.waited / elapsed,
         }
+        if counted:
+            mse, vlb, balance, grad_norm = (total / counted for total in totals)
+            entry |= dict(loss=mse + vlb, mse=mse, vlb=vlb, balance=balance, grad_norm=grad_norm)
+        if counted < self.steps:
+            entry["skipped_steps"] = self.steps - round(counted)
         if self.peak_images_per_second is not None:
             entry["mfu"] = entry["images_per_second"] / self.peak_images_per_second
         if torch.cuda.is_available():
             entry["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        if self.load is not None:
+        if self.load is not None and counted:
             sizes = [a.num_heads - (a.num_shared_heads or 0) for a in self.layers.values()]
-            parts = (self.load / self.steps).split(sizes)
+            parts = (self.load / counted).split(sizes)
             entry["head_load"] = {
                 str(layer): [round(share, 5) for share in part.tolist()]
                 for layer, part in zip(self.layers, parts, strict=True)

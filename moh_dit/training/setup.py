@@ -2,14 +2,12 @@
 
 import math
 import os
-import signal
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -69,8 +67,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                 InitProcessGroupKwargs(timeout=PATIENCE),
             ],
         )
-    except ValueError as error:  # an unknown tracker, or one that is not installed
-        raise UserError(f"trackers {config.trackers}: {error}; install moh-dit[tracking]") from None
+    except ValueError as error:  # an unknown tracker
+        raise UserError(f"trackers {config.trackers}: {error}") from None
+    # accelerate passes over those that it cannot import.
+    there = {str(tracker) for tracker in accelerator.log_with}
+    if missing := [name for name in config.trackers if name not in (*there, "all")]:
+        raise UserError(
+            f"trackers: {', '.join(missing)} is not installed; pip install 'moh-dit[tracking]', or "
+            f"name others, e.g. --trackers '[tensorboard]'"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         check_fsdp(accelerator)
     return accelerator
@@ -169,8 +174,13 @@ def build_model(
     objective: Objective,
     latent_shape: tuple[int, int, int],
     classes_in_data: int,
+    checkpoint: Path | None = None,
 ) -> MoHDiTTransformer2DModel:
-    """The model of the configuration, fitted to the objective, the latents and the classes."""
+    """The model of the configuration, fitted to the objective, the latents and the classes.
+
+    Where a run goes on from a ``checkpoint``, ``init_from`` is not needed any more: the weights
+    will be restored, and the settings that it gave are in the checkpoint.
+    """
     channels, size, _ = latent_shape
     num_classes = config.model.num_classes or classes_in_data
     if num_classes < classes_in_data:
@@ -178,7 +188,9 @@ def build_model(
             f"the data has {classes_in_data} classes, model.num_classes is {num_classes}; "
             "raise it, or leave it out to count them"
         )
-    opened = None if config.init_from is None else open_checkpoint(config.init_from)
+    opened = None
+    if config.init_from is not None:
+        opened = open_checkpoint(checkpoint or config.init_from)
     arguments = config.model.resolve(
         initial=initial_config(opened),
         sample_size=size,
@@ -194,7 +206,7 @@ def build_model(
             f"model.patch_size {patch_size} does not divide; use a multiple of {pixels} pixels"
         )
     model = MoHDiTTransformer2DModel(**arguments)
-    if opened is not None:
+    if opened is not None and checkpoint is None:
         initialise_from(model, opened)
     return model
 
@@ -280,43 +292,3 @@ def gradient_exchange(
 ) -> AbstractContextManager:
     """Hold gradients back from the other processes until the last micro-batch of a step."""
     return nullcontext() if exchange else accelerator.no_sync(model)
-
-
-class Preemption:
-    """Remembers a SIGTERM until the end of the step; all processes then stop at the same one."""
-
-    ASK_EVERY = 10  # steps between asking the other processes, where there are any
-
-    def __init__(self) -> None:
-        self._told = False
-        signal.signal(signal.SIGTERM, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._told = True
-
-    @staticmethod
-    def leave_to_trainer(worker: int) -> None:
-        """In a loader's worker: jobs are told as a whole, and the step still needs its data."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    def is_due(self, accelerator: Accelerator, step: int) -> bool:
-        """Whether to stop after this step."""
-        if accelerator.num_processes == 1:
-            return self._told
-        if step % self.ASK_EVERY:
-            return False
-        told = torch.tensor(float(self._told), device=accelerator.device)
-        return bool(accelerator.reduce(told, "sum") > 0)
-
-
-def refuse_existing(run_dir: Path, resume: bool) -> None:
-    """Raise ``UserError`` rather than write into a run folder that holds something."""
-    if run_dir.is_file():
-        raise UserError(f"run folder {run_dir} is a file")
-    if run_dir.exists() and any(run_dir.iterdir()) and not resume:
-        raise UserError(
-            f"run folder {run_dir} exists; add --resume to continue it, or choose another --run_dir"
-        )
-    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"run folder {run_dir}: {nearest} is no folder that can be written to")

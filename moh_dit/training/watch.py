@@ -22,8 +22,11 @@ class GradientWatch:
         max_grad_norm: clip the global norm to this; ``None`` for no clipping.
         term_names: what the loss terms are called, for the message.
         loss_scaled: fp16 with a gradient scaler, for which an overflow now and then is ordinary
-            and which holds back such updates itself; only the loss is watched then.
+            and which holds back such updates itself; reported is then a loss that is not finite,
+            or ``PATIENCE`` overflows in a row: no scale is small enough.
     """
+
+    PATIENCE = 50
 
     def __init__(
         self,
@@ -43,6 +46,7 @@ class GradientWatch:
         self._flag = torch.zeros((), dtype=torch.bool, pin_memory=cuda)
         self._arrived = torch.cuda.Event() if cuda else None
         self._pending: tuple[int, Tensor, Tensor] | None = None
+        self._in_a_row = torch.zeros((), device=self.parameters[0].device)
 
     @torch.no_grad()
     def before_update(self, step: int, terms: Tensor) -> Tensor:
@@ -60,7 +64,10 @@ class GradientWatch:
         if self.max_grad_norm is not None:
             torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         bad = ~terms.isfinite().all()
-        if not self.loss_scaled:
+        if self.loss_scaled:
+            self._in_a_row = (self._in_a_row + 1).where(~norm.isfinite(), 0)
+            bad |= (self._in_a_row > 0) & (self._in_a_row % self.PATIENCE == 0)
+        else:
             bad |= ~norm.isfinite()
             self.optimizer.found_inf = bad.float()
         self._flag.copy_(bad, non_blocking=True)
