@@ -23,6 +23,8 @@ from common import (
 from float8 import float8_linears
 from peers import add_model_arguments, build, compiled, initialise
 
+from moh_dit import PRESETS
+
 MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 then mask",
           "diffusers DiT-XL/2"]  # fmt: skip
 BATCH = {256: 64, 512: 32, 1024: 8}
@@ -32,7 +34,10 @@ def measure(name, pixels, batch, args):
     torch.manual_seed(0)
     torch._dynamo.reset()
     with torch.device("cuda"):
-        model = compiled(initialise(build(name, pixels // 8)).to(torch.bfloat16).eval(), args)
+        model = initialise(build(name, pixels // 8)).to(torch.bfloat16).eval()
+        if name in PRESETS:  # as the sampler does
+            model.fuse_qkv_projections()
+        model = compiled(model, args)
         x = torch.randn(batch, 4, pixels // 8, pixels // 8, dtype=torch.bfloat16)
         t, y = torch.randint(1000, (batch,)), torch.randint(1000, (batch,))
     with fastest_dense(), float8_linears(args.float8), torch.no_grad():

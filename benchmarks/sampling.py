@@ -66,6 +66,7 @@ def make_pipeline(preset, image_size, device, dtype, compile_mode):
     )
     vae = torch.nn.Module.to(vae.eval().requires_grad_(False), device, dtype)
     pipeline = MoHDiTPipeline(torch.nn.Module.to(model, device, dtype), vae, make_scheduler())
+    model.fuse_qkv_projections()
     if compile_mode == "default":  # as the sampler does
         model.compile_repeated_blocks(dynamic=False)
     elif compile_mode:

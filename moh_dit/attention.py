@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .kernels import BACKENDS, attend_gathered, choose_backend, moh_attention_triton
+from .projection import JointProjection
 from .routing import ROUTERS, check_head_plan, load_balance_loss, moh_gates, query_norm_gates
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
 Pair = tuple[Tensor, Tensor]
 
 
-class MoHAttention(nn.Module):
+class MoHAttention(JointProjection):
     """Multi-head self-attention in which every token chooses and weighs its heads.
 
     Args:
@@ -123,11 +124,6 @@ class MoHAttention(nn.Module):
             logits, self.num_heads, self.num_shared_heads or 0, self.num_active_routed_heads
         )
 
-    def router_weights(self) -> list[Tensor]:
-        """W_shared (s, C), W_routed (E, C) and W_stage (2, C), as far as the layer has them."""
-        names = ("wg_1", "wg", "wg_0")
-        return [getattr(self, name).weight for name in names if hasattr(self, name)]
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -184,20 +180,6 @@ class MoHAttention(nn.Module):
             backend = "reference"
         output = attend(query, key, value, gates, plan[1], backend, mask, is_causal)
         return self.proj(output), router_stats
-
-    def _project(self, hidden_states: Tensor) -> Tensor:
-        """Queries, keys, values and router logits (B, N, columns), see :func:`moh_attention`."""
-        if not (routers := self.router_weights()):
-            return self.qkv(hidden_states)
-        # The router maps ride along as extra rows of one product, padded so that rows of the result
-        # are whole 128-byte lines: compilers would otherwise pad it themselves, by a copy.
-        rows = [self.qkv.weight, *routers]
-        padding = -sum(map(len, rows)) % 64
-        weight = torch.cat([*rows, rows[0].new_zeros(padding, self.qkv.in_features)])
-        bias: Tensor | None = self.qkv.bias
-        if bias is not None:
-            bias = torch.cat([bias, bias.new_zeros(len(weight) - len(bias))])
-        return F.linear(hidden_states, weight, bias)
 
     def _split(self, projected: Tensor) -> tuple[Tensor, ...]:
         return split_heads(projected, self.num_heads, self.head_dim, self.num_key_value_heads)

@@ -176,6 +176,22 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         for layer in (*self.blocks, self.final_layer):
             cast(DiTBlock | FinalLayer, layer).modulation_backend = backend
 
+    def fuse_qkv_projections(self) -> None:
+        """Join queries, keys, values and routers of every layer once, for weights that stay.
+
+        See :meth:`MoHAttention.fuse_projections`: passes without gradients use the copy, and
+        weights that change in place need another call.
+        """
+        for module in self.modules():
+            if isinstance(module, MoHAttention):
+                module.fuse_projections()
+
+    def unfuse_qkv_projections(self) -> None:
+        """Undo :meth:`fuse_qkv_projections`."""
+        for module in self.modules():
+            if isinstance(module, MoHAttention):
+                module.unfuse_projections()
+
     def forward(
         self,
         hidden_states: Tensor,

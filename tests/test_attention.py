@@ -1,4 +1,6 @@
-"""MoHAttention against arrays of the published implementation, float64."""
+"""MoHAttention against arrays of the published implementation, float64; joined projections."""
+
+import copy
 
 import pytest
 import torch
@@ -57,6 +59,96 @@ def test_balance_loss_has_one_scale_whatever_k():
             for e, k in [(4, 1), (4, 3), (10, 2)]]  # fmt: skip
     assert load_balance_loss(even, [1, 3, 2]).item() == pytest.approx(1.0)
     assert load_balance_loss(even, [1, 3, 2], published=True).item() == pytest.approx(2.0)
+
+
+def layer_and_input(shared=3, active=2):
+    torch.manual_seed(0)
+    layer = MoHAttention(32, 8, shared, active).eval()
+    torch.nn.init.normal_(layer.qkv.bias)
+    return layer, torch.randn(2, 9, 32)
+
+
+def passed(layer, x):
+    with torch.no_grad():
+        return layer(x)[0]
+
+
+@pytest.mark.parametrize(("shared", "active"), [(8, 0), (3, 2), (0, 3)])
+def test_joined_once_the_projections_compute_the_same(shared, active):
+    layer, x = layer_and_input(shared, active)
+    expected, names = passed(layer, x), layer.state_dict().keys()
+    layer.fuse_projections()
+    assert torch.equal(passed(layer, x), expected)
+    assert layer.state_dict().keys() == names
+    layer.router_weights()[0].data.neg_()
+    layer.qkv.bias.data.neg_()
+    assert torch.equal(passed(layer, x), expected)  # by the copy, indeed
+    layer.fuse_projections()
+    again = passed(layer, x)
+    assert not torch.equal(again, expected)
+    layer.unfuse_projections()
+    assert torch.equal(passed(layer, x), again)
+
+
+def test_without_bias_or_router_too():
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 32)
+    for layer in (
+        MoHAttention(32, 4, 1, 2, qkv_bias=False),
+        MoHAttention(32, 4, 1, 2, router="query_norm"),
+        MoHAttention(32, 4),
+    ):
+        expected = passed(layer, x)
+        layer.fuse_projections()
+        assert torch.equal(passed(layer, x), expected)
+        assert (layer.fused_weight is not None) == bool(layer.router_weights())
+        assert layer.fused_bias is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer, other: layer.load_state_dict(other.state_dict()),
+        lambda layer, other: torch.nn.Sequential(layer).load_state_dict(
+            torch.nn.Sequential(other).state_dict(), assign=True
+        ),
+        lambda layer, other: layer.train().qkv.weight.data.copy_(other.qkv.weight),
+    ],
+    ids=["load", "load by the model", "train"],
+)
+def test_a_joined_projection_is_dropped_before_it_is_stale(change):
+    layer, x = layer_and_input()
+    other = copy.deepcopy(layer)
+    other.qkv.weight.data.neg_()
+    layer.fuse_projections()
+    assert torch.equal(passed(layer.eval(), x), passed(copy.deepcopy(layer), x))
+    assert layer.fused_weight is not None
+    change(layer, other)
+    assert torch.equal(passed(layer.eval(), x), passed(other, x))
+
+
+def test_gradients_are_those_of_the_weights_whatever_is_joined():
+    outcomes = []
+    for fused in (False, True):
+        layer, x = layer_and_input()
+        if fused:
+            layer.fuse_projections()
+            layer.fused_weight.zero_()  # to be noticed where it is used
+        output, stats = layer(x)
+        (output.square().sum() + load_balance_loss([stats], [2])).backward()
+        outcomes.append({name: p.grad for name, p in layer.named_parameters()} | {"": output})
+    assert all(gradient.any() for gradient in outcomes[0].values())
+    assert all(torch.equal(outcomes[1][name], value) for name, value in outcomes[0].items())
+
+
+def test_a_joined_projection_follows_to_another_dtype():
+    layer, x = layer_and_input()
+    layer.fuse_projections()
+    layer.to(torch.float64)
+    fused = passed(layer, x.double())
+    assert layer.fused_weight.dtype == layer.fused_bias.dtype == torch.float64
+    layer.unfuse_projections()
+    assert torch.equal(passed(layer, x.double()), fused)
 
 
 @pytest.mark.parametrize(

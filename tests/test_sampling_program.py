@@ -11,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from test_pipeline import tiny_pipeline
 
 import sample_dit
 from moh_dit.errors import UserError
+from moh_dit.sampling.config import SampleConfig
 from moh_dit.sampling.exact import set_labels
-from moh_dit.sampling.program import parse_labels
+from moh_dit.sampling.program import parse_labels, place
 
 NAMES = ["cat", "dog, domestic", "eel", "fox", "gnu"]
 PROGRAM = Path(sample_dit.__file__)
@@ -148,6 +150,14 @@ def test_nothing_is_written_over(run, tmp_path, monkeypatch, capsys):
             command(monkeypatch, run, tmp_path / name)
         assert "exists" in capsys.readouterr().err
     assert {path.read_text() for path in tmp_path.iterdir()} == {"precious"}
+
+
+def test_the_sampler_joins_projections_in_its_precision(run):
+    config = SampleConfig(checkpoint=str(run), output="x.png", dtype="bfloat16")
+    model = place(config, torch.device("cpu"), str(run), "transformer").transformer
+    joined = [layer.fused_weight for layer in model.routed_layers.values()]
+    assert len(joined) == 3
+    assert all(weight is not None and weight.dtype == torch.bfloat16 for weight in joined)
 
 
 def test_class_names_may_contain_commas():

@@ -123,6 +123,30 @@ def test_compiles_without_graph_break():
     torch.testing.assert_close(compiled_gradients, gradients)
 
 
+@pytest.mark.parametrize("first", ["fused", "compiled"])
+def test_projections_are_joined_before_or_after_compiling(first, tmp_path):
+    torch._dynamo.reset()
+    plan = dict(num_shared_heads=[4, None, 1], num_active_routed_heads=[0, 0, 2])
+    model = randomized(SMALL | plan)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([7]), torch.tensor([0, 1])
+    with torch.no_grad():
+        expected = model.eval()(*inputs).sample
+        if first == "fused":
+            model.fuse_qkv_projections()
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(model(*inputs).sample, expected)
+        model.fuse_qkv_projections()
+        model.save_pretrained(tmp_path)
+        again = MoHDiTTransformer2DModel.from_pretrained(tmp_path)
+        torch.testing.assert_close(again(*inputs).sample, expected)
+        for layer in (0, 2):
+            model.blocks[layer].attn.qkv.weight.zero_()
+        torch.testing.assert_close(model(*inputs).sample, expected)  # by the copy, indeed
+        model.unfuse_qkv_projections()
+        assert relative_error(model(*inputs).sample, expected) > 0.01
+
+
 def test_attention_backends_are_chosen_by_name():
     model = randomized(ROUTED).eval()
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([7]), torch.tensor([0, 1])

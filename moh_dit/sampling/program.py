@@ -179,6 +179,7 @@ def place(
     if config.allow_tf32:
         torch.set_float32_matmul_precision("high")
     pipeline.to(device)
+    pipeline.transformer.fuse_qkv_projections()  # once the weights stay as they are
     if config.compile:
         # One batch size guided, one not: shapes as constants, two programs.
         if config.cuda_graphs:
