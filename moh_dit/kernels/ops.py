@@ -9,23 +9,12 @@ makes all of it and a single one takes its gradient back.
 import math
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import NAMESPACE, triton_backward, triton_forward, triton_routing
+from .sizes import cdiv, head_split, power_of_2
 from .table import launch_configuration
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
-def head_split(head_dim: int) -> tuple[int, int]:
-    """``(D0, D1)``: a power of two and the padded rest, D1 0 or at least 16 (matrix units' k)."""
-    main = max(16, 1 << (head_dim.bit_length() - 1))
-    rest = head_dim - main
-    return main, max(16, _power_of_2(rest)) if rest > 0 else 0
 
 
 def _launch(kernel, projected, heads, shared, head_dim, config) -> tuple[dict, dict]:
@@ -58,8 +47,8 @@ def _early(projected: Tensor, head_dim: int, config: dict | None = None) -> dict
 
 
 def _query_tiles(tokens: int, heads: int, shared: int, config: dict) -> int:
-    routed_tiles = triton.cdiv(tokens, config["BM_ROUTED"])
-    return shared * triton.cdiv(tokens, config["BM"]) + (heads - shared) * routed_tiles
+    routed_tiles = cdiv(tokens, config["BM_ROUTED"])
+    return shared * cdiv(tokens, config["BM"]) + (heads - shared) * routed_tiles
 
 
 def _blocks(tensor: Tensor, heads: int, head_dim: int, block: int, tma: bool) -> tuple:
@@ -88,17 +77,17 @@ def run_route(projected, heads, shared, active, head_dim, tile=32, num_warps=2):
     index = new(batch, routed, tokens, dtype=torch.int32)
     count = new(batch, routed, dtype=torch.int32)
     stats = new(batch, 2, routed, dtype=torch.float32)
-    tiles = triton.cdiv(tokens, tile)
+    tiles = cdiv(tokens, tile)
     score_sums = new(batch, tiles, routed, dtype=torch.float32)
     triton_routing.route[(tiles, batch)](
         projected, gates, score_sums, tokens, H=heads, S=shared, K=active, D=head_dim,
-        STRIDE=stride, H_PAD=_power_of_2(heads), TOKENS=tile, EARLY=early["EARLY"],
+        STRIDE=stride, H_PAD=power_of_2(heads), TOKENS=tile, EARLY=early["EARLY"],
         num_warps=num_warps,
     )  # fmt: skip
     if routed:
         triton_routing.list_tokens[(routed, batch)](
             gates, score_sums, index, count, stats, tokens, tiles, H=heads, S=shared,
-            CHUNK=min(1024, max(16, _power_of_2(tokens))), num_warps=4, **early,
+            CHUNK=min(1024, max(16, power_of_2(tokens))), num_warps=4, **early,
         )  # fmt: skip
     return gates, index, count, stats
 
@@ -112,13 +101,13 @@ def run_attend(
     lse = torch.empty_like(gates)
     config, constants = _launch("attend", projected, heads, shared, head_dim, config)
     # p·v may be as narrow as 8 columns, where the copy engine (16 at least) does not load them.
-    tail = max(8, _power_of_2(head_dim - constants["D0"]))
+    tail = max(8, power_of_2(head_dim - constants["D0"]))
     tail = constants["D1"] if constants["D1"] and config["TMA"] else tail
     tiles = _query_tiles(tokens, heads, shared, config)
     triton_forward.attend[(tiles, batch)](
         projected, *_blocks(projected, 3 * heads, head_dim, config["BN"], config["TMA"]),
         gates, index, count, out, lse, image_stats, stats, tokens, constants.pop("scale_log2"),
-        E_PAD=_power_of_2(max(1, 2 * (heads - shared))), V1=tail, **constants,
+        E_PAD=power_of_2(max(1, 2 * (heads - shared))), V1=tail, **constants,
         **config | _early(projected, head_dim, config),
     )  # fmt: skip
     return lse
@@ -149,7 +138,7 @@ def run_key_value_gradient(
     heads = lse.shape[1]
     config, constants = _launch("key_value_gradient", projected, heads, shared, head_dim, config)
     block, tma = config["BM"], config["TMA"]
-    tiles = heads * triton.cdiv(tokens, config["BN"])
+    tiles = heads * cdiv(tokens, config["BN"])
     triton_backward.key_value_gradient[(tiles, batch)](
         projected, *_blocks(projected, 3 * heads, head_dim, block, tma),
         *_blocks(grad_out, heads, head_dim, block, tma), _row_blocks(lse, block, tma),
@@ -164,10 +153,10 @@ def run_route_backward(
     """Write the gradients of the router logits into ``grad_projected``."""
     batch, tokens, stride = projected.shape
     heads = gates.shape[1]
-    triton_routing.route_backward[(triton.cdiv(tokens, tile), batch)](
+    triton_routing.route_backward[(cdiv(tokens, tile), batch)](
         projected, gates, delta, grad_stats, grad_projected, tokens, H=heads, S=shared, D=head_dim,
-        STRIDE=stride, H_PAD=_power_of_2(heads),
-        TAIL=_power_of_2(max(1, stride - 3 * heads * head_dim - heads)),
+        STRIDE=stride, H_PAD=power_of_2(heads),
+        TAIL=power_of_2(max(1, stride - 3 * heads * head_dim - heads)),
         TOKENS=tile, num_warps=num_warps,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import LAYER_NORM_EPSILON, NAMESPACE
+from .sizes import cdiv, power_of_2, power_of_2_up_to
 
 
 @triton.jit
@@ -184,7 +185,7 @@ def run_forward(x, gate, branch, shift, scale, columns_each=FORWARD):
     adaln_forward[(tokens, batch)](
         x, gate, branch, shift, scale, residual, out, statistics, tokens, scale.stride(0),
         LAYER_NORM_EPSILON, C=width, RESIDUAL=branch is not None,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=power_of_2(width),
         num_warps=_warps(width, columns_each),
     )  # fmt: skip
     return residual, out, statistics
@@ -198,11 +199,11 @@ def run_backward(grad_residual, grad_out, x, statistics, gate, branch, scale, co
     x, grad_residual, grad_out = (t.contiguous() for t in (x, grad_residual, grad_out))
     branch = None if branch is None else branch.contiguous()
     grad_x, grad_branch, grad_modulation = _gradients(x, branch, scale)
-    tiles = triton.cdiv(tokens, tokens_each)
+    tiles = cdiv(tokens, tokens_each)
     # Added up afterwards, in a fixed order: the same bits in every run.
     sums = x.new_empty(batch, tiles, grad_modulation.shape[1], width, dtype=torch.float32)
-    main = _power_of_2_up_to(width)
-    rest = triton.next_power_of_2(width - main) if width > main else 0
+    main = power_of_2_up_to(width)
+    rest = power_of_2(width - main) if width > main else 0
     adaln_backward[(tiles, batch)](
         x, gate, branch, scale, statistics, grad_residual, grad_out, grad_x, grad_branch, sums,
         tokens, scale.stride(0), C=width, RESIDUAL=branch is not None, C0=main, C1=rest,
@@ -211,12 +212,8 @@ def run_backward(grad_residual, grad_out, x, statistics, gate, branch, scale, co
     return grad_x, grad_branch, grad_modulation.copy_(sums.sum(1))
 
 
-def _power_of_2_up_to(n: int) -> int:
-    return 1 << (n.bit_length() - 1)
-
-
 def _warps(width: int, columns_each: int) -> int:
-    return min(16, max(1, _power_of_2_up_to(width) // columns_each))
+    return min(16, max(1, power_of_2_up_to(width) // columns_each))
 
 
 def _strided_alike(*modulation: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from .sizes import cdiv
+
 BLOCK = 256  # counters of one program, each of which gives four values
 
 
@@ -63,7 +65,7 @@ def philox_normal_triton(
 ) -> Tensor:
     """As :func:`moh_dit.noise.philox_normal`."""
     out = torch.empty(draws, len(indices), count, dtype=torch.float64, device=indices.device)
-    grid = (triton.cdiv(-(-count // 4), BLOCK), len(indices), draws)
+    grid = (cdiv(cdiv(count, 4), BLOCK), len(indices), draws)
     interpreted = triton.knobs.runtime.interpret
     seed = (seed + 2**63) % 2**64 - 2**63  # the same bits as a signed integer
     with torch.cuda.device_of(out):
