@@ -14,8 +14,14 @@ from .errors import UserError
 def write_aside(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave a name and no content
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -32,7 +38,7 @@ def written_aside(output: Path, advice: str = "") -> Iterator[Path]:
         remove(aside)  # of a process that was killed
         yield aside
         for file in filter(Path.is_file, [aside, *aside.rglob("*")]):
-            with file.open("rb") as written:  # else a power cut could leave a name and no content
+            with file.open("rb") as written:
                 os.fsync(written.fileno())
         aside.rename(output)
     except (OSError, SafetensorError) as error:

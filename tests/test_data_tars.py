@@ -50,7 +50,10 @@ def test_counted_shards_are_all_there_and_in_order(tmp_path):
     found = [path.name for path in tar_shards(tmp_path / "a{1..2}-{8..9}.tar")]
     assert found == ["a1-8.tar", "a1-9.tar", "a2-8.tar", "a2-9.tar"]
     with pytest.raises(UserError, match=r"tar shard .*a1-10\.tar of .*does not exist"):
-        tar_shards(tmp_path / "a1-{9..10}.tar")
+        tar_shards(tmp_path / "a1-{9..99999999999}.tar")
+    assert len(tar_shards(tmp_path / "a*-{8..9}.tar")) == 4
+    with pytest.raises(UserError, match="9 is more than 8"):
+        tar_shards(tmp_path / "a1-{9..8}.tar")
 
 
 @pytest.mark.parametrize("where", ["", "train-*.tar", "train-{000..001}.tar", "train-000.tar"])

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -216,8 +217,38 @@ LOOKING = dict(
     evaluation=EvaluationConfig(
         sample_every=4, fid_every=4, num_samples=40, num_inference_steps=2,
         feature_extractor="digits", metrics=["fid"],
-    )
+    ),
+    log_every=3,
 )  # fmt: skip
+
+
+def test_sigterm_is_heard_where_a_process_waits_for_another(tmp_path):
+    """For the first one's answer, in C, where the main thread hears nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        alone = environment() | {
+            "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1]),
+        }  # fmt: skip
+        process = subprocess.Popen(command(tmp_path / "run"), env=alone, stderr=subprocess.DEVNULL)
+        silent.settimeout(60)
+        with silent.accept()[0]:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == PREEMPTED
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_callers_own_handler_is_back_after_a_run(tmp_path):
+    def own(number, frame):
+        pass
+
+    before = signal.signal(signal.SIGTERM, own)
+    signal.set_wakeup_fd(-1)
+    try:
+        Trainer(tiny(tmp_path / "run", num_steps=1)).train()
+        assert signal.getsignal(signal.SIGTERM) is own
+        assert signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def told_during(name, monkeypatch):
@@ -231,7 +262,7 @@ def told_during(name, monkeypatch):
     monkeypatch.setattr(preview, name, told)
 
 
-@pytest.mark.parametrize("name", ["sample_grid", "generate"])
+@pytest.mark.parametrize("name", ["sample_grid", "generate", "read_batches"])
 def test_sigterm_while_looking_saves_and_the_look_is_made_up_for(
     name, whole, tmp_path, monkeypatch
 ):
@@ -243,7 +274,9 @@ def test_sigterm_while_looking_saves_and_the_look_is_made_up_for(
     assert end.value.code == PREEMPTED
     assert list_checkpoints(run)[-1].name == "step-00000004"
     made = {str(path.relative_to(run)) for path in run.glob("*/step-00000004.*")}
-    assert made == ({"samples/step-00000004.png"} if name == "generate" else set())
+    assert made == (set() if name == "sample_grid" else {"samples/step-00000004.png"})
+    # What was not logged before is logged with the save.
+    assert [entry["step"] for entry in read_log(run / "log.jsonl")] == [3, 4]
     Trainer(tiny(run, resume=True, **LOOKING)).train()
     for step in (4, 8, 12):
         assert (run / "samples" / f"step-{step:08d}.png").exists()
@@ -253,17 +286,34 @@ def test_sigterm_while_looking_saves_and_the_look_is_made_up_for(
     assert_identical(whole, run)
 
 
-def look_until_told(run_dir):
+def look_until_told(name, run_dir):
     """In each of two processes, of which the second is told during the evaluation."""
     if os.environ["RANK"] == "1":
-        told_during("generate", pytest.MonkeyPatch())
+        told_during(name, pytest.MonkeyPatch())
     with pytest.raises(SystemExit) as end:
         Trainer(tiny(run_dir, **LOOKING)).train()
     (run_dir / f"code-{os.environ['RANK']}").write_text(str(end.value.code))
 
 
-def test_a_process_that_is_told_while_all_evaluate_stops_all(tmp_path):
-    launch(look_until_told, tmp_path / "run", num_processes=2)
+def fail_while_looking(run_dir):
+    """In each of two processes, of which the second runs out of memory."""
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("not enough")
+
+    if os.environ["RANK"] == "1":
+        preview.generate = full
+    with pytest.raises(torch.OutOfMemoryError):
+        Trainer(tiny(run_dir, **LOOKING)).train()
+
+
+def test_a_process_that_fails_while_all_evaluate_ends_all(tmp_path):
+    launch(fail_while_looking, tmp_path / "run", num_processes=2)
+
+
+@pytest.mark.parametrize("name", ["generate", "read_batches"])
+def test_a_process_that_is_told_while_all_evaluate_stops_all(name, tmp_path):
+    launch(look_until_told, name, tmp_path / "run", num_processes=2)
     codes = [(tmp_path / "run" / f"code-{rank}").read_text() for rank in (0, 1)]
     assert codes == [str(PREEMPTED)] * 2
     assert list_checkpoints(tmp_path / "run")[-1].name == "step-00000004"
@@ -294,6 +344,12 @@ def test_a_run_goes_on_with_its_data_wherever_they_lie_and_no_others(tmp_path):
     with pytest.raises(
         UserError, match=f"began with other data: {count - 1} images then, {count} images now"
     ):
+        resumed("moved", num_steps=3)
+    (tmp_path / "moved" / "c0" / "new.png").rename(tmp_path / "moved" / "c0" / "0.png")
+    with pytest.raises(UserError, match=f"{count - 1} images now|{count - 1} images, but not"):
+        resumed("moved", num_steps=3)
+    (tmp_path / "run" / "data.json").write_text("")
+    with pytest.raises(UserError, match=r"data\.json is damaged"):
         resumed("moved", num_steps=3)
 
 
@@ -382,6 +438,16 @@ def test_a_checkpoint_without_one_of_the_averages_is_passed_over(whole, tmp_path
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012" / "ema-0.5")
     assert Trainer(tiny(tmp_path / "run", resume=True)).start_step == 9
     assert "step-00000012/ema-0.5/" in capsys.readouterr().err
+
+
+def test_checkpoints_none_of_which_is_whole_are_left_alone(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    checkpoints = list_checkpoints(tmp_path / "run")
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint / "ema-0.5")
+    with pytest.raises(UserError, match=r"none of the 3 checkpoints .* is whole: .*ema-0\.5"):
+        Trainer(tiny(tmp_path / "run", resume=True))
+    assert list_checkpoints(tmp_path / "run") == checkpoints
 
 
 def test_a_disk_that_is_full_while_logging_is_one_line(tmp_path, monkeypatch, capsys):
@@ -618,6 +684,8 @@ def bad_inputs(tmp_path):
         ("--peak_tflops=0", ["peak_tflops is 0"]),
         ("--model.mlp_ratio=-1", ["mlp_ratio is -1"]),
         ("--data.num_workers=-1", ["num_workers is -1"]),
+        ("--gradient_accumulation_steps=0", ["gradient_accumulation_steps is 0"]),
+        ("--model.label_init_std=-1", ["label_init_std is -1"]),
         ("--seed=18446744073709551616", ["seed is 18446744073709551616"]),
     ],
 )

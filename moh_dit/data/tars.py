@@ -86,23 +86,26 @@ def tar_shards(source: str | Path) -> list[Path]:
         return sorted(path.glob("*.tar"))
     if path.suffix == ".tar" and path.is_file():
         return [path]
-    if (names := _counted(str(source))) is None:
-        return sorted(Path(name) for name in glob.glob(str(source)) if name.endswith(".tar"))
-    for name in names:
-        if not Path(name).is_file():
+    shards = []
+    for name in _counted(str(source)):
+        matching = [found for found in glob.glob(name) if found.endswith(".tar")]
+        if not matching and name != str(source):
             raise UserError(f"tar shard {name} of {source} does not exist")
-    return [Path(name) for name in names]
+        shards += sorted(map(Path, matching))
+    return shards
 
 
-def _counted(pattern: str) -> list[str] | None:
-    """Every name that ``{000..127}`` in a pattern of tar files stands for; ``None`` without."""
+def _counted(pattern: str) -> Iterator[str]:
+    """Every pattern that one with ``{000..127}`` stands for, one after the other."""
     found = re.fullmatch(r"(.*?)\{(\d+)\.\.(\d+)\}(.*\.tar)", pattern, re.DOTALL)
     if found is None:
-        return None
+        yield pattern
+        return
     before, first, last, after = found.groups()
-    numbers = range(int(first), int(last) + 1)
-    names = [f"{before}{number:0{len(first)}}{after}" for number in numbers]
-    return [each for name in names for each in _counted(name) or [name]]
+    if int(first) > int(last):
+        raise UserError(f"tar shards {pattern}: {first} is more than {last}")
+    for number in range(int(first), int(last) + 1):
+        yield from _counted(f"{before}{number:0{len(first)}}{after}")
 
 
 def _tar_samples(shard: Path) -> Iterator[tuple[str, int, int, str]]:

@@ -235,15 +235,15 @@ class TrainConfig:
         """Raise ``UserError`` for values that do not fit together."""
         from .ema import power_gamma, power_name
 
+        for name in ("num_steps", "log_every", "checkpoint_every", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         share = num_processes * self.gradient_accumulation_steps
         if self.batch_size < 1 or self.batch_size % share:
             raise UserError(
                 f"batch_size {self.batch_size} is not divisible by {num_processes} processes × "
                 f"{self.gradient_accumulation_steps} gradient_accumulation_steps"
             )
-        for name in ("num_steps", "log_every", "checkpoint_every", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.evaluation.fid_every and self.evaluation.num_samples < 4:
             raise UserError(
                 f"evaluation.num_samples is {self.evaluation.num_samples}; precision and recall "
@@ -254,6 +254,8 @@ class TrainConfig:
                 raise UserError(f"model.{name} is {value}; it must be at least 1")
         if (ratio := self.model.mlp_ratio) is not None and not 0 < ratio < math.inf:
             raise UserError(f"model.mlp_ratio is {ratio}; it must be greater than 0")
+        if (std := self.model.label_init_std) is not None and not 0 <= std < math.inf:
+            raise UserError(f"model.label_init_std is {std}; it must be at least 0")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise UserError(f"peak_tflops is {self.peak_tflops}; it must be greater than 0")
         if self.data.num_workers < 0:

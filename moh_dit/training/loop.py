@@ -1,6 +1,6 @@
 """Train a (MoH-)DiT: configuration in, run folder out (layout: ``moh_dit.checkpoints``)."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample_latents
 from ..checkpoints import list_checkpoints
@@ -22,7 +21,7 @@ from ..transformer import MoHDiTOutput, MoHDiTTransformer2DModel
 from .balance import BalanceLoss
 from .config import TrainConfig
 from .ema import Ema, PowerEma, WeightAverage
-from .order import DataOrder, Share, StepRandom
+from .order import DataOrder, Share, StepRandom, load
 from .preemption import PREEMPTED, Interrupted, Preemption
 from .preview import Due, Preview
 from .record import RunLog, Window, dead_heads, plot_curves, shown
@@ -98,7 +97,9 @@ class Trainer:
         self.latents = (
             opened
             if isinstance(opened, LatentSet)
-            else encode_training_data(config, opened, self.vae, self.accelerator)
+            else encode_training_data(
+                config, opened, self.identity["content"], self.vae, self.accelerator
+            )
         )
 
     def _prepare(self) -> None:
@@ -164,7 +165,19 @@ class Trainer:
         if step >= config.num_steps and not any(missed):
             accelerator.print(f"{self.run_dir} is done: step {step}; raise num_steps")
             return
-        preemption.hold()
+        with preemption.held():
+            stop = self._run(step, missed)
+        if stop:
+            accelerator.print(f"told to stop: saved; continue {self.run_dir} with --resume")
+            raise SystemExit(PREEMPTED)
+        accelerator.print(
+            f"wrote {self.run_dir}: curves.png, samples/, checkpoints/; more images with "
+            f"sample_dit.py --checkpoint {self.run_dir} --output grid.png"
+        )
+
+    def _run(self, step: int, missed: Due) -> bool:
+        """Go on after ``step``; returns whether it was told to stop."""
+        config, accelerator = self.config, self.accelerator
         if accelerator.is_main_process:
             open_run_folder(
                 config, step, self.class_names, self.identity, self.vae, self.objective.scheduler
@@ -183,8 +196,11 @@ class Trainer:
             initial=step,
             enabled=accelerator.is_main_process,
         )
+        flip, on_disk = config.data.horizontal_flip, isinstance(self.latents, LatentStore)
+        order = DataOrder(len(self.latents), self.share, config.seed, flip, step)
+        num_workers = config.data.num_workers if on_disk else 0
         # Closed, it ends its workers, which nothing else would: they do not hear SIGTERM.
-        with closing(self._batches()) as batches, bar:
+        with closing(load(self.latents, order, num_workers, accelerator.device)) as batches, bar:
             with window.paused():
                 stop = not self._look(step, missed)
             while step < config.num_steps and not stop:
@@ -192,28 +208,28 @@ class Trainer:
                 window.add(*self._step(step, batches))
                 bar.update()
                 last = step == config.num_steps
-                stop = preemption.is_due(accelerator, step)
+                stop = self.preemption.is_due(accelerator, step)
                 if step % config.log_every == 0 or last or stop:
-                    entry = window.close(step, self.optimizer.param_groups[0]["lr"])
-                    self._log(entry)
-                    bar.set_postfix(shown(entry))
+                    bar.set_postfix(shown(self._close_window(step)))
                 with window.paused():
                     if step % (config.ema_snapshot_every or config.checkpoint_every) == 0 or last:
                         self._check_finite()
                         self.state.save_snapshot(self.run_dir, step)
                     if step % config.checkpoint_every == 0 or last or stop:
                         self._save(step)
-                    if not stop and not self._look(step, self.preview.due(step, last)):
-                        stop = True
-                        self._save(step)
+                    broken_off = not stop and not self._look(step, self.preview.due(step, last))
+                if broken_off:
+                    stop = True
+                    if window.steps:
+                        self._close_window(step)
+                    self._save(step)
         accelerator.end_training()
-        if stop:
-            accelerator.print(f"told to stop: saved at step {step}; continue with --resume")
-            raise SystemExit(PREEMPTED)
-        accelerator.print(
-            f"wrote {self.run_dir}: curves.png, samples/, checkpoints/; more images with "
-            f"sample_dit.py --checkpoint {self.run_dir} --output grid.png"
-        )
+        return stop
+
+    def _close_window(self, step: int) -> dict[str, Any]:
+        entry = self.window.close(step, self.optimizer.param_groups[0]["lr"])
+        self._log(entry)
+        return entry
 
     def _save(self, step: int) -> None:
         self._check_finite()
@@ -234,27 +250,6 @@ class Trainer:
         if metrics:
             self._log({"step": step, **metrics})
         return True
-
-    def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Endless micro-batches of posterior moments (b, 2C, h, w) and labels (b,)."""
-        order = DataOrder(
-            len(self.latents),
-            self.share,
-            self.config.seed,
-            self.config.data.horizontal_flip,
-            self.start_step,
-        )
-        device, on_disk = self.accelerator.device, isinstance(self.latents, LatentStore)
-        loader = DataLoader(
-            self.latents,
-            batch_sampler=order,
-            collate_fn=_as_fetched,
-            num_workers=self.config.data.num_workers if on_disk else 0,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=Preemption.leave_to_trainer,
-        )
-        for moments, labels in loader:
-            yield moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     def _step(
         self, step: int, batches: Iterator[tuple[Tensor, Tensor]]
@@ -349,8 +344,3 @@ class Trainer:
         self.accelerator.log(numbers, step=entry["step"])
         if dead := dead_heads(entry):
             self.accelerator.print(f"step {entry['step']}: no token chose {', '.join(dead)}")
-
-
-def _as_fetched(batch: Any) -> Any:
-    """The data set hands over whole batches (``__getitems__``)."""
-    return batch

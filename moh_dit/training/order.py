@@ -5,13 +5,17 @@ as many processes as one likes, therefore goes on exactly where the other stoppe
 is saved.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..data.latents import LatentSet
+from .preemption import Preemption
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,27 @@ class DataOrder:
             self._epoch = (epoch, order, random.integers(2, size=self.num_images, dtype=np.uint8))
         _, order, flips = self._epoch
         return int(order[offset]), self.flip and bool(flips[offset])
+
+
+def load(
+    latents: LatentSet, order: DataOrder, num_workers: int, device: torch.device
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Endless micro-batches of posterior moments (b, 2C, h, w) and labels (b,), on ``device``."""
+    loader = DataLoader(
+        latents,
+        batch_sampler=order,
+        collate_fn=_as_fetched,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=Preemption.leave_to_trainer,
+    )
+    for moments, labels in loader:
+        yield moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def _as_fetched(batch: Any) -> Any:
+    """The data set hands over whole batches (``__getitems__``)."""
+    return batch
 
 
 @dataclass

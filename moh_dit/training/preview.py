@@ -71,7 +71,7 @@ class Preview:
                 raise UserError("evaluation.fid_every with data.latents needs evaluation.reference")
             try:
                 self.evaluator = Evaluator(
-                    config.reference or _labelled_batches(cast(ImageSet, data)),
+                    config.reference or self._reference(cast(ImageSet, data)),
                     metrics=config.metrics,
                     extractor=config.feature_extractor,
                     weights=config.feature_extractor_weights,
@@ -127,7 +127,7 @@ class Preview:
         def draw() -> bool:
             try:
                 sheet = sample_grid(
-                    self.pipeline, self.settings, shown.tolist(), on_step=self._listen
+                    self.pipeline, self.settings, shown.tolist(), on_step=self.preemption.check
                 )
             except Interrupted:
                 return False
@@ -140,11 +140,12 @@ class Preview:
         if not on_main(self.accelerator, draw):
             raise Interrupted
 
-    def _listen(self, *_: Any) -> None:
-        self.preemption.check()
+    def _reference(self, images: ImageSet) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for batch in read_batches(images, index_batches(range(len(images)), BATCH_SIZE)):
+            self.preemption.check()
+            yield batch
 
     def _evaluate(self) -> Any:
-        alone = self.accelerator.num_processes == 1
         classes = range(self.pipeline.transformer.config.num_classes)
         labels = np.asarray(set_labels(self.config.num_samples, list(classes), "balanced", 0))
         shares = np.array_split(np.arange(len(labels)), self.accelerator.num_processes)
@@ -154,16 +155,13 @@ class Preview:
             own = labels[mine]
             samples = generate(
                 self.pipeline, own.tolist(), self.settings, indices=mine, batch_size=BATCH_SIZE,
-                on_step=self._listen if alone else None,
+                on_step=self.preemption.check,
             )  # fmt: skip
             for positions, images in samples:
                 yield images, own[positions]
-                self.preemption.check_all(self.accelerator, done=False)
-            while self.preemption.check_all(self.accelerator, done=True):
-                pass  # others have a batch more
 
         assert self.evaluator is not None
-        try:
+        try:  # what one process raises, all of them raise
             return self.evaluator(Share(batches()))
         except EvaluationError as error:
             raise UserError(f"evaluation: {error}") from None
@@ -177,7 +175,3 @@ def grid_path(run_dir: Path, step: int) -> Path:
 def evaluation_path(run_dir: Path, step: int) -> Path:
     """The metrics after ``step``."""
     return run_dir / "evaluations" / f"step-{step:08d}.json"
-
-
-def _labelled_batches(images: ImageSet) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    yield from read_batches(images, index_batches(range(len(images)), BATCH_SIZE))

@@ -25,7 +25,7 @@ FREE_ON_RESUME = (
     "on_nonfinite", "deterministic", "allow_tf32", "peak_tflops", "ema_snapshot_every",
     "data.num_workers",
 )  # fmt: skip
-# Where data and autoencoder lie, too: that they are the same ones is known from their content.
+# Where data and autoencoder lie, too: whether they are the same is known without.
 PLACES = ("data.source", "data.latents", "data.autoencoder")
 DATA_FILE = "data.json"
 
@@ -61,13 +61,21 @@ def check_same_data(run: Path, identity: dict[str, Any]) -> None:
     """Raise ``UserError`` where a run to be resumed began with other data."""
     if not (run / DATA_FILE).is_file():
         return
-    before = json.loads((run / DATA_FILE).read_text())
-    if before["autoencoder"] != identity["autoencoder"]:
-        raise UserError(f"{run} began with another autoencoder; give that one, or a new run_dir")
-    if before != identity:
+    try:
+        before = json.loads((run / DATA_FILE).read_text())
+        known = {name: before[name] for name in identity}
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"{run} began with other data: {before['images']} {before['kind']} then, "
-            f"{identity['images']} {identity['kind']} now; give the data it began with, or a new "
+            f"{run / DATA_FILE} is damaged ({error}); remove it to go on with data and autoencoder "
+            "as they are"
+        ) from None
+    if known["autoencoder"] != identity["autoencoder"]:
+        raise UserError(f"{run} began with another autoencoder; give that one, or a new run_dir")
+    if known != identity:
+        then, now = (f"{each['images']} {each['kind']}" for each in (known, identity))
+        difference = f"{then} then, {now} now" if then != now else f"{now}, but not the same"
+        raise UserError(
+            f"{run} began with other data: {difference}; give the data it began with, or a new "
             "run_dir"
         )
 
@@ -95,7 +103,10 @@ def open_run_folder(
 ) -> None:
     """Make the folder, or go on in it; whatever is written is whole or not there."""
     run = Path(config.run_dir)
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run folder {run} cannot be made: {error}") from None
     for folder in ("checkpoints", "snapshots"):
         clear_leftovers(run / folder)
     save_config(config, run / "config.yaml")

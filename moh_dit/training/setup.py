@@ -1,4 +1,4 @@
-"""The parts of a run that are made once: accelerator, model, parameter groups, schedule, signal."""
+"""The parts of a run that are made once: accelerator, data, model, parameter groups, schedule."""
 
 import math
 import os
@@ -139,7 +139,11 @@ def open_training_data(
 
 
 def encode_training_data(
-    config: TrainConfig, images: ImageSet, vae: AutoencoderKL, accelerator: Accelerator
+    config: TrainConfig,
+    images: ImageSet,
+    fingerprint: str,
+    vae: AutoencoderKL,
+    accelerator: Accelerator,
 ) -> LatentSet:
     """Latents of the images: of one process in memory; of several in the run folder.
 
@@ -164,7 +168,7 @@ def encode_training_data(
         )
         encode_data(encoding, images)
     store = open_latents(folder, vae, flip=data.horizontal_flip)
-    if on_main(accelerator, images.fingerprint) != store.index["data"]["fingerprint"]:
+    if fingerprint != store.index["data"]["fingerprint"]:
         raise UserError(f"{data.source} has changed since {folder} was made; start a new run_dir")
     return store
 
@@ -188,11 +192,14 @@ def build_model(
             f"the data has {classes_in_data} classes, model.num_classes is {num_classes}; "
             "raise it, or leave it out to count them"
         )
-    opened = None
-    if config.init_from is not None:
-        opened = open_checkpoint(checkpoint or config.init_from)
+    opened, initial = None, {}
+    if checkpoint is not None:
+        initial = MoHDiTTransformer2DModel.load_config(checkpoint / "transformer")
+    elif config.init_from is not None:
+        opened = open_checkpoint(config.init_from)
+        initial = initial_config(opened)
     arguments = config.model.resolve(
-        initial=initial_config(opened),
+        initial=initial,
         sample_size=size,
         in_channels=channels,
         out_channels=objective.output_channels(channels),
@@ -206,7 +213,7 @@ def build_model(
             f"model.patch_size {patch_size} does not divide; use a multiple of {pixels} pixels"
         )
     model = MoHDiTTransformer2DModel(**arguments)
-    if opened is not None and checkpoint is None:
+    if opened is not None:
         initialise_from(model, opened)
     return model
 

@@ -23,6 +23,7 @@ from ..checkpoints import (
     load_weights,
     read_weights,
 )
+from ..errors import UserError
 from ..files import written_aside
 from ..transformer import MoHDiTTransformer2DModel
 from .config import TrainConfig
@@ -137,27 +138,50 @@ def _write_average(average: WeightAverage[MoHDiTTransformer2DModel], folder: Pat
 
 
 def newest_whole_checkpoint(run: Path, config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from; damaged ones are put out of the way and reported."""
+    """The checkpoint to go on from; damaged ones are put out of the way and reported.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole; they stay where they are.
+    """
+    faults: dict[Path, str] = {}
+    checkpoints = list_checkpoints(run)
+    for checkpoint in reversed(checkpoints):
+        if (fault := _fault(checkpoint, config)) is None:
+            break
+        faults[checkpoint] = fault
+    else:
+        if faults:
+            raise UserError(
+                f"none of the {len(faults)} checkpoints of {run} is whole: "
+                f"{'; '.join(faults.values())}. Put back what is missing, or choose a new run_dir"
+            )
+        return None
+    for damaged, fault in faults.items():
+        aside = damaged.with_name(f"damaged-{damaged.name}")
+        while aside.exists():  # it was not the first time
+            aside = aside.with_name(f"damaged-{aside.name}")
+        damaged.rename(aside)
+        tqdm.write(f"{fault}: moved to {aside}", file=sys.stderr)
+    return checkpoint
+
+
+def _fault(checkpoint: Path, config: TrainConfig) -> str | None:
+    """What is wrong with a checkpoint of this run, in words."""
     averages = [*map(ema_name, config.ema_decays), *map(power_name, config.ema_power_stds)]
     folders = [average_folder(index, name) for index, name in enumerate(averages)]
-    needed = ["state/model.safetensors", "state/optimizer.safetensors"]
-    needed += [f"{folder}/{WEIGHTS}" for folder in folders]
-    for checkpoint in reversed(list_checkpoints(run)):
+    files = ["transformer/config.json", "state/model.safetensors", "state/optimizer.safetensors"]
+    files += [f"{folder}/{WEIGHTS}" for folder in folders]
+    if config.mixed_precision == "fp16":
+        files.append(str(SCALER))
+    for file in [checkpoint / name for name in files]:
         try:
-            for file in [checkpoint / name for name in needed]:
-                with safe_open(file, framework="pt"):  # compares the header with the file's length
-                    pass
-            if config.mixed_precision == "fp16":
-                file = checkpoint / SCALER
+            if file.suffix == ".json":
                 json.loads(file.read_text())
+            else:
+                with safe_open(file, framework="pt"):  # compares its header with its length
+                    pass
         except (OSError, ValueError, SafetensorError) as error:
-            aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-            while aside.exists():  # it was not the first time
-                aside = aside.with_name(f"damaged-{aside.name}")
-            checkpoint.rename(aside)
-            tqdm.write(f"{file} is damaged ({error}): moved to {aside}", file=sys.stderr)
-            continue
-        return checkpoint
+            return f"{file} is damaged ({error})"
     return None
 
 
