@@ -39,7 +39,7 @@ from moh_dit.training.config import (
     TrainConfig,
 )
 from moh_dit.training.loop import Trainer
-from moh_dit.training.preemption import PREEMPTED
+from moh_dit.training.preemption import PREEMPTED, Preemption
 from moh_dit.training.record import RunLog, read_log, shown
 from moh_dit.training.setup import learning_rate_factor, weight_decay_groups
 from moh_dit.training.watch import GradientWatch
@@ -207,6 +207,7 @@ def test_sigterm_before_the_first_step_asks_to_be_requeued(tmp_path, monkeypatch
         return encode(*arguments)
 
     monkeypatch.setattr(loop, "encode_training_data", told_meanwhile)
+    monkeypatch.setattr(Preemption, "GRACE", 1e6)  # this process goes on
     with pytest.raises(SystemExit) as end:
         Trainer(tiny(tmp_path / "run"))
     assert end.value.code == PREEMPTED

@@ -45,12 +45,12 @@ class Preemption:
             raise SystemExit(PREEMPTED)
 
     def _insist(self, heard: int) -> None:
-        """End the program where its main thread waits for other processes, in C: Python hands a
-        signal over between two of its own instructions."""
+        """End the program also where its main thread waits for other processes, in C: Python hands
+        a signal over between two of its own instructions."""
         while signals := os.read(heard, 1):
             if signals[0] == signal.SIGTERM:
                 time.sleep(self.GRACE)
-                if not (self.told or self._held):
+                if not self._held:
                     os._exit(PREEMPTED)
         os.close(heard)
 
