@@ -37,7 +37,7 @@ def choose_backend(
         return backend
     if projected.device.type == "cpu" and projected.numel() > 0:
         return auto_cpu_backend(projected.shape[1], heads, shared, active)
-    return auto_backend(_capability(projected), projected.dtype, head_dim)
+    return auto_backend(capability(projected), projected.dtype, head_dim)
 
 
 def choose_modulation_backend(
@@ -51,7 +51,7 @@ def choose_modulation_backend(
     """As :func:`choose_backend`, for :func:`moh_dit.modulation.adaln`."""
     _check("modulation_backend", backend, MODULATION_BACKENDS, x)
     if backend == "auto":
-        backend = auto_modulation_backend(_capability(x), scale.dtype)
+        backend = auto_modulation_backend(capability(x), scale.dtype)
         return backend if _fits(x, shift, scale, gate, branch) else "reference"
     if backend == "triton" and not _fits(x, shift, scale, gate, branch):
         raise UserError(
@@ -88,7 +88,7 @@ def _check(setting: str, backend: str, backends: tuple[str, ...], x: Tensor) -> 
         raise UserError(f'{setting} "triton" needs a GPU, the input is on {x.device}; use "auto"')
 
 
-def _capability(x: Tensor) -> tuple[int, int] | None:
+def capability(x: Tensor) -> tuple[int, int] | None:
     """NVIDIA's, where Triton can run."""
     return _capability_of(x.device.index) if x.is_cuda and not torch.version.hip else None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import NAMESPACE, triton_backward, triton_forward, triton_routing
+from . import NAMESPACE, capability, triton_backward, triton_forward, triton_routing
 from .sizes import cdiv, head_split, power_of_2
 from .table import launch_configuration
 
@@ -41,8 +41,7 @@ def _launch(kernel, projected, heads, shared, head_dim, config) -> tuple[dict, d
 def _early(projected: Tensor, head_dim: int, config: dict | None = None) -> dict:
     """Launch options of kernels that start while the one before them runs (from Hopper on)."""
     config = config or launch_configuration("attend", projected, head_dim)
-    early = config.get("EARLY", False) and projected.is_cuda
-    early = early and torch.cuda.get_device_capability(projected.device) >= (9, 0)
+    early = config.get("EARLY", False) and (capability(projected) or (0, 0)) >= (9, 0)
     return dict(EARLY=True, launch_pdl=True) if early else dict(EARLY=False)
 
 

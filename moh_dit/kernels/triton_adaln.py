@@ -184,8 +184,7 @@ def run_forward(x, gate, branch, shift, scale, columns_each=FORWARD):
     residual, out, statistics = _results(x, branch, shift)
     adaln_forward[(tokens, batch)](
         x, gate, branch, shift, scale, residual, out, statistics, tokens, scale.stride(0),
-        LAYER_NORM_EPSILON, C=width, RESIDUAL=branch is not None,
-        BLOCK=power_of_2(width),
+        LAYER_NORM_EPSILON, C=width, RESIDUAL=branch is not None, BLOCK=power_of_2(width),
         num_warps=_warps(width, columns_each),
     )  # fmt: skip
     return residual, out, statistics
