@@ -347,7 +347,7 @@ def test_a_run_goes_on_with_its_data_wherever_they_lie_and_no_others(tmp_path):
     ):
         resumed("moved", num_steps=3)
     (tmp_path / "moved" / "c0" / "new.png").rename(tmp_path / "moved" / "c0" / "0.png")
-    with pytest.raises(UserError, match=f"{count - 1} images now|{count - 1} images, but not"):
+    with pytest.raises(UserError, match=f"{count - 1} images, but not the same"):
         resumed("moved", num_steps=3)
     (tmp_path / "run" / "data.json").write_text("")
     with pytest.raises(UserError, match=r"data\.json is damaged"):

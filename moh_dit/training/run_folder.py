@@ -123,9 +123,9 @@ def open_run_folder(
 def init_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
     """Start the trackers with the settings of the run."""
     plain = (bool, int, float, str)
-    settings = {
-        key: value if isinstance(value, plain) else str(value)
-        for key, value in flatten(config).items()
-    }
     if config.trackers:
+        settings = {
+            key: value if isinstance(value, plain) else str(value)
+            for key, value in flatten(config).items()
+        }
         accelerator.init_trackers("moh-dit", settings)

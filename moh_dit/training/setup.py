@@ -73,8 +73,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     there = {str(tracker) for tracker in accelerator.log_with}
     if missing := [name for name in config.trackers if name not in (*there, "all")]:
         raise UserError(
-            f"trackers: {', '.join(missing)} is not installed; pip install 'moh-dit[tracking]', or "
-            f"name others, e.g. --trackers '[tensorboard]'"
+            f"trackers: {', '.join(missing)} is not installed: install it (moh-dit[tracking] has "
+            "wandb), or name others, e.g. --trackers '[tensorboard]'"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         check_fsdp(accelerator)
