@@ -16,10 +16,12 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
+import torch.nn.functional as F
 from common import environment, make_projected, relative_error, table, write_json
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moh_dit.attention import moh_attention
+from moh_dit.kernels.linear_gelu import linear_gelu
 from moh_dit.modulation import adaln
 from moh_dit.noise import philox_normal
 
@@ -146,6 +148,33 @@ def check_adaln():
     return all(row["worst"] <= 1.5 and row["repeats"] for row in rows)
 
 
+def check_linear_gelu():
+    """The MLP's first layer with its GELU, of every preset's width, beside the plain two."""
+    fill_memory_with_nan()
+    rows = []
+    for width, dtype, tokens in itertools.product(
+        (384, 768, 1024, 1152), (torch.bfloat16, torch.float16), (8, 600, 16384)
+    ):
+        torch.manual_seed(0)
+        x, weight, bias = (
+            torch.randn(size, device="cuda").to(dtype) / divisor
+            for size, divisor in (((2, tokens // 2, width), 1), ((4 * width, width), 16),
+                                  ((4 * width,), 1))
+        )  # fmt: skip
+
+        def plain(x, weight, bias):
+            return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+        exact = plain(x.double(), weight.double(), bias.double())
+        found, again = (linear_gelu(x, weight, bias) for _ in range(2))
+        error, allowed = relative_error(found, exact), relative_error(plain(x, weight, bias), exact)
+        rows.append(dict(C=width, dtype=str(dtype)[6:], tokens=tokens, error=error,
+                         worst=error / allowed, repeats=torch.equal(found, again)))  # fmt: skip
+    print("linear layer with GELU:")
+    table(rows, list(rows[0]))
+    return all(row["worst"] <= 1.5 and row["repeats"] for row in rows)
+
+
 def fill_memory_with_nan():
     """Fresh memory, that is."""
     warnings.simplefilter("ignore")
@@ -166,7 +195,7 @@ def main():
     parser.add_argument("--json")
     args = parser.parse_args()
     print(environment())
-    good = [check_noise(), check_adaln()]
+    good = [check_noise(), check_adaln(), check_linear_gelu()]
     short, long = [], []
     for dtype, width, (i, plan) in itertools.product(
         (torch.bfloat16, torch.float16), (64, 72), enumerate(PLANS)

@@ -12,6 +12,8 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
+from moh_dit import transformer
+
 original = F.linear
 
 
@@ -66,4 +68,9 @@ def linear(x, weight, bias=None):
 
 def float8_linears(wanted):
     """Within it, what is traced or run takes its linear layers in FP8."""
-    return patch.object(F, "linear", linear) if wanted else contextlib.nullcontext()
+    if not wanted:
+        return contextlib.nullcontext()
+    patches = contextlib.ExitStack()
+    patches.enter_context(patch.object(F, "linear", linear))
+    patches.enter_context(patch.object(transformer, "takes_linear_gelu", lambda *_: False))
+    return patches

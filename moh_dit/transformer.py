@@ -22,6 +22,7 @@ from .attention import MoHAttention, load_balance_loss
 from .embeddings import LabelEmbedder, PatchEmbedder, TimestepEmbedder
 from .errors import UserError
 from .kernels import BACKENDS, MODULATION_BACKENDS
+from .kernels.linear_gelu import linear_gelu, takes_linear_gelu
 from .modulation import adaln
 
 HeadPlan = int | list[int] | list[int | None] | None
@@ -303,6 +304,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if takes_linear_gelu(x, self.fc1):
+            return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 

@@ -13,9 +13,10 @@ from reference import relative_error
 from moh_dit.attention import MoHAttention, moh_attention
 from moh_dit.errors import UserError
 from moh_dit.kernels import choose_backend
+from moh_dit.kernels.linear_gelu import linear_gelu, takes_linear_gelu
 from moh_dit.kernels.table import auto_backend, auto_cpu_backend, auto_modulation_backend
 from moh_dit.modulation import adaln
-from moh_dit.transformer import MoHDiTTransformer2DModel
+from moh_dit.transformer import Mlp, MoHDiTTransformer2DModel
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,50 @@ def test_auto_takes_adaln_kernels_where_they_were_measured():
     assert auto_modulation_backend((9, 0), torch.float32) == "reference"
     assert auto_modulation_backend((8, 0), torch.bfloat16) == "reference"
     assert auto_modulation_backend(None, torch.bfloat16) == "reference"
+
+
+def on_hopper(monkeypatch):
+    monkeypatch.setattr("moh_dit.kernels.linear_gelu.capability", lambda _: (9, 0))
+
+
+@torch.no_grad()
+def test_the_mlp_takes_its_gelu_along_and_computes_the_same(monkeypatch):
+    mlp, x = Mlp(32, 64).bfloat16(), torch.randn(2, 5, 32, dtype=torch.bfloat16)
+    expected = mlp(x)
+    on_hopper(monkeypatch)
+    graphs = []
+    compiled = torch.compile(mlp, backend=lambda g, _: graphs.append(g) or g, fullgraph=True)
+    assert torch.equal(mlp(x), expected)
+    assert torch.equal(compiled(x), expected)
+    assert "moh_dit.linear_gelu" in graphs[0].code
+    given = (x, mlp.fc1.weight.detach(), mlp.fc1.bias.detach())
+    assert set(torch.library.opcheck(linear_gelu, given).values()) == {"SUCCESS"}
+
+
+def test_a_layer_that_is_more_than_its_weights_is_called(monkeypatch):
+    x = torch.randn(2, 5, 32, dtype=torch.bfloat16)
+    assert not takes_linear_gelu(x, Mlp(32, 64).bfloat16().fc1)
+    on_hopper(monkeypatch)
+    layer = torch.nn.Linear(32, 64, dtype=torch.bfloat16)
+    assert not takes_linear_gelu(x, layer)  # gradients are recorded
+    with torch.no_grad():
+        assert takes_linear_gelu(x, layer)
+        assert not takes_linear_gelu(x.float(), layer.float())
+        assert not takes_linear_gelu(x, layer)  # as under autocast
+        layer = layer.bfloat16()
+        hook = layer.register_forward_hook(lambda *_: None)
+        assert not takes_linear_gelu(x, layer)
+        hook.remove()
+        assert takes_linear_gelu(x, layer)
+        no_bias = torch.nn.Linear(32, 64, bias=False, dtype=torch.bfloat16)
+        assert not takes_linear_gelu(x, no_bias)
+        layer.forward = layer.forward  # as hooks of diffusers and accelerate do
+        assert not takes_linear_gelu(x, layer)
+        del layer.forward
+        assert takes_linear_gelu(x, layer)
+        assert not takes_linear_gelu(x, layer.to("meta"))  # offloaded
+        adapted = type("Adapted", (torch.nn.Linear,), {})(32, 64, dtype=torch.bfloat16)
+        assert not takes_linear_gelu(x, adapted)
 
 
 def test_backends_that_cannot_run_are_refused():
