@@ -16,7 +16,6 @@ def _block(bm, bm_routed, bn, stages, tma=False, **more) -> dict:
 # routes for it start while the kernel before them runs; 72 wide, that is slower from 512 tokens on.
 LAUNCH: dict[tuple[str, bool], list[tuple[int, dict]]] = {
     ("attend", True): [
-        (2048, _block(128, 128, 64, 3)),
         (512, _block(128, 128, 64, 3, tma=True)),
         (0, _block(128, 64, 32, 3, EARLY=True)),
     ],
