@@ -5,14 +5,22 @@
 "dense" is plain multi-head attention of as many heads without any gate, by torch's fastest backend;
 "then mask" the published way to compute MoH: dense attention, eager routing, a gate multiply;
 "compiled mask" what torch.compile makes of that.
-Medians of CUDA-graph replays, milliseconds, bf16.
+Medians of CUDA-graph replays, turn by turn, milliseconds, bf16.
 """
 
 import argparse
 
 import torch
 import torch.nn.functional as F
-from common import environment, fastest_dense, make_projected, table, time_graph, write_json
+from common import (
+    Captured,
+    environment,
+    fastest_dense,
+    make_projected,
+    table,
+    time_replays,
+    write_json,
+)
 
 from moh_dit.attention import moh_attention, split_heads
 
@@ -20,7 +28,7 @@ SIZES = [(64, 256), (32, 1024), (8, 4096)]  # batch, tokens: 256, 512, 1024 px
 PLANS = [(24, 14, 2), (16, 10, 2), (8, 8, 0), (24, 16, 3)]  # heads, shared, active: XL/2-75, -90
 
 
-def measure(batch, tokens, heads, shared, active, width):
+def measure(batch, tokens, heads, shared, active, width, seconds):
     torch._dynamo.reset()  # after a few graphs of one function it would compile no more
     plan = (heads, shared, active, width)
     projected = make_projected(batch, tokens, *plan, torch.bfloat16)
@@ -54,14 +62,21 @@ def measure(batch, tokens, heads, shared, active, width):
 
     row = dict(d=width, N=tokens, B=batch, plan=f"{heads}:{shared}+{active}")
     with fastest_dense():
-        row["dense"] = time_graph(dense_forward)
-        row["then mask"] = time_graph(lambda: moh_forward("reference"))
-        row["compiled mask"] = time_graph(compiled_forward)
-        row["triton"] = time_graph(lambda: moh_forward("triton"))
-        row["dense f+b"] = time_graph(dense_both)
-        row["then mask f+b"] = time_graph(lambda: moh_both("reference"))
-        row["compiled mask f+b"] = time_graph(lambda: moh_both("reference", compiled))
-        row["triton f+b"] = time_graph(lambda: moh_both("triton"))
+        forward = {
+            "dense": dense_forward,
+            "then mask": lambda: moh_forward("reference"),
+            "compiled mask": compiled_forward,
+            "triton": lambda: moh_forward("triton"),
+        }
+        both = {
+            "dense f+b": dense_both,
+            "then mask f+b": lambda: moh_both("reference"),
+            "compiled mask f+b": lambda: moh_both("reference", compiled),
+            "triton f+b": lambda: moh_both("triton"),
+        }
+        for calls in (forward, both):
+            times = time_replays([Captured(call) for call in calls.values()], 3, seconds)
+            row.update(zip(calls, times, strict=True))
     row["forward ratio"] = row["triton"] / row["dense"]
     row["f+b ratio"] = row["triton f+b"] / row["dense f+b"]
     return row
@@ -76,13 +91,17 @@ def plan(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--plans", nargs="+", type=plan, default=PLANS, help="as 24:14+2")
+    parser.add_argument(
+        "--seconds", type=float, default=0.4,
+        help="of a kind's turns, three each: as if a GPU did nothing else; 0.03: as after a rest",
+    )  # fmt: skip
     parser.add_argument("--json")
     args = parser.parse_args()
     print(environment())
     rows = []
     for width in (72, 64):
         for batch, tokens in SIZES:
-            new = [measure(batch, tokens, *plan, width) for plan in args.plans]
+            new = [measure(batch, tokens, *plan, width, args.seconds) for plan in args.plans]
             table(new, list(new[0]))
             rows += new
             write_json(args.json, rows)

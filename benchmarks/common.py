@@ -70,39 +70,59 @@ def fastest_dense():
     return sdpa_kernel([*dense_backends()[:1], SDPBackend.MATH], set_priority=True)
 
 
-def time_graph(call, target_ms=4.0, repeats=7):
-    """Median milliseconds of one ``call``, from replays of a CUDA graph of several calls.
+def time_graph(call, target_ms=4.0):
+    """Median milliseconds of one ``call``, from a few replays of :class:`Captured`."""
+    return time_replays([Captured(call, target_ms)], turns=1, seconds=0.04)[0]
+
+
+def time_events(call):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+class Captured:
+    """A CUDA graph of as many calls as take at least ``target_ms``, and what it reads.
 
     A graph leaves out Python and launch overhead on every side alike; inputs should exceed the L2
-    cache. Replays of at least ``target_ms`` are timed with events.
+    cache.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(3):
-            call()
-        end.record()
-        end.synchronize()
-        once = start.elapsed_time(end) / 3
-        inner = max(1, min(50, int(target_ms / max(once, 1e-3))))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(inner):
+
+    def __init__(self, call, target_ms=4.0):
+        self.call, self.graph, self.stream = call, torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(3):
                 call()
-        graph.replay()
-        times = []
-        for _ in range(repeats):
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / inner)
-    torch.cuda.current_stream().wait_stream(stream)
-    return statistics.median(times)
+            once = statistics.fmean(time_events(call) for _ in range(3))
+            self.calls = max(1, min(50, int(target_ms / max(once, 1e-3))))
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                for _ in range(self.calls):
+                    call()
+            self.graph.replay()
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def milliseconds(self):
+        """Of one call, in one replay."""
+        with torch.cuda.stream(self.stream):
+            return time_events(self.graph.replay) / self.calls
+
+
+def time_replays(captured, turns=4, seconds=0.6):
+    """Median milliseconds of each, in turns: a warmer card or a busier host meets all alike.
+
+    A turn is long enough for clocks to settle to what each draws by itself; its first third does
+    not count.
+    """
+    times = [[] for _ in captured]
+    for _ in range(turns):
+        for each, own in zip(captured, times, strict=True):
+            count = max(6, int(1000 * seconds / each.milliseconds() / each.calls))
+            own += [each.milliseconds() for _ in range(count)][count // 3 :]
+    return [statistics.median(own) for own in times]
 
 
 def time_steps(call, seconds=2.0, warmup=3, minimum=5):

@@ -3,8 +3,8 @@
     python benchmarks/model.py [--models ...] [--sizes 256 512 1024] [--json model.json]
 
 bf16 weights, blocks compiled, dense attention by torch's fastest backend in every model alike;
-medians of CUDA-graph replays, as `sample_dit.py --cuda_graphs true` has it, and without ("no
-graph"): launching 28 layers from Python may take longer than the pass itself.
+medians of CUDA-graph replays, turn by turn, as `sample_dit.py --cuda_graphs true` has it, and
+without ("no graph"): launching 28 layers from Python may take longer than the pass itself.
 """
 
 import argparse
@@ -12,11 +12,12 @@ import gc
 
 import torch
 from common import (
+    Captured,
     environment,
     fastest_dense,
     kernel_times,
     table,
-    time_graph,
+    time_replays,
     time_steps,
     write_json,
 )
@@ -30,7 +31,8 @@ MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 the
 BATCH = {256: 64, 512: 32, 1024: 8}
 
 
-def measure(name, pixels, batch, args):
+def prepare(name, pixels, batch, args):
+    """The forward pass as a graph, and milliseconds without one."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     with torch.device("cuda"):
@@ -40,24 +42,33 @@ def measure(name, pixels, batch, args):
         model = compiled(model, args)
         x = torch.randn(batch, 4, pixels // 8, pixels // 8, dtype=torch.bfloat16)
         t, y = torch.randint(1000, (batch,)), torch.randint(1000, (batch,))
+
+    def forward():
+        return model(x, timestep=t, class_labels=y)
+
     with fastest_dense(), float8_linears(args.float8), torch.no_grad():
-        milliseconds = time_graph(
-            lambda: model(x, timestep=t, class_labels=y), repeats=args.repeats
-        )
-        from_python = time_steps(lambda: model(x, timestep=t, class_labels=y), 0.5)
+        from_python = time_steps(forward, 0.5)
         if args.profile:
-            kernel_times(lambda: model(x, timestep=t, class_labels=y))
-    return {
-        "model": name, "pixels": pixels, "batch": batch, "ms": milliseconds,
-        "no graph, ms": from_python, "images_per_s": 1000 * batch / milliseconds,
-    }  # fmt: skip
+            kernel_times(forward)
+        return Captured(forward), from_python
+
+
+def measure(pixels, batch, args):
+    """A row for every model."""
+    passes, from_python = zip(*(prepare(n, pixels, batch, args) for n in args.models), strict=True)
+    times = time_replays(passes, seconds=args.seconds)
+    return [
+        {"model": name, "pixels": pixels, "batch": batch, "ms": ms, "no graph, ms": python,
+         "images_per_s": 1000 * batch / ms, f"over {args.models[0]}": times[0] / ms}
+        for name, ms, python in zip(args.models, times, from_python, strict=True)
+    ]  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--sizes", nargs="+", type=int, default=list(BATCH))
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each model's four turns")
     add_model_arguments(parser)
     parser.add_argument("--profile", action="store_true", help="show where the time goes")
     parser.add_argument("--json")
@@ -65,15 +76,12 @@ def main():
     print(environment())
     rows = []
     for pixels in args.sizes:
-        for name in args.models:
-            row = measure(name, pixels, BATCH[pixels], args)
-            dense = next((r for r in rows if r["pixels"] == pixels), row)
-            row[f"over {args.models[0]}"] = row["images_per_s"] / dense["images_per_s"]
-            rows.append(row)
-            gc.collect()
-            torch.cuda.empty_cache()
-            table([row], list(row))
-            write_json(args.json, rows)
+        new = measure(pixels, BATCH[pixels], args)
+        gc.collect()
+        torch.cuda.empty_cache()
+        table(new, list(new[0]))
+        rows += new
+        write_json(args.json, rows)
     table(rows, list(rows[0]))
 
 
