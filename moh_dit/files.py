@@ -10,10 +10,12 @@ from safetensors import SafetensorError
 
 from .errors import UserError
 
+PARTIAL_SUFFIX = ".partial"  # of a file until it is whole
 
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+
+def write_aside(path: Path, content: bytes | memoryview) -> None:
+    """Write a file whole or not at all; a kill may leave ``.{name}.{process}.partial`` beside."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
         with aside.open("wb") as file:
             file.write(content)

@@ -297,7 +297,7 @@ def test_full_disk_is_told(config, monkeypatch, tmp_path):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.os, "fsync", full)
+        patch.setattr("os.fsync", full)
         with pytest.raises(UserError, match="No space left on device"):
             encode_data(config)
     assert not list(Path(config.output).iterdir())

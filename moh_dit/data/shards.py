@@ -11,9 +11,7 @@ Whatever has its name is whole, so a kill costs the shards that were being made 
 import hashlib
 import io
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..files import PARTIAL_SUFFIX, write_aside
 from .latents import INDEX_FILE, LABELS_FILE, PLAN_FILE, content_hash
 
 SHARD_PREFIX = "moments-"
 FACTS_SUFFIX = ".json"
-PARTIAL_SUFFIX = ".partial"
 
 
 def refuse_existing(folder: Path, resume: bool) -> None:
@@ -49,7 +47,7 @@ def open_folder(folder: Path, plan: dict[str, Any]) -> None:
         raise UserError(f"output folder {folder} holds other things: give a new name")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        write_aside(folder / PLAN_FILE, json.dumps(plan, indent=2).encode() + b"\n")
+        write_file(folder / PLAN_FILE, json.dumps(plan, indent=2).encode() + b"\n")
     for leftover in folder.glob(f".*{PARTIAL_SUFFIX}"):  # of a process that was killed
         leftover.unlink()
 
@@ -84,8 +82,8 @@ def write_shard(path: Path, moments: np.ndarray, labels: np.ndarray) -> None:
     data = content.getbuffer()
     facts = {"labels": labels.tolist(), "sha256": hashlib.sha256(data).hexdigest()}
     # The facts first: once the shard has its name, they are there too.
-    write_aside(facts_of(path), json.dumps(facts).encode())
-    write_aside(path, data)
+    write_file(facts_of(path), json.dumps(facts).encode())
+    write_file(path, data)
 
 
 def facts_of(path: Path) -> Path:
@@ -104,10 +102,10 @@ def write_index(folder: Path, plan: dict[str, Any], names: Iterable[str]) -> int
             labels += facts["labels"]
     all_labels, content = np.array(labels, np.int64), io.BytesIO()
     np.save(content, all_labels)
-    write_aside(folder / LABELS_FILE, content.getbuffer())
+    write_file(folder / LABELS_FILE, content.getbuffer())
     index = {**plan, "num_images": len(labels), "shards": shards}
     index["content_hash"] = content_hash(index, all_labels)
-    write_aside(folder / INDEX_FILE, json.dumps(index, indent=1).encode() + b"\n")
+    write_file(folder / INDEX_FILE, json.dumps(index, indent=1).encode() + b"\n")
     _clear_unfinished(folder)
     return len(labels)
 
@@ -122,23 +120,15 @@ def _clear_unfinished(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_aside(path: Path, data: bytes | memoryview) -> None:
-    """Write a file whole or not at all.
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """As :func:`moh_dit.files.write_aside`.
 
     Raises:
         UserError: the disk is full or cannot be written to.
     """
-    handle, name = tempfile.mkstemp(prefix=".", suffix=PARTIAL_SUFFIX, dir=path.parent)
-    aside = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.chmod(0o644)
-        aside.rename(path)
+        write_aside(path, data)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(
             f"{path} cannot be written ({error.strerror}); what is finished stays: mend that and "
             "give the command again with --resume"

@@ -23,7 +23,7 @@ import numpy as np
 from ..errors import UserError
 from .hub import STREAM_PREFIX, choose_columns, datasets_library, open_hub
 from .pixels import read_pixels
-from .shards import SHARD_PREFIX, write_aside
+from .shards import SHARD_PREFIX, write_file
 
 Labelled = tuple[np.ndarray, np.ndarray]  # uint8 (B, S, S, 3) and int64 (B,)
 Item = TypeVar("Item")
@@ -82,7 +82,7 @@ class HubStream:
                 of_part = itertools.chain([first], itertools.islice(rows, rows_per_part - 1))
                 name = f"{SHARD_PREFIX}{number:05}-{part:05}.npy"
                 yield name, _read_ahead(self._batches(of_part, batch_size, threads))
-            write_aside(done, b"")
+            write_file(done, b"")
 
     def finish(self, folder: Path) -> list[str]:
         """The names of all parts in order, once every file is done."""
