@@ -687,6 +687,11 @@ def bad_inputs(tmp_path):
         ("--data.num_workers=-1", ["num_workers is -1"]),
         ("--gradient_accumulation_steps=0", ["gradient_accumulation_steps is 0"]),
         ("--model.label_init_std=-1", ["label_init_std is -1"]),
+        ("--model.num_classes=0", ["model.num_classes is 0; it must be at least 1"]),
+        ("--balance_loss_weight=-0.1", ["balance_loss_weight is -0.1; it must be at least 0"]),
+        ("--evaluation.fid_every=3 --evaluation.metrics=[]", ["evaluation.metrics is empty"]),
+        ("--evaluation.fid_every=-3", ["evaluation.fid_every is -3"]),
+        ("--optimizer.max_grad_norm=0", ["max_grad_norm is 0", "greater than 0"]),
         ("--seed=18446744073709551616", ["seed is 18446744073709551616"]),
     ],
 )

@@ -14,6 +14,19 @@ if TYPE_CHECKING:
     from ..objectives import Objective
 
 WITHOUT_WARMUP = ("constant", "piecewise_constant")
+# What settings may be, by dotted key, where they are set at all.
+SMALLEST = {
+    "num_steps": 1, "log_every": 1, "checkpoint_every": 1, "gradient_accumulation_steps": 1,
+    "keep_checkpoints": 0, "ema_snapshot_every": 0, "balance_loss_weight": 0,
+    "model.depth": 1, "model.patch_size": 1, "model.hidden_size": 1, "model.num_classes": 1,
+    "model.label_init_std": 0, "data.num_workers": 0, "optimizer.weight_decay": 0,
+    "optimizer.lr_warmup_steps": 0, "evaluation.sample_every": 0, "evaluation.fid_every": 0,
+    "evaluation.num_inference_steps": 1,
+}  # fmt: skip
+POSITIVE = (
+    "peak_tflops", "model.mlp_ratio", "objective.min_snr_gamma", "optimizer.learning_rate",
+    "optimizer.max_grad_norm",
+)  # fmt: skip
 
 
 @dataclass
@@ -235,9 +248,13 @@ class TrainConfig:
         """Raise ``UserError`` for values that do not fit together."""
         from .ema import power_gamma, power_name
 
-        for name in ("num_steps", "log_every", "checkpoint_every", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        given = {key: value for key, value in flatten(self).items() if value is not None}
+        for key, least in SMALLEST.items():
+            if not least <= given.get(key, least) < math.inf:
+                raise UserError(f"{key} is {given[key]}; it must be at least {least}")
+        for key in POSITIVE:
+            if not 0 < given.get(key, 1) < math.inf:
+                raise UserError(f"{key} is {given[key]}; it must be greater than 0")
         share = num_processes * self.gradient_accumulation_steps
         if self.batch_size < 1 or self.batch_size % share:
             raise UserError(
@@ -249,43 +266,14 @@ class TrainConfig:
                 f"evaluation.num_samples is {self.evaluation.num_samples}; precision and recall "
                 "need at least 4, FID some thousands"
             )
-        for name in ("depth", "patch_size", "hidden_size"):
-            if (value := getattr(self.model, name)) is not None and value < 1:
-                raise UserError(f"model.{name} is {value}; it must be at least 1")
-        if (ratio := self.model.mlp_ratio) is not None and not 0 < ratio < math.inf:
-            raise UserError(f"model.mlp_ratio is {ratio}; it must be greater than 0")
-        if (std := self.model.label_init_std) is not None and not 0 <= std < math.inf:
-            raise UserError(f"model.label_init_std is {std}; it must be at least 0")
-        if self.peak_tflops is not None and not self.peak_tflops > 0:
-            raise UserError(f"peak_tflops is {self.peak_tflops}; it must be greater than 0")
-        if self.data.num_workers < 0:
-            raise UserError(f"data.num_workers is {self.data.num_workers}; it must be at least 0")
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2**64")
-        if (gamma := self.objective.min_snr_gamma) is not None and not gamma > 0:
-            raise UserError(f"objective.min_snr_gamma is {gamma}; it must be greater than 0")
         if not self.objective.logit_normal[1] > 0:
             raise UserError("objective.logit_normal needs a standard deviation greater than 0")
-        optimizer = self.optimizer
-        if not 0 < optimizer.learning_rate < math.inf:
-            raise UserError(
-                f"optimizer.learning_rate is {optimizer.learning_rate}; it must be greater than 0"
-            )
-        if not optimizer.weight_decay >= 0:
-            raise UserError(
-                f"optimizer.weight_decay is {optimizer.weight_decay}; it must be at least 0"
-            )
-        if not all(0 <= beta < 1 for beta in optimizer.betas):
-            raise UserError(f"optimizer.betas is {optimizer.betas}; both must lie in [0, 1)")
-        if optimizer.max_grad_norm is not None and not optimizer.max_grad_norm > 0:
-            raise UserError(
-                f"optimizer.max_grad_norm is {optimizer.max_grad_norm}; it must be greater than 0"
-            )
-        for name in ("sample_every", "fid_every"):
-            if getattr(self.evaluation, name) < 0:
-                raise UserError(f"evaluation.{name} is negative; give steps, or 0 for never")
-        if self.keep_checkpoints < 0 or self.ema_snapshot_every < 0:
-            raise UserError("keep_checkpoints and ema_snapshot_every must be at least 0")
+        if not all(0 <= beta < 1 for beta in self.optimizer.betas):
+            raise UserError(f"optimizer.betas is {self.optimizer.betas}; both must lie in [0, 1)")
+        if self.evaluation.fid_every and not self.evaluation.metrics:
+            raise UserError("evaluation.metrics is empty; name some, or set evaluation.fid_every 0")
         if not 0 <= self.label_dropout < 1:
             raise UserError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1)")
         if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
