@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .kernels import BACKENDS, attend_gathered, choose_backend, moh_attention_triton
+from .kernels import (
+    BACKENDS,
+    attend_gathered,
+    check_choice,
+    choose_backend,
+    moh_attention_triton,
+)
 from .projection import JointProjection
 from .routing import ROUTERS, check_head_plan, load_balance_loss, moh_gates, query_norm_gates
 
@@ -75,12 +81,8 @@ class MoHAttention(JointProjection):
     ):
         super().__init__()
         check_head_plan(dim, num_heads, num_shared_heads, num_active_routed_heads, head_dim)
-        for name, value, known in (
-            ("attention_backend", attention_backend, BACKENDS),
-            ("router", router, ROUTERS),
-        ):
-            if value not in known:
-                raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+        check_choice("attention_backend", attention_backend, BACKENDS)
+        check_choice("router", router, ROUTERS)
         key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
         if key_value_heads < 1 or num_heads % key_value_heads:
             raise UserError(

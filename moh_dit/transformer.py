@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .attention import MoHAttention, load_balance_loss
 from .embeddings import LabelEmbedder, PatchEmbedder, TimestepEmbedder
 from .errors import UserError
-from .kernels import BACKENDS, MODULATION_BACKENDS
+from .kernels import BACKENDS, MODULATION_BACKENDS, check_choice
 from .kernels.linear_gelu import linear_gelu, takes_linear_gelu
 from .modulation import adaln
 
@@ -163,7 +163,7 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         Raises:
             UserError: when there is no backend of that name.
         """
-        _check_backend("attention", backend, BACKENDS)
+        check_choice("attention_backend", backend, BACKENDS)
         for block in self.blocks:
             cast(DiTBlock, block).attn.attention_backend = backend
 
@@ -173,7 +173,7 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         Raises:
             UserError: when there is no backend of that name.
         """
-        _check_backend("modulation", backend, MODULATION_BACKENDS)
+        check_choice("modulation_backend", backend, MODULATION_BACKENDS)
         for layer in (*self.blocks, self.final_layer):
             cast(DiTBlock | FinalLayer, layer).modulation_backend = backend
 
@@ -323,13 +323,6 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(condition).unsqueeze(1).chunk(2, dim=-1)
         _, read = adaln(hidden_states, shift, scale, backend=self.modulation_backend)
         return self.linear(read)
-
-
-def _check_backend(what: str, backend: str, backends: tuple[str, ...]) -> None:
-    if backend not in backends:
-        raise UserError(
-            f"{what} backend {backend!r} is unknown; choose one of {', '.join(backends)}"
-        )
 
 
 def per_layer(name: str, value: HeadPlan, depth: int) -> list:

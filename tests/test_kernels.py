@@ -186,7 +186,7 @@ def test_a_layer_that_is_more_than_its_weights_is_called(monkeypatch):
 
 def test_backends_that_cannot_run_are_refused():
     model = MoHDiTTransformer2DModel(4, 2, hidden_size=16, depth=1, num_heads=2)
-    with pytest.raises(UserError, match="modulation backend 'fused' is unknown; choose one of"):
+    with pytest.raises(UserError, match="modulation_backend is 'fused'; choose one of auto"):
         model.set_modulation_backend("fused")
     model.set_modulation_backend("triton")
     with pytest.raises(UserError, match='modulation_backend "triton" needs a GPU'):

@@ -22,6 +22,7 @@ __all__ = [
     "NAMESPACE",
     "adaln_triton",
     "attend_gathered",
+    "check_choice",
     "choose_backend",
     "choose_modulation_backend",
     "moh_attention_triton",
@@ -72,9 +73,14 @@ def _fits(
     )
 
 
+def check_choice(setting: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise ``UserError`` unless ``setting`` has a known value."""
+    if value not in known:
+        raise UserError(f"{setting} is {value!r}; choose one of {', '.join(known)}")
+
+
 def _check(setting: str, backend: str, backends: tuple[str, ...], x: Tensor) -> None:
-    if backend not in backends:
-        raise UserError(f"{setting} is {backend!r}; choose one of {', '.join(backends)}")
+    check_choice(setting, backend, backends)
     if backend != "triton":
         return
     if not _installed():
