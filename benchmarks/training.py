@@ -76,10 +76,12 @@ def measure(name, pixels, batch, args):
         milliseconds = time_steps(step, args.seconds)
         if args.profile:
             kernel_times(step)
-    return dict(model=name, pixels=pixels, batch=batch, ms=milliseconds,
-                images_per_s=1000 * batch / milliseconds,
-                loss=statistics.fmean(losses[-max(1, len(losses) // 4) :]) if losses else None,
-                peak_GiB=torch.cuda.max_memory_allocated() / 2**30)  # fmt: skip
+    row = dict(model=name, pixels=pixels, batch=batch, ms=milliseconds,
+               images_per_s=1000 * batch / milliseconds,
+               peak_GiB=torch.cuda.max_memory_allocated() / 2**30)  # fmt: skip
+    if losses:
+        row["loss"] = statistics.fmean(losses[-max(1, len(losses) // 4) :])
+    return row
 
 
 def main():
