@@ -23,10 +23,8 @@ SMALLEST = {
     "optimizer.lr_warmup_steps": 0, "evaluation.sample_every": 0, "evaluation.fid_every": 0,
     "evaluation.num_inference_steps": 1,
 }  # fmt: skip
-POSITIVE = (
-    "peak_tflops", "model.mlp_ratio", "objective.min_snr_gamma", "optimizer.learning_rate",
-    "optimizer.max_grad_norm",
-)  # fmt: skip
+POSITIVE = ("model.mlp_ratio", "optimizer.learning_rate")
+POSITIVE_OR_INFINITE = ("peak_tflops", "objective.min_snr_gamma", "optimizer.max_grad_norm")
 
 
 @dataclass
@@ -251,9 +249,12 @@ class TrainConfig:
         given = {key: value for key, value in flatten(self).items() if value is not None}
         for key, least in SMALLEST.items():
             if not least <= given.get(key, least) < math.inf:
-                raise UserError(f"{key} is {given[key]}; it must be at least {least}")
+                raise UserError(f"{key} is {given[key]}; it must be at least {least}, and finite")
         for key in POSITIVE:
             if not 0 < given.get(key, 1) < math.inf:
+                raise UserError(f"{key} is {given[key]}; it must be greater than 0, and finite")
+        for key in POSITIVE_OR_INFINITE:
+            if not given.get(key, 1) > 0:
                 raise UserError(f"{key} is {given[key]}; it must be greater than 0")
         share = num_processes * self.gradient_accumulation_steps
         if self.batch_size < 1 or self.batch_size % share:
