@@ -85,7 +85,7 @@ def time_events(call):
 
 
 class Captured:
-    """A CUDA graph of as many calls as take at least ``target_ms``, and what it reads.
+    """A CUDA graph of some ``target_ms`` of calls, 50 at most, and what it reads.
 
     A graph leaves out Python and launch overhead on every side alike; inputs should exceed the L2
     cache.

@@ -77,6 +77,7 @@ def compiled(model, args):
     """``blocks``: layers of one plan share a graph, and seconds do for a minute; or all as one."""
     if hasattr(model, "set_modulation_backend"):
         model.set_modulation_backend(args.modulation)
+        model.set_mlp_backend("reference" if args.float8 else "auto")  # FP8 has no GELU with it
     if args.compile == "model":
         model.compile(dynamic=False, mode=args.mode)
         return model

@@ -1,5 +1,6 @@
 """The fast attention backends against the definition: Triton interpreted, gathered as it is."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from interpreted_kernels import ADALN_CASES, CASES, make_input, outcome
 from reference import relative_error
 
@@ -146,7 +148,7 @@ def on_hopper(monkeypatch):
 
 @torch.no_grad()
 def test_the_mlp_takes_its_gelu_along_and_computes_the_same(monkeypatch):
-    mlp, x = Mlp(32, 64).bfloat16(), torch.randn(2, 5, 32, dtype=torch.bfloat16)
+    mlp, x = Mlp(32, 64).bfloat16().eval(), torch.randn(2, 5, 32, dtype=torch.bfloat16)
     expected = mlp(x)
     on_hopper(monkeypatch)
     graphs = []
@@ -154,40 +156,66 @@ def test_the_mlp_takes_its_gelu_along_and_computes_the_same(monkeypatch):
     assert torch.equal(mlp(x), expected)
     assert torch.equal(compiled(x), expected)
     assert "moh_dit.linear_gelu" in graphs[0].code
+    mlp.backend = "reference"
+    assert torch.equal(compiled(x), expected)
+    assert "linear_gelu" not in graphs[1].code
     given = (x, mlp.fc1.weight.detach(), mlp.fc1.bias.detach())
     assert set(torch.library.opcheck(linear_gelu, given).values()) == {"SUCCESS"}
 
 
+@torch.no_grad()
 def test_a_layer_that_is_more_than_its_weights_is_called(monkeypatch):
     x = torch.randn(2, 5, 32, dtype=torch.bfloat16)
-    assert not takes_linear_gelu(x, Mlp(32, 64).bfloat16().fc1)
+    layer = torch.nn.Linear(32, 64, dtype=torch.bfloat16).eval()
+    assert not takes_linear_gelu(x, layer)  # on a CPU
     on_hopper(monkeypatch)
-    layer = torch.nn.Linear(32, 64, dtype=torch.bfloat16)
-    assert not takes_linear_gelu(x, layer)  # gradients are recorded
-    with torch.no_grad():
-        assert takes_linear_gelu(x, layer)
-        assert not takes_linear_gelu(x.float(), layer.float())
-        assert not takes_linear_gelu(x, layer)  # as under autocast
-        layer = layer.bfloat16()
-        hook = layer.register_forward_hook(lambda *_: None)
+    assert takes_linear_gelu(x, layer)
+    with torch.enable_grad():
+        assert not takes_linear_gelu(x, layer)
+    assert not takes_linear_gelu(x, layer.train())
+    assert not takes_linear_gelu(x.float(), layer.eval())
+    assert not takes_linear_gelu(x.float(), copy.deepcopy(layer).float())
+    assert not takes_linear_gelu(x, copy.deepcopy(layer).float())  # as under autocast
+    assert not takes_linear_gelu(x, copy.deepcopy(layer).to("meta"))  # offloaded
+    for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+        hook = register(lambda *_: None)
         assert not takes_linear_gelu(x, layer)
         hook.remove()
-        assert takes_linear_gelu(x, layer)
-        no_bias = torch.nn.Linear(32, 64, bias=False, dtype=torch.bfloat16)
-        assert not takes_linear_gelu(x, no_bias)
-        layer.forward = layer.forward  # as hooks of diffusers and accelerate do
-        assert not takes_linear_gelu(x, layer)
-        del layer.forward
-        assert takes_linear_gelu(x, layer)
-        assert not takes_linear_gelu(x, layer.to("meta"))  # offloaded
-        adapted = type("Adapted", (torch.nn.Linear,), {})(32, 64, dtype=torch.bfloat16)
-        assert not takes_linear_gelu(x, adapted)
+    layer.forward = layer.forward
+    assert not takes_linear_gelu(x, layer)
+    del layer.forward
+    assert takes_linear_gelu(x, layer)
+    no_bias = torch.nn.Linear(32, 64, bias=False, dtype=torch.bfloat16).eval()
+    assert not takes_linear_gelu(x, no_bias)
+    adapted = type("Adapted", (torch.nn.Linear,), {})(32, 64, dtype=torch.bfloat16).eval()
+    assert not takes_linear_gelu(x, adapted)
+    layer.weight = type("Quantised", (torch.nn.Parameter,), {})(layer.weight)
+    assert not takes_linear_gelu(x, layer)
+
+
+@torch.no_grad()
+def test_hooks_attached_after_compilation_are_heard(monkeypatch):
+    on_hopper(monkeypatch)
+    mlp, x = Mlp(32, 64).bfloat16().eval(), torch.randn(2, 5, 32, dtype=torch.bfloat16)
+    compiled = torch.compile(mlp, backend="eager")
+    before = compiled(x)
+
+    class Negate(ModelHook):
+        def post_forward(self, module, output):
+            return -output
+
+    add_hook_to_module(mlp.fc1, Negate())
+    expected = mlp.fc2(torch.nn.functional.gelu(mlp.fc1(x), approximate="tanh"))
+    assert torch.equal(compiled(x), expected)
+    assert not torch.equal(expected, before)
 
 
 def test_backends_that_cannot_run_are_refused():
     model = MoHDiTTransformer2DModel(4, 2, hidden_size=16, depth=1, num_heads=2)
     with pytest.raises(UserError, match="modulation_backend is 'fused'; choose one of auto"):
         model.set_modulation_backend("fused")
+    with pytest.raises(UserError, match="mlp_backend is 'triton'; choose one of auto, reference"):
+        model.set_mlp_backend("triton")
     model.set_modulation_backend("triton")
     with pytest.raises(UserError, match='modulation_backend "triton" needs a GPU'):
         model(torch.zeros(1, 4, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.int64))

@@ -11,6 +11,7 @@ from .table import auto_backend, auto_cpu_backend, auto_modulation_backend
 
 BACKENDS = ("auto", "reference", "gathered", "triton")
 MODULATION_BACKENDS = ("auto", "reference", "triton")
+MLP_BACKENDS = ("auto", "reference")
 LAYER_NORM_EPSILON = 1e-6  # of adaLN (DiT's code)
 # Of torch operators: torch has one of a name, and code beside weights may be of another version.
 NAMESPACE = __name__.partition(".")[0]
@@ -18,6 +19,7 @@ NAMESPACE = __name__.partition(".")[0]
 __all__ = [
     "BACKENDS",
     "LAYER_NORM_EPSILON",
+    "MLP_BACKENDS",
     "MODULATION_BACKENDS",
     "NAMESPACE",
     "adaln_triton",

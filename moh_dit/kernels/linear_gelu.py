@@ -1,6 +1,7 @@
 """A linear layer and the GELU (tanh) of its result as one product: the epilogue of cuBLASLt.
 
-Passes without gradients alone: the backward pass needs what the layer gave before its GELU.
+In evaluation without gradients alone: the backward pass needs what the layer gave before its GELU,
+and a pass that is only repeated with gradients should round as that one does.
 """
 
 import torch
@@ -35,10 +36,11 @@ def takes_linear_gelu(x: Tensor, linear: nn.Module) -> bool:
     """Whether it was measured to pay for these, and ``linear`` is no more than its weights.
 
     Adapters, quantisers, sharding and offloading put something else in the layer's or its weight's
-    place, or wait for a call of the layer.
+    place, or wait for a call of the layer: accelerate and diffusers by hooks that replace
+    ``forward``, which torch.compile sees by their names alone.
     """
     return (
-        not torch.is_grad_enabled()
+        not (linear.training or torch.is_grad_enabled())
         and capability(x) in GPU_LINEAR_GELU
         and x.dtype in GPU_DTYPES
         and type(linear) is nn.Linear
@@ -46,5 +48,6 @@ def takes_linear_gelu(x: Tensor, linear: nn.Module) -> bool:
         and linear.bias is not None
         and (x.dtype, x.device) == (linear.weight.dtype, linear.weight.device)
         and "forward" not in linear.__dict__
+        and not (hasattr(linear, "_hf_hook") or hasattr(linear, "_diffusers_hook"))
         and not (linear._forward_hooks or linear._forward_pre_hooks)
     )
