@@ -1,13 +1,17 @@
 """Data order and randomness depend on (seed, step) alone."""
 
 import itertools
+import multiprocessing
+import os
+import signal
 from collections import Counter
 
 import pytest
 import torch
 
 from moh_dit.objectives import NoiseObjective
-from moh_dit.training.order import DataOrder, Share, StepRandom
+from moh_dit.training.order import DataOrder, Share, StepRandom, load
+from moh_dit.training.preemption import Preemption
 
 
 def steps(share, num_steps, start_step=0, **options):
@@ -71,3 +75,44 @@ def test_random_numbers_are_a_function_of_seed_and_step():
     assert abs(torch.cat([r.drop_label for r in many]).float().mean() - 0.25) < 0.04
     part = a.rows(Share(64, 1, 2).rows(0))
     assert torch.equal(part.noise, a.noise[32:])
+
+
+class Numbers:
+    """Latents that are their index; the worker that reads ``broken`` is killed."""
+
+    def __init__(self, broken=None):
+        self.broken = broken
+
+    def __getitems__(self, pairs):
+        if self.broken in [index for index, _ in pairs]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        indices = torch.tensor([index for index, _ in pairs])
+        return indices.float(), indices
+
+
+def loaded(latents):
+    return load(latents, DataOrder(10, Share(5), seed=0), 2, torch.device("cpu"))
+
+
+def test_workers_end_with_an_error_that_is_kept():
+    with pytest.raises(RuntimeError, match=r"worker .* (killed by|exited)") as kept:
+        list(loaded(Numbers(broken=3)))
+    assert not multiprocessing.active_children()
+    assert kept.tb  # with the frames that hold the iterator
+
+
+def test_a_worker_that_is_told_to_stop_before_its_first_line_works_on(monkeypatch):
+    leave = Preemption.leave_to_trainer
+
+    def told_first(worker):
+        os.kill(os.getpid(), signal.SIGTERM)
+        leave(worker)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Preemption, "leave_to_trainer", told_first)
+    batches = loaded(Numbers())
+    seen = [label for _ in range(4) for label in next(batches)[1].tolist()]
+    batches.close()
+    assert Counter(seen) == Counter(list(range(10)) * 2)
+    assert not multiprocessing.active_children()
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -90,8 +90,15 @@ def load(
         pin_memory=device.type == "cuda",
         worker_init_fn=Preemption.leave_to_trainer,
     )
-    for moments, labels in loader:
-        yield moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    with Preemption.withheld():
+        batches: Any = iter(loader)
+    try:
+        for moments, labels in batches:
+            yield moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    finally:
+        # Workers hear no SIGTERM, by which they end otherwise where an error keeps the iterator.
+        if num_workers:
+            batches._shutdown_workers()
 
 
 def _as_fetched(batch: Any) -> Any:

@@ -61,9 +61,20 @@ class Preemption:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     @staticmethod
+    @contextmanager
+    def withheld() -> Iterator[None]:
+        """A SIGTERM waits: one that comes between a worker's fork and its first line, too."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    @staticmethod
     def leave_to_trainer(worker: int) -> None:
         """In a loader's worker: jobs are told as a whole, and the step still needs its data."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     @contextmanager
     def held(self) -> Iterator[None]:
