@@ -52,6 +52,9 @@ def test_counted_shards_are_all_there_and_in_order(tmp_path):
     with pytest.raises(UserError, match=r"tar shard .*a1-10\.tar of .*does not exist"):
         tar_shards(tmp_path / "a1-{9..99999999999}.tar")
     assert len(tar_shards(tmp_path / "a*-{8..9}.tar")) == 4
+    (tmp_path / "[v2]").mkdir()  # a pattern, were it no name
+    (tmp_path / "[v2]" / "a1.tar").touch()
+    assert len(tar_shards(tmp_path / "[v2]" / "a{1..1}.tar")) == 1
     with pytest.raises(UserError, match="9 is more than 8"):
         tar_shards(tmp_path / "a1-{9..8}.tar")
 

@@ -88,7 +88,8 @@ def tar_shards(source: str | Path) -> list[Path]:
         return [path]
     shards = []
     for name in _counted(str(source)):
-        matching = [found for found in glob.glob(name) if found.endswith(".tar")]
+        matching = [name] if Path(name).is_file() else glob.glob(name)
+        matching = [found for found in matching if found.endswith(".tar")]
         if not matching and name != str(source):
             raise UserError(f"tar shard {name} of {source} does not exist")
         shards += sorted(map(Path, matching))
