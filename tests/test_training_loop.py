@@ -689,6 +689,8 @@ def bad_inputs(tmp_path):
         ("--model.label_init_std=-1", ["label_init_std is -1"]),
         ("--model.num_classes=0", ["model.num_classes is 0; it must be at least 1"]),
         ("--balance_loss_weight=-0.1", ["balance_loss_weight is -0.1; it must be at least 0"]),
+        ("--balance_loss_weight=.inf", ["balance_loss_weight is inf; it must be finite"]),
+        ("--optimizer.learning_rate=.inf", ["learning_rate is inf; it must be finite"]),
         ("--evaluation.fid_every=3 --evaluation.metrics=[]", ["evaluation.metrics is empty"]),
         ("--evaluation.fid_every=-3", ["evaluation.fid_every is -3"]),
         ("--optimizer.max_grad_norm=0", ["max_grad_norm is 0", "greater than 0"]),

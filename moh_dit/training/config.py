@@ -23,8 +23,8 @@ SMALLEST = {
     "optimizer.lr_warmup_steps": 0, "evaluation.sample_every": 0, "evaluation.fid_every": 0,
     "evaluation.num_inference_steps": 1,
 }  # fmt: skip
-POSITIVE = ("model.mlp_ratio", "optimizer.learning_rate")
-POSITIVE_OR_INFINITE = ("peak_tflops", "objective.min_snr_gamma", "optimizer.max_grad_norm")
+MAY_BE_INFINITE = ("peak_tflops", "objective.min_snr_gamma", "optimizer.max_grad_norm")
+POSITIVE = ("model.mlp_ratio", "optimizer.learning_rate", *MAY_BE_INFINITE)
 
 
 @dataclass
@@ -248,14 +248,14 @@ class TrainConfig:
 
         given = {key: value for key, value in flatten(self).items() if value is not None}
         for key, least in SMALLEST.items():
-            if not least <= given.get(key, least) < math.inf:
-                raise UserError(f"{key} is {given[key]}; it must be at least {least}, and finite")
+            if not given.get(key, least) >= least:
+                raise UserError(f"{key} is {given[key]}; it must be at least {least}")
         for key in POSITIVE:
-            if not 0 < given.get(key, 1) < math.inf:
-                raise UserError(f"{key} is {given[key]}; it must be greater than 0, and finite")
-        for key in POSITIVE_OR_INFINITE:
             if not given.get(key, 1) > 0:
                 raise UserError(f"{key} is {given[key]}; it must be greater than 0")
+        for key, value in given.items():
+            if value == math.inf and key not in MAY_BE_INFINITE:
+                raise UserError(f"{key} is inf; it must be finite")
         share = num_processes * self.gradient_accumulation_steps
         if self.batch_size < 1 or self.batch_size % share:
             raise UserError(
