@@ -91,10 +91,7 @@ def plan(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--plans", nargs="+", type=plan, default=PLANS, help="as 24:14+2")
-    parser.add_argument(
-        "--seconds", type=float, default=0.4,
-        help="of a kind's turns, three each: as if a GPU did nothing else; 0.03: as after a rest",
-    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=0.4, help="of each kind's three turns")
     parser.add_argument("--json")
     args = parser.parse_args()
     print(environment())

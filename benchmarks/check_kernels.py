@@ -156,11 +156,9 @@ def check_linear_gelu():
         (384, 768, 1024, 1152), (torch.bfloat16, torch.float16), (8, 600, 16384)
     ):
         torch.manual_seed(0)
-        x, weight, bias = (
-            torch.randn(size, device="cuda").to(dtype) / divisor
-            for size, divisor in (((2, tokens // 2, width), 1), ((4 * width, width), 16),
-                                  ((4 * width,), 1))
-        )  # fmt: skip
+        x = torch.randn(2, tokens // 2, width, device="cuda").to(dtype)
+        weight = torch.randn(4 * width, width, device="cuda").to(dtype) / 16
+        bias = torch.randn(4 * width, device="cuda").to(dtype)
 
         def plain(x, weight, bias):
             return F.gelu(F.linear(x, weight, bias), approximate="tanh")

@@ -70,12 +70,13 @@ def fastest_dense():
     return sdpa_kernel([*dense_backends()[:1], SDPBackend.MATH], set_priority=True)
 
 
-def time_graph(call, target_ms=4.0):
+def time_graph(call):
     """Median milliseconds of one ``call``, from a few replays of :class:`Captured`."""
-    return time_replays([Captured(call, target_ms)], turns=1, seconds=0.04)[0]
+    return time_replays([Captured(call)], turns=1, seconds=0.04)[0]
 
 
 def time_events(call):
+    """Milliseconds of the GPU for one ``call``."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -85,20 +86,20 @@ def time_events(call):
 
 
 class Captured:
-    """A CUDA graph of some ``target_ms`` of calls, 50 at most, and what it reads.
+    """A CUDA graph of some 4 ms of calls, 50 at most, and what it reads.
 
     A graph leaves out Python and launch overhead on every side alike; inputs should exceed the L2
     cache.
     """
 
-    def __init__(self, call, target_ms=4.0):
+    def __init__(self, call):
         self.call, self.graph, self.stream = call, torch.cuda.CUDAGraph(), torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for _ in range(3):
                 call()
             once = statistics.fmean(time_events(call) for _ in range(3))
-            self.calls = max(1, min(50, int(target_ms / max(once, 1e-3))))
+            self.calls = max(1, min(50, int(4 / max(once, 1e-3))))
             with torch.cuda.graph(self.graph, stream=self.stream):
                 for _ in range(self.calls):
                     call()

@@ -49,6 +49,7 @@ def prepare(name, pixels, batch, args):
     with fastest_dense(), float8_linears(args.float8), torch.no_grad():
         from_python = time_steps(forward, 0.5)
         if args.profile:
+            print(name)
             kernel_times(forward)
         return Captured(forward), from_python
 

@@ -61,7 +61,7 @@ GPU_BACKENDS: dict[tuple[int, int], dict[int, str]] = {
 GPU_DTYPES = (torch.bfloat16, torch.float16)
 # The same of adaLN, whatever the width of the model.
 GPU_MODULATION_BACKENDS: dict[tuple[int, int], str] = {(9, 0): "triton"}
-# Where the MLP's first linear layer takes its GELU along, in passes without gradients.
+# Where the MLP's first linear layer takes its GELU along, in evaluation.
 GPU_LINEAR_GELU = {(9, 0)}
 # CPU: gathering pays from this many tokens and up to this share of active heads.
 GATHERED_FROM_TOKENS, GATHERED_UP_TO_SHARE = 256, 0.8
