@@ -3,3 +3,26 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the subprocesses: sums in the same order
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(one_thread, tmp_path_factory):
+    """A run that was never interrupted."""
+    from training_runs import tiny
+
+    from moh_dit.training.loop import Trainer
+
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    Trainer(tiny(run_dir)).train()
+    return run_dir

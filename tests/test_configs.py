@@ -8,7 +8,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
-from test_training_loop import images
+from training_runs import images
 
 from moh_dit.checkpoints import load_pipeline
 from moh_dit.cli import find_config, load_config
