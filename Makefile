@@ -42,7 +42,7 @@ $(RUN)/samples.npz: | $(RUN)/trained
 	    --num_samples 1000 --output $@
 
 $(RUN)/digits.npz: | $(RUN)/trained
-	$(BIN)/python -m moh_dit.data.export --data digits --output $@
+	$(BIN)/python -m moh_dit.data.export_images --data digits --output $@
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2

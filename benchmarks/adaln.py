@@ -15,7 +15,7 @@ import torch
 from common import environment, table, time_graph, write_json
 
 from moh_dit.kernels import triton_adaln
-from moh_dit.modulation import adaln
+from moh_dit.model.modulation import adaln
 
 # What: batch, tokens, width, dtype of the stream. Training keeps it in float32.
 CASES = {

@@ -22,7 +22,7 @@ from common import (
     write_json,
 )
 
-from moh_dit.attention import moh_attention, split_heads
+from moh_dit.model.attention import moh_attention, split_heads
 
 SIZES = [(64, 256), (32, 1024), (8, 4096)]  # batch, tokens: 256, 512, 1024 px
 PLANS = [(24, 14, 2), (16, 10, 2), (8, 8, 0), (24, 16, 3)]  # heads, shared, active: XL/2-75, -90

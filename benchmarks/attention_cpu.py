@@ -12,7 +12,7 @@ import time
 import torch
 from common import environment, table, write_json
 
-from moh_dit.attention import moh_attention
+from moh_dit.model.attention import moh_attention
 
 PLANS = [(12, 3, 3), (12, 6, 3), (24, 8, 4), (24, 14, 4)]  # 50 % and 75 % of the heads active
 

@@ -12,13 +12,13 @@ import argparse
 import torch
 from accelerate import Accelerator
 
-from moh_dit.attention import load_balance_loss
 from moh_dit.autoencoder import latent_scaling, load_autoencoder, sample_latents
-from moh_dit.checkpoints import load_pretrained
-from moh_dit.cli import find_config, load_config
+from moh_dit.checkpoints.opening import load_pretrained
+from moh_dit.common.cli import find_config, load_config
 from moh_dit.data.images import open_images
 from moh_dit.data.latents import encode_images
-from moh_dit.objectives import NoiseObjective
+from moh_dit.diffusion.objectives import NoiseObjective
+from moh_dit.model.attention import load_balance_loss
 from moh_dit.training.balance import BalanceLoss
 from moh_dit.training.config import TrainConfig
 from moh_dit.training.setup import build_model

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from common import environment, make_projected, relative_error, table, write_json
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moh_dit.attention import moh_attention
+from moh_dit.diffusion.noise import philox_normal
 from moh_dit.kernels.linear_gelu import linear_gelu
-from moh_dit.modulation import adaln
-from moh_dit.noise import philox_normal
+from moh_dit.model.attention import moh_attention
+from moh_dit.model.modulation import adaln
 
 PLANS = [(24, 14, 2), (16, 10, 2), (8, 8, 0), (6, 0, 3)]
 TOKENS = [3, 200, 256, 576, 1000, 1024, 2100, 4096]

@@ -22,16 +22,16 @@ import torch
 from PIL import Image
 
 from moh_dit.autoencoder import latent_scaling, load_autoencoder, sample_latents
-from moh_dit.checkpoints import checkpoint_name, load_pretrained
-from moh_dit.cli import find_config, load_config
-from moh_dit.continue_tuning import MoHSettings, dense_to_moh, noisy_batches
+from moh_dit.checkpoints.opening import checkpoint_name, load_pretrained
+from moh_dit.common.cli import find_config, load_config
+from moh_dit.continue_tuning.model import MoHSettings, dense_to_moh, noisy_batches
 from moh_dit.data.digits import load_digit_images
 from moh_dit.data.images import open_images
 from moh_dit.data.latents import encode_images
-from moh_dit.objectives import NoiseObjective
-from moh_dit.pipeline import MoHDiTPipeline
+from moh_dit.diffusion.objectives import NoiseObjective
+from moh_dit.pipeline.pipeline import MoHDiTPipeline
 from moh_dit.training.config import ModelConfig, TrainConfig
-from moh_dit.training.loop import Trainer
+from moh_dit.training.trainer import Trainer
 
 PLANS = {  # shared heads, active routed heads of the six layers of six heads
     75: dict(num_shared_heads=3, num_active_routed_heads=[2, 2, 2, 1, 1, 1]),

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from moh_dit.formats.weights import LazyTensor, open_weights, write_torch
-from moh_dit.presets import build_model
+from moh_dit.checkpoints.weight_files import LazyTensor, open_weights, write_torch
+from moh_dit.model.presets import build_model
 
 STEPS = (("dit.pt", "diffusers", "diffusers"), ("diffusers", "moh-dit", "moh-dit"),
          ("moh-dit", "published", "back.pt"))  # fmt: skip

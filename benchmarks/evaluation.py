@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fid_eval.hashing import file_sha256
-from fid_eval.metrics import precision_recall
+from fid_eval.metrics.adm import precision_recall
+from fid_eval.sets.hashing import file_sha256
 
 SIDE = 256
 BLOCK = 100  # images made by one task
@@ -152,8 +152,8 @@ class Report:
 
 def throughput(weights: Path, precision: str, compiled: bool, batch: int, fused: bool) -> float:
     """Images/s of the network alone on images that are on the GPU already."""
-    from fid_eval import inception
-    from fid_eval.extractors import get_extractor, network_precision
+    from fid_eval.networks import inception
+    from fid_eval.networks.extractors import get_extractor, network_precision
 
     extractor = get_extractor("inception", weights, file_sha256(weights))
     extractor.load(torch.device("cuda"), compiled)
@@ -264,8 +264,8 @@ def neighbours(device: str, mode: str, reference: int = 10_000, samples: int = 5
 
 def decode(count: int = 200) -> dict:
     """Milliseconds of processor time for a PNG of 256 px: as fid_eval decodes it, and by Pillow."""
-    from fid_eval.images import AS_IS
-    from fid_eval.images import decode as ours
+    from fid_eval.sets.decoding import AS_IS
+    from fid_eval.sets.decoding import decode as ours
 
     encoded = []
     for image in make_images(0, count):

@@ -6,8 +6,8 @@ from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from moh_dit import build_model
-from moh_dit.attention import MoHAttention, split_heads
-from moh_dit.kernels import MODULATION_BACKENDS
+from moh_dit.kernels.backends import MODULATION_BACKENDS
+from moh_dit.model.attention import MoHAttention, split_heads
 
 
 class DenseThenMask(nn.Module):

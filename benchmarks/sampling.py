@@ -22,15 +22,15 @@ import torch
 from common import environment, table, write_json
 from diffusers import AutoencoderKL
 
-from moh_dit.diffusion import make_scheduler
-from moh_dit.noise import ImageNoise
-from moh_dit.pipeline import MoHDiTPipeline
-from moh_dit.presets import build_model
+from moh_dit.diffusion.noise import ImageNoise
+from moh_dit.diffusion.process import make_scheduler
+from moh_dit.diffusion.samplers import prepare_scheduler
+from moh_dit.model.presets import build_model
+from moh_dit.model.transformer import MoHDiTTransformer2DModel
+from moh_dit.pipeline.pipeline import MoHDiTPipeline
 from moh_dit.sampling.config import SamplingSettings
 from moh_dit.sampling.engine import REQUEST, evaluation_mode, sample_latents, use_settings
-from moh_dit.sampling.exact import sample_set, set_labels
-from moh_dit.schedulers import prepare_scheduler
-from moh_dit.transformer import MoHDiTTransformer2DModel
+from moh_dit.sampling.sample_set import sample_set, set_labels
 
 FULL, LIMITED = (0.0, 1.0), (0.1, 0.7)
 TINY = dict(hidden_size=192, depth=6, num_heads=6, num_shared_heads=2, num_active_routed_heads=2)

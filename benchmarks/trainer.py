@@ -27,7 +27,7 @@ import torch
 from common import environment, table, write_json
 from PIL import Image
 
-from moh_dit.training.record import read_log
+from moh_dit.training.run_log import read_log
 
 ROOT = Path(__file__).parents[1]
 MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75"]

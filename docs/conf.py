@@ -14,7 +14,7 @@ from latex2mathml.converter import convert
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the API pages document this very tree
 
-from moh_dit import __version__  # noqa: E402
+from moh_dit.common.version import __version__  # noqa: E402
 
 project = "MoH-DiT"
 author = "the MoH-DiT authors"

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from moh_dit.attention import load_balance_loss, recorded_router_stats
-from moh_dit.convert_attention import attention_from_linears, attention_to_moh
+from moh_dit.continue_tuning.attention import attention_from_linears, attention_to_moh
+from moh_dit.model.attention import load_balance_loss, recorded_router_stats
 
 
 class MoHLlamaAttention(nn.Module):

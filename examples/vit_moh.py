@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from moh_dit import convert_attention as convert
-from moh_dit.attention import load_balance_loss, recorded_router_stats
+from moh_dit.continue_tuning import attention as convert
+from moh_dit.model.attention import load_balance_loss, recorded_router_stats
 
 
 class MoHViTAttention(nn.Module):

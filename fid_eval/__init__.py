@@ -5,10 +5,9 @@ result = evaluate("imagenet256.npz", "samples.npz")
 print(result["fid"])
 """
 
-__version__ = "0.1.0"
-
 from .errors import EvaluationError
 from .evaluator import Evaluator, Result, evaluate
-from .readers import Share
+from .sets.readers import Share
+from .version import __version__
 
-__all__ = ["EvaluationError", "Evaluator", "Result", "Share", "evaluate"]
+__all__ = ["EvaluationError", "Evaluator", "Result", "Share", "__version__", "evaluate"]

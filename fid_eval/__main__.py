@@ -17,17 +17,17 @@ from typing import Any, NoReturn, get_args
 
 import torch
 
-from .catalogue import DEFAULT_METRICS, METRICS
 from .distributed import choose_device, leave, on_first, together, world
 from .errors import EvaluationError
 from .evaluator import Evaluator, ReferenceKind
-from .extractors import EXTRACTORS, NetworkPrecision, get_extractor
 from .features import Runtime
-from .images import Preprocess
 from .jobs import Job, read_jobs, run_jobs
-from .neighbours import Precision
+from .metric_registry import DEFAULT_METRICS, METRICS
+from .metrics.neighbours import Precision
+from .networks.extractors import EXTRACTORS, NetworkPrecision, get_extractor
 from .references import home, save_reference, saved_references
 from .report import Document, table, write_csv, write_json, write_plot
+from .sets.decoding import Preprocess
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,16 +9,17 @@ from typing import Any, Literal
 
 import torch
 
-from . import planning
-from .catalogue import DEFAULT_METRICS, METRICS, Pair
+from . import metric_checks as planning
 from .distributed import choose_device, on_first, world
 from .errors import EvaluationError
-from .extractors import Extractor, NetworkPrecision, get_extractor, wrap_extractor
 from .features import Features, Runtime, extract, reading_ahead
-from .images import Preprocess
-from .neighbours import Precision
+from .metric_registry import DEFAULT_METRICS, METRICS, Pair
+from .metrics.neighbours import Precision
+from .networks.extractors import Extractor, NetworkPrecision, get_extractor, wrap_extractor
 from .references import check_reference, open_reference
-from .sets import ImageSet, open_set
+from .sets.decoding import Preprocess
+from .sets.image_set import ImageSet
+from .sets.opening import open_set
 
 ReferenceKind = Literal["auto", "statistics", "images"]
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from .distributed import gather, local_processes, on_first, together, world
 from .errors import EvaluationError
-from .extractors import Extractor, NetworkPrecision, network_precision
-from .loading import CHUNK
-from .metrics import covariance_factor, feature_factor, mean_and_covariance
-from .moments import Moments
+from .metrics.adm import covariance_factor, feature_factor, mean_and_covariance
+from .metrics.moments import Moments
+from .networks.extractors import Extractor, NetworkPrecision, network_precision
 from .progress import progress
-from .sets import ImageSet
+from .sets.image_set import ImageSet
+from .sets.loading import CHUNK
 
 LAYERS = ("pool", "spatial")
 

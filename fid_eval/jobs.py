@@ -12,7 +12,7 @@ from .distributed import on_first, together, world
 from .errors import EvaluationError
 from .evaluator import Evaluator
 from .report import Document, versions, write_json
-from .sets import ImageSet
+from .sets.image_set import ImageSet
 from .text import nearest_name
 
 SET_KEYS = ("path", "name", "metrics", "x")

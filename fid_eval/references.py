@@ -11,11 +11,12 @@ import torch
 
 from .distributed import gather, on_first
 from .errors import EvaluationError
-from .extractors import Extractor
 from .features import Runtime, extract
-from .images import AS_IS, Preprocess
-from .loading import CHUNK
-from .sets import ImageSet, open_set
+from .networks.extractors import Extractor
+from .sets.decoding import AS_IS, Preprocess
+from .sets.image_set import ImageSet
+from .sets.loading import CHUNK
+from .sets.opening import open_set
 from .text import nearest_name
 
 NAME_SUFFIX = ".npz"
@@ -194,7 +195,7 @@ def _write(
             continue
         mean, covariance = features.mean_and_covariance(layer)
         arrays["mu" + suffix], arrays["sigma" + suffix] = mean.numpy(), covariance.numpy()
-    from . import __version__
+    from .version import __version__
 
     metadata = {
         "count": features.count,

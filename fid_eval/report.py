@@ -18,7 +18,7 @@ Document = dict[str, Any]  # versions, settings, reference, extractors, sets: se
 
 
 def versions() -> dict[str, str]:
-    from . import __version__
+    from .version import __version__
 
     found = {
         "fid_eval": __version__,

@@ -1,21 +1,29 @@
 """MoH-DiT: Diffusion Transformers with Mixture-of-Head attention."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .common.version import __version__
 
-# Looked up on first use, so that `import moh_dit` and every --help stay quick.
+if TYPE_CHECKING:
+    from .checkpoints.opening import load_pipeline, load_pretrained
+    from .continue_tuning.model import MoHSettings, dense_to_moh
+    from .model.attention import MoHAttention
+    from .model.presets import PRESETS, build_model
+    from .model.transformer import MoHDiTTransformer2DModel
+    from .pipeline.pipeline import MoHDiTPipeline
+
+# Import each name on first use, so that `import moh_dit` and every --help stay fast.
 _EXPORTS = {
-    "MoHAttention": "attention",
-    "MoHDiTPipeline": "pipeline",
-    "MoHDiTTransformer2DModel": "transformer",
-    "MoHSettings": "continue_tuning",
-    "PRESETS": "presets",
-    "build_model": "presets",
-    "dense_to_moh": "continue_tuning",
-    "load_pipeline": "checkpoints",
-    "load_pretrained": "checkpoints",
+    "MoHAttention": "model.attention",
+    "MoHDiTPipeline": "pipeline.pipeline",
+    "MoHDiTTransformer2DModel": "model.transformer",
+    "MoHSettings": "continue_tuning.model",
+    "PRESETS": "model.presets",
+    "build_model": "model.presets",
+    "dense_to_moh": "continue_tuning.model",
+    "load_pipeline": "checkpoints.opening",
+    "load_pretrained": "checkpoints.opening",
 }
 __all__ = [
     "PRESETS",
@@ -23,6 +31,7 @@ __all__ = [
     "MoHDiTPipeline",
     "MoHDiTTransformer2DModel",
     "MoHSettings",
+    "__version__",
     "build_model",
     "dense_to_moh",
     "load_pipeline",
@@ -34,3 +43,7 @@ def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

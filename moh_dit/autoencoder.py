@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from .errors import UserError
+from .common.errors import UserError
 
 EMBEDDED = {"digits": Path(__file__).parent / "embedded" / "digits_autoencoder"}
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
@@ -194,14 +194,3 @@ def _from_pretrained(name: str, **options: Any) -> AutoencoderKL:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"
-
-
-def main() -> None:
-    """``python -m moh_dit.autoencoder``, the same as ``moh-dit-train-autoencoder``."""
-    from .data.commands import train_autoencoder
-
-    train_autoencoder()
-
-
-if __name__ == "__main__":
-    main()

@@ -19,9 +19,9 @@ def one_thread():
 @pytest.fixture(scope="module")
 def whole(one_thread, tmp_path_factory):
     """A run that was never interrupted."""
-    from training_runs import tiny
+    from helpers.training_runs import tiny
 
-    from moh_dit.training.loop import Trainer
+    from moh_dit.training.trainer import Trainer
 
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     Trainer(tiny(run_dir)).train()

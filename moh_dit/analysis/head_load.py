@@ -22,9 +22,9 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
-from ..attention import MoHAttention
-from ..errors import UserError
-from ..transformer import MoHDiTTransformer2DModel
+from ..common.errors import UserError
+from ..model.attention import MoHAttention
+from ..model.transformer import MoHDiTTransformer2DModel
 
 HALVES = ("conditional", "null")
 AXES = ("class", "half", "timestep")

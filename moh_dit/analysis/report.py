@@ -14,12 +14,12 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from .. import __version__
-from ..errors import UserError
+from ..common.errors import UserError
+from ..common.version import __version__
 from ..training.config import TrainConfig, flatten
 from .charts import COLORS, Series, line_chart, load_chart
-from .commands import ReportConfig
-from .runs import Run, read_runs
+from .config import ReportConfig
+from .read_runs import Run, read_runs
 
 TEMPLATE = "report.html.jinja"
 KEEP_BYTES = 150_000  # a larger picture is stored as WebP

@@ -20,14 +20,14 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL
 
 from ..autoencoder import autoencoder_identity, latent_scaling, latent_shape, load_autoencoder
-from ..errors import UserError
-from ..processes import on_main
-from ..progress import progress_bar
-from .commands import Encoding
-from .hub import is_stream
+from ..common.distributed import run_on_main_process
+from ..common.errors import UserError
+from ..common.progress import progress_bar
+from .config import EncodeConfig
+from .hub_stream import HubStream
+from .hugging_face import is_stream
 from .images import ImageSet, open_images, read_batches
-from .latents import FORMAT, encode_both, index_batches
-from .shards import (
+from .latent_shards import (
     SHARD_PREFIX,
     check_disk_space,
     open_folder,
@@ -35,7 +35,7 @@ from .shards import (
     write_index,
     write_shard,
 )
-from .streaming import HubStream
+from .latents import FORMAT, encode_both, index_batches
 
 IMAGES_PER_PASS = 8
 MAX_IMAGES_PER_SHARD = 4096
@@ -44,7 +44,7 @@ MAX_BYTES_PER_SHARD = 256 * 2**20
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # uint8 (B, S, S, 3) and int64 (B,)
 
 
-def encode_data(config: Encoding, images: ImageSet | None = None) -> None:
+def encode_data(config: EncodeConfig, images: ImageSet | None = None) -> None:
     """Encode into ``config.output``; run by each process of an ``accelerate launch``.
 
     Args:
@@ -58,7 +58,7 @@ def encode_data(config: Encoding, images: ImageSet | None = None) -> None:
     patience = timedelta(days=1)
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=patience)
     vae = load_autoencoder(config.autoencoder)
-    source, plan = on_main(state, lambda: _prepare(config, vae, images))
+    source, plan = run_on_main_process(state, lambda: _prepare(config, vae, images))
     folder = Path(config.output)
     state.wait_for_everyone()
     place = state.process_index, state.num_processes
@@ -107,7 +107,7 @@ def encode_data(config: Encoding, images: ImageSet | None = None) -> None:
 
 
 def _prepare(
-    config: Encoding, vae: AutoencoderKL, images: ImageSet | None
+    config: EncodeConfig, vae: AutoencoderKL, images: ImageSet | None
 ) -> tuple[ImageSet | HubStream, dict[str, Any]]:
     """Check everything and make the folder; return the source and the plan."""
     folder = Path(config.output)
@@ -150,7 +150,7 @@ def _prepare(
 
 
 def _missing_shards(
-    folder: Path, plan: dict[str, Any], images: ImageSet, config: Encoding, rank: int, size: int
+    folder: Path, plan: dict[str, Any], images: ImageSet, config: EncodeConfig, rank: int, size: int
 ) -> tuple[int, Iterator[tuple[str, Batches]]]:
     """Number of images, and name and images of each shard, that this process has to encode."""
     present = set(os.listdir(folder))

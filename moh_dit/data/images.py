@@ -10,11 +10,11 @@ from typing import Protocol
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import UserError
-from .hub import PREFIX as HUB
-from .hub import HubImages, is_stream
-from .sources import DigitImages, ImageFolder
-from .tars import TarImages, tar_shards
+from ..common.errors import UserError
+from .hugging_face import PREFIX as HUB
+from .hugging_face import HubImages, is_stream
+from .image_folders import DigitImages, ImageFolder
+from .tar_shards import TarImages, tar_shards
 
 
 class ImageSet(Protocol):

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..autoencoder import autoencoder_identity, encode_moments, latent_shape
-from ..errors import UserError
-from ..progress import progress_bar
+from ..common.errors import UserError
+from ..common.progress import progress_bar
 from .images import ImageSet, read_batches
 from .pixels import to_float
 
@@ -275,14 +275,3 @@ def encode_both(vae: AutoencoderKL, pixels: np.ndarray, flip: bool) -> Tensor:
 def index_batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
     """Cut ``indices`` into consecutive batches; the last may be short."""
     return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-
-
-def main() -> None:
-    """``python -m moh_dit.data.latents``, the same as ``moh-dit-encode``: for launchers."""
-    from .commands import encode
-
-    encode()
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import NAMESPACE, capability
+from .backends import NAMESPACE, capability
 from .table import GPU_DTYPES, GPU_LINEAR_GELU
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import NAMESPACE, capability, triton_backward, triton_forward, triton_routing
+from . import triton_backward, triton_forward, triton_routing
+from .backends import NAMESPACE, capability
 from .sizes import cdiv, head_split, power_of_2
 from .table import launch_configuration
 
@@ -253,6 +254,6 @@ attention_op.register_autograd(_backward, setup_context=_save)
 def moh_attention_triton(
     projected: Tensor, heads: int, shared: int, active: int, head_dim: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The Triton backend of :func:`moh_dit.attention.moh_attention`."""
+    """The Triton backend of :func:`moh_dit.model.attention.moh_attention`."""
     out, stats, *_ = attention_op(projected, heads, shared, active, head_dim)
     return out, stats if active else None

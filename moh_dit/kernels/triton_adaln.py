@@ -1,7 +1,7 @@
 """Triton kernels: adaLN (DiT §3.2), each direction in one pass over the tokens.
 
-What ``moh_dit.modulation`` says in plain torch. Compilers read a row that is too long for them to
-keep several times, and once more for every gradient that is a sum over tokens.
+``moh_dit.model.modulation`` defines the function in plain torch. torch.compile reads a row several
+times if it does not fit in registers, and once more for each gradient that is a sum over tokens.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import LAYER_NORM_EPSILON, NAMESPACE
+from .backends import LAYER_NORM_EPSILON, NAMESPACE
 from .sizes import cdiv, power_of_2, power_of_2_up_to
 
 

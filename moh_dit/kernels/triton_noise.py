@@ -1,4 +1,4 @@
-"""Triton kernel: per-image normal noise in one launch, the numbers of ``moh_dit.noise``.
+"""Triton kernel: per-image normal noise in one launch, the numbers of ``moh_dit.diffusion.noise``.
 
 The plain tensor operations there are some 170 small kernels, which a small model waits for.
 """
@@ -63,7 +63,7 @@ def philox_normal_kernel(
 def philox_normal_triton(
     seed: int, indices: Tensor, first_draw: int, draws: int, count: int
 ) -> Tensor:
-    """As :func:`moh_dit.noise.philox_normal`."""
+    """As :func:`moh_dit.diffusion.noise.philox_normal`."""
     out = torch.empty(draws, len(indices), count, dtype=torch.float64, device=indices.device)
     grid = (cdiv(cdiv(count, 4), BLOCK), len(indices), draws)
     interpreted = triton.knobs.runtime.interpret

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import UserError
+from ..common.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "float16"]
 

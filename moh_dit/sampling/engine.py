@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention import MoHAttention
-from ..noise import BlendedNoise, ImageNoise
-from ..pipeline import Guidance, MoHDiTPipeline
-from ..schedulers import named_scheduler, prepare_scheduler
-from ..transformer import MoHDiTTransformer2DModel
+from ..diffusion.noise import BlendedNoise, ImageNoise
+from ..diffusion.samplers import named_scheduler, prepare_scheduler
+from ..model.attention import MoHAttention
+from ..model.transformer import MoHDiTTransformer2DModel
+from ..pipeline.pipeline import Guidance, MoHDiTPipeline
 from .config import SamplingSettings
 
 # Fewer tokens at once leave a small model waiting for Python; more make a lone image wait for the

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from ..errors import UserError
-from ..pipeline import MoHDiTPipeline
+from ..common.errors import UserError
+from ..pipeline.pipeline import MoHDiTPipeline
 from .config import SamplingSettings
 from .engine import generate
 
@@ -89,7 +89,7 @@ def sample_strip(
     """For each class a row from its image of index 0 to its image of index 1.
 
     All noise is interpolated on the arc between the two images' (see
-    :class:`~moh_dit.noise.BlendedNoise`), that of stochastic schedulers too.
+    :class:`~moh_dit.diffusion.noise.BlendedNoise`), that of stochastic schedulers too.
     """
     if class_labels is None:
         class_labels = range(pipeline.transformer.config.num_classes)

@@ -14,21 +14,11 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs
 
-from .. import __version__
-from ..checkpoints import load_pipeline, resolve_checkpoint
-from ..errors import UserError
-from ..pipeline import MoHDiTPipeline
+from ..checkpoints.opening import load_pipeline, resolve_checkpoint
+from ..common.errors import UserError
+from ..common.version import __version__
+from ..pipeline.pipeline import MoHDiTPipeline
 from .config import SampleConfig
-from .exact import (
-    check_disk_space,
-    image_bytes,
-    images_done,
-    partial_folder,
-    sample_set,
-    set_labels,
-    weights_digest,
-)
-from .formats import format_of
 from .grids import (
     ANIMATIONS,
     check_animation,
@@ -37,6 +27,16 @@ from .grids import (
     sample_strip,
     save_animation,
     save_sheet,
+)
+from .output_formats import format_of
+from .sample_set import (
+    check_disk_space,
+    image_bytes,
+    images_done,
+    partial_folder,
+    sample_set,
+    set_labels,
+    weights_digest,
 )
 from .sweeps import Axis, parse_axis, sample_sweep
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..cli import nearest_key
-from ..errors import UserError
-from ..pipeline import MoHDiTPipeline
+from ..common.cli import nearest_key
+from ..common.errors import UserError
+from ..pipeline.pipeline import MoHDiTPipeline
 from .config import SamplingSettings
 from .engine import generate, use_settings
 from .grids import class_name, draw_sheet

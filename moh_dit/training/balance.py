@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..routing import load_balance_loss
+from ..model.routing import load_balance_loss
 
 
 class BalanceLoss:

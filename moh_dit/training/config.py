@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import UserError
-from ..presets import preset_config
+from ..common.errors import UserError
+from ..model.presets import preset_config
 
 if TYPE_CHECKING:
-    from ..objectives import Objective
+    from ..diffusion.objectives import Objective
 
 WITHOUT_WARMUP = ("constant", "piecewise_constant")
 # What settings may be, by dotted key, where they are set at all.
@@ -112,7 +112,7 @@ class ObjectiveConfig:
 
     def build(self, device: Any) -> "Objective":
         """The objective, or a ``UserError`` where the settings contradict each other."""
-        from ..objectives import FlowObjective, NoiseObjective
+        from ..diffusion.objectives import FlowObjective, NoiseObjective
 
         if self.prediction_type != "flow":
             return NoiseObjective(
@@ -290,6 +290,22 @@ class TrainConfig:
                 "optimizer.lr_warmup_steps needs a schedule with warm-up: set "
                 "optimizer.lr_schedule to constant_with_warmup, linear, cosine or the like"
             )
+
+
+@dataclass
+class PosthocConfig:
+    """The wanted average"""
+
+    run: str
+    """Folder of a run with snapshots (ema_power_stds)."""
+    std: float = 0.1
+    """Relative width of the wanted average, a share of the run up to its step; below 0.289."""
+    step: int | None = None
+    """Step at which the wanted average ends; the newest checkpoint that has a snapshot unless
+    given."""
+    output: str | None = None
+    """Folder for the model, to open with from_pretrained or init_from; by default into the
+    checkpoint of that step, to sample with --weights ema-posthoc-STD."""
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

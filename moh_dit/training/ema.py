@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..common.errors import UserError
 from .sharding import is_sharded, joined_like, local, spread_like
 
 Model = TypeVar("Model", bound=nn.Module)

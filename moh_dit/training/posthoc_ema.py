@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoints import WEIGHTS, checkpoint_name, checkpoint_step
-from ..cli import run_program
-from ..errors import UserError
-from ..files import written_aside
-from ..progress import progress_bar
-from ..transformer import MoHDiTTransformer2DModel
+from ..checkpoints.opening import WEIGHTS, checkpoint_name, checkpoint_step
+from ..common.atomic_write import atomic_output
+from ..common.errors import UserError
+from ..common.progress import progress_bar
+from ..model.transformer import MoHDiTTransformer2DModel
+from .config import PosthocConfig
 from .ema import power_gamma
 
 
@@ -38,22 +38,6 @@ class Profile:
     @property
     def gamma(self) -> float:
         return power_gamma(self.std)
-
-
-@dataclass
-class PosthocConfig:
-    """The wanted average"""
-
-    run: str
-    """Folder of a run with snapshots (ema_power_stds)."""
-    std: float = 0.1
-    """Relative width of the wanted average, a share of the run up to its step; below 0.289."""
-    step: int | None = None
-    """Step at which the wanted average ends; the newest checkpoint that has a snapshot unless
-    given."""
-    output: str | None = None
-    """Folder for the model, to open with from_pretrained or init_from; by default into the
-    checkpoint of that step, to sample with --weights ema-posthoc-STD."""
 
 
 def inner_product(a: Profile, b: Profile) -> float:
@@ -148,25 +132,10 @@ def reconstruct(config: PosthocConfig) -> None:
     model_config = MoHDiTTransformer2DModel.load_config(frozen.parent)
     with torch.device("meta"):
         model = MoHDiTTransformer2DModel.from_config(model_config)
-    with written_aside(output) as aside:
+    with atomic_output(output) as aside:
         model.save_config(aside)
         save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
     print(
         f"{output}: σ_rel {config.std:g} at step {step} from {len(snapshots)} snapshots; the "
         f"profile is met to {error:.2%}"
     )
-
-
-def main() -> None:
-    """Program ``python -m moh_dit.training.posthoc_ema``."""
-    run_program(
-        reconstruct,
-        PosthocConfig,
-        prog="python -m moh_dit.training.posthoc_ema",
-        description="Make an average of any length from the snapshots of a run.",
-        example="python -m moh_dit.training.posthoc_ema --run runs/mine --std 0.08",
-    )
-
-
-if __name__ == "__main__":
-    main()

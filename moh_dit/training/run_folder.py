@@ -9,14 +9,14 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, SchedulerMixin
 
 from ..autoencoder import autoencoder_identity
-from ..cli import load_config, save_config
+from ..common.atomic_write import atomic_write
+from ..common.cli import load_config, save_config
+from ..common.errors import UserError
 from ..data.images import ImageSet
 from ..data.latents import LatentSet, LatentStore
-from ..errors import UserError
-from ..files import write_aside
 from .config import TrainConfig, flatten
-from .record import environment
-from .state import clear_leftovers, written_for_run
+from .run_log import environment
+from .training_state import clear_leftovers, written_for_run
 
 # What may change when a run is resumed; everything else defines what is being computed.
 FREE_ON_RESUME = (
@@ -110,8 +110,8 @@ def open_run_folder(
     for folder in ("checkpoints", "snapshots"):
         clear_leftovers(run / folder)
     save_config(config, run / "config.yaml")
-    write_aside(run / DATA_FILE, json.dumps(identity, indent=1).encode())
-    write_aside(run / "classes.json", json.dumps(class_names, indent=1).encode())
+    atomic_write(run / DATA_FILE, json.dumps(identity, indent=1).encode())
+    atomic_write(run / "classes.json", json.dumps(class_names, indent=1).encode())
     with (run / "environment.jsonl").open("a") as file:  # one line for each start
         file.write(json.dumps({"start_step": start_step, **environment()}) + "\n")
     for name, part in (("vae", vae), ("scheduler", scheduler)):

@@ -22,17 +22,17 @@ from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from ..checkpoints import Opened, open_checkpoint
-from ..data.commands import Encoding
+from ..checkpoints.infer_config import LABEL_TABLE, infer_config, state_difference
+from ..checkpoints.opening import Opened, open_checkpoint
+from ..checkpoints.weight_files import lazy
+from ..common.distributed import run_on_main_process
+from ..common.errors import UserError
+from ..data.config import EncodeConfig
 from ..data.encoding import encode_data
 from ..data.images import ImageSet, open_images
 from ..data.latents import INDEX_FILE, LatentSet, encode_images, open_latents
-from ..errors import UserError
-from ..formats.identify import LABEL_TABLE, infer_config, state_difference
-from ..formats.weights import lazy
-from ..objectives import Objective
-from ..processes import on_main
-from ..transformer import MoHDiTTransformer2DModel
+from ..diffusion.objectives import Objective
+from ..model.transformer import MoHDiTTransformer2DModel
 from .config import DataConfig, OptimizerConfig, TrainConfig
 
 LATENTS = "latents"  # in the run folder
@@ -119,7 +119,7 @@ def open_training_data(
                 f"data.image_size {config.image_size} needs {(2 * shape[0], *shape[1:])}"
             )
         return store
-    images = on_main(
+    images = run_on_main_process(
         accelerator,
         lambda: open_images(
             config.source, config.image_size, skip_unreadable=config.skip_unreadable
@@ -157,7 +157,7 @@ def encode_training_data(
     if accelerator.num_processes == 1 and not folder.exists():
         return encode_images(images, vae, flip=data.horizontal_flip)
     if not (folder / INDEX_FILE).exists():
-        encoding = Encoding(
+        encoding = EncodeConfig(
             output=str(folder),
             data=data.source,
             image_size=data.image_size,

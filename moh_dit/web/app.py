@@ -29,7 +29,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import UserError
+from ..common.errors import UserError
 from .jobs import FINISHED, Job, JobQueue, QueueFull
 from .service import ImageService
 

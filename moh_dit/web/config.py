@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import UserError
+from ..common.errors import UserError
 from ..sampling.config import Precision, SampleConfig
 
 

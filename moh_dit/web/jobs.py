@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import UserError
+from ..common.errors import UserError
 
 FINISHED = ("done", "cancelled", "failed")
 SECONDS_TO_STOP = 10

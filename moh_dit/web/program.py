@@ -6,8 +6,7 @@ moh-dit-demo runs/digits --guidance_scale 2
 import socket
 from dataclasses import replace
 
-from ..cli import run_program
-from ..errors import UserError
+from ..common.errors import UserError
 from .config import DemoConfig
 
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
@@ -55,18 +54,3 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(
             f"cannot listen on {host}, port {port}: {reason}; give another host or port"
         ) from None
-
-
-def main() -> None:
-    run_program(
-        serve,
-        DemoConfig,
-        prog="moh-dit-demo",
-        description="A page to make images with, for a browser on this machine.",
-        example="moh-dit-demo runs/digits --guidance_scale 2",
-        positional="checkpoint",
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 from ..analysis.head_load import HeadLoad, HeadLoadRecorder
-from ..checkpoints import resolve_checkpoint
-from ..cli import nearest_key
-from ..errors import UserError
-from ..pipeline import MoHDiTPipeline
+from ..checkpoints.opening import resolve_checkpoint
+from ..common.cli import nearest_key
+from ..common.errors import UserError
+from ..diffusion.samplers import samplers_for
+from ..pipeline.pipeline import MoHDiTPipeline
 from ..sampling.config import SampleConfig
 from ..sampling.engine import use_settings
-from ..sampling.formats import to_png
 from ..sampling.grids import class_name, class_rows, draw_sheet, save_sheet
+from ..sampling.output_formats import to_png
 from ..sampling.program import facts, parse_labels, record
-from ..schedulers import samplers_for
 from .config import DemoConfig
 from .jobs import Job
 from .watcher import Watcher, edge_to_edge

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..analysis.head_load import HeadLoadRecorder
-from ..pipeline import MoHDiTPipeline
+from ..pipeline.pipeline import MoHDiTPipeline
 from ..sampling.config import SampleConfig
 from ..sampling.engine import count_steps, decode_state
 from .jobs import Job

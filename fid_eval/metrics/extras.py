@@ -1,0 +1,180 @@
+"""Further metrics, as plain functions on feature arrays (n, d), NumPy or torch.
+
+KID                     Bińkowski et al. 2018
+FID∞                    Chong and Forsyth 2020
+density, coverage       Naeem et al. 2020
+CMMD                    Jayasumana et al. 2024
+memorised share         Alaa et al. 2022 (one minus their authenticity)
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import EvaluationError
+from .adm import (
+    Array,
+    as_tensor,
+    covariance_factor,
+    feature_factor,
+    frechet_distance_of_features,
+    frechet_from_factors,
+    mean_and_covariance,
+)
+from .neighbours import PairDistances, nearest, neighbour_radii
+
+Gaussian = tuple[Tensor, Tensor]  # mean (d,), F (d, k) with Σ = F Fᵀ
+CMMD_BANDWIDTH, CMMD_SCALE = 10.0, 1000.0
+
+
+def gaussian_of(features: Array, device: torch.device | str | None = None) -> Gaussian:
+    """Mean and covariance factor of features, by whichever way is exact for their number."""
+    x = as_tensor(features, torch.float64, device)
+    if len(x) <= x.shape[1]:
+        return feature_factor(x)
+    mean, covariance = mean_and_covariance(x)
+    return mean, covariance_factor(covariance)
+
+
+def kid(
+    reference: Array, samples: Array, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Kernel Inception Distance: mean and standard deviation over random subsets.
+
+    The unbiased MMD² with the kernel (x·y/d + 1)³ between ``subset_size`` images of each side
+    (all of the smaller set, if that has fewer), drawn without replacement.
+    """
+    x, y = as_tensor(reference, torch.float64), as_tensor(samples, torch.float64)
+    size = min(subset_size, len(x), len(y))
+    if size < 2:
+        raise EvaluationError(f"KID of {size} image: needs at least 2")
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(subsets):
+        a = x[torch.randperm(len(x), generator=generator)[:size].to(x.device)]
+        b = y[torch.randperm(len(y), generator=generator)[:size].to(y.device)]
+        values.append(polynomial_mmd(a, b))
+    stacked = torch.tensor(values, dtype=torch.float64)
+    return float(stacked.mean()), float(stacked.std(correction=0))
+
+
+def polynomial_mmd(a: Tensor, b: Tensor) -> float:
+    """Unbiased MMD² of equally many rows, kernel (x·y/d + 1)³."""
+    n, d = a.shape
+
+    def kernel(u: Tensor, v: Tensor) -> Tensor:
+        return (u @ v.T / d + 1) ** 3
+
+    aa, bb = kernel(a, a), kernel(b, b)
+    within = aa.sum() - aa.trace() + bb.sum() - bb.trace()
+    return float(within / (n * (n - 1)) - 2 * kernel(a, b).mean())
+
+
+def fid_infinity(
+    reference: Gaussian, samples: Array, points: int = 15, smallest: int = 5000, seed: int = 0
+) -> tuple[float, list[tuple[int, float]]]:
+    """The Fréchet distance extrapolated to infinitely many samples.
+
+    Distances of ``points`` random subsets, their sizes evenly spaced from ``smallest`` (at most
+    half of the set) to all, fitted by a line in 1/n; returns its intercept and the points.
+    """
+    x = as_tensor(samples, torch.float64, reference[0].device)
+    smallest = min(smallest, len(x) // 2)
+    if smallest < 2:
+        raise EvaluationError(f"FID∞ of {len(x)} images: needs at least 4")
+    generator = torch.Generator().manual_seed(seed)
+    sizes = np.unique(np.linspace(smallest, len(x), points).astype(int))
+    curve = []
+    for size in sizes.tolist():
+        subset = x[torch.randperm(len(x), generator=generator)[:size].to(x.device)]
+        curve.append((size, frechet_from_factors(*reference, *gaussian_of(subset))))
+    inverse = 1 / np.array([size for size, _ in curve])
+    slope_and_intercept = np.polyfit(inverse, [value for _, value in curve], 1)
+    return float(slope_and_intercept[1]), curve
+
+
+def density_coverage(reference: Array, samples: Array, k: int = 5) -> tuple[float, float]:
+    """Density and coverage against balls of the reference's k-th nearest neighbours.
+
+    Density: mean number of reference balls around a sample, over k (may exceed 1). Coverage:
+    share of reference balls with a sample inside. Boundaries are outside, as in the authors' code.
+    """
+    ref, fake = as_tensor(reference, torch.float32), as_tensor(samples, torch.float32)
+    radii = neighbour_radii(ref, k)
+    hits = torch.zeros((), dtype=torch.int64, device=ref.device)
+    covered = torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
+    distances = PairDistances(ref, fake, "fp32")
+    for rows, columns, block in distances.tiles():
+        inside = distances.within(rows, columns, block, radii[rows, None], strictly=True)
+        hits += inside.sum()
+        covered[rows] |= inside.any(1)
+    return float(hits) / (k * len(fake)), float(covered.double().mean())
+
+
+def cmmd(reference: Array, samples: Array) -> float:
+    """CLIP-MMD: 1000 · MMD² with a Gaussian kernel of σ = 10 on unit-length embeddings.
+
+    The estimator that keeps the diagonal, as published; blocks of the kernel are summed in float64.
+    """
+    x, y = (
+        torch.nn.functional.normalize(as_tensor(a, torch.float64), dim=1)
+        for a in (reference, samples)
+    )
+
+    def mean_kernel(a: Tensor, b: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=a.device)
+        for _, _, block in PairDistances(a, b, "fp32").tiles():
+            total += (block / (-2 * CMMD_BANDWIDTH**2)).exp().sum()
+        return total / (len(a) * len(b))
+
+    return CMMD_SCALE * float(mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
+
+
+def class_frechet_distances(
+    reference: Array, reference_labels: Array, samples: Array, sample_labels: Array
+) -> dict[int, float]:
+    """Fréchet distance within each label that both sets have at least twice."""
+    x, y = as_tensor(reference, torch.float32), as_tensor(samples, torch.float32)
+    x_labels = as_tensor(reference_labels, torch.int64, x.device)
+    y_labels = as_tensor(sample_labels, torch.int64, y.device)
+    distances = {}
+    for label in sorted(set(x_labels.tolist()) & set(y_labels.tolist())):
+        a, b = x[x_labels == label], y[y_labels == label]
+        if min(len(a), len(b)) >= 2:
+            distances[label] = frechet_distance_of_features(a, b)
+    if not distances:
+        raise EvaluationError("per-class distances: no label has two images in both sets")
+    return distances
+
+
+def memorised_share(
+    training: Array, samples: Array, pairs: int = 16
+) -> tuple[float, list[dict[str, float]]]:
+    """Share of samples nearer to a training image than that image is to any other.
+
+    Samples as distant from the training set as its own images are from each other score about a
+    half; copies score 1. Also the ``pairs`` closest (sample, training, distance), distances as
+    multiples of that training image's own nearest-neighbour distance.
+    """
+    ref, fake = as_tensor(training, torch.float32), as_tensor(samples, torch.float32)
+    own = neighbour_radii(ref, 1)
+    distance, index = nearest(fake, ref)
+    ratio = (distance / own[index].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    closest = [
+        {"sample": int(i), "training": int(index[i]), "distance": float(ratio[i])}
+        for i in ratio.argsort()[:pairs]
+    ]
+    return float((distance < own[index]).double().mean()), closest
+
+
+def bootstrap_deviation(
+    values: Callable[[Tensor], float], count: int, replicates: int, seed: int = 0
+) -> float:
+    """Standard deviation of ``values(indices)`` over resamples of ``count`` images."""
+    generator = torch.Generator().manual_seed(seed)
+    results = [
+        values(torch.randint(count, (count,), generator=generator)) for _ in range(replicates)
+    ]
+    return float(torch.tensor(results, dtype=torch.float64).std())

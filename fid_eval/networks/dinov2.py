@@ -1,0 +1,49 @@
+"""DINOv2's class token on 224 × 224 images, preprocessed as torch-fidelity does."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EvaluationError
+from .inception import resize_like_tensorflow
+
+REPOSITORY = "facebookresearch/dinov2"
+MEAN = (0.485, 0.456, 0.406)
+DEVIATION = (0.229, 0.224, 0.225)
+
+
+class DINOv2(nn.Module):
+    """``architecture`` (dinov2_vitl14, …) of the published repository, through torch.hub.
+
+    torch-fidelity's own extractor takes no local weights. Here ``state`` may be given, and a copy
+    of the repository in torch.hub's folder is used before the network is tried.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, architecture: str, state: dict[str, Tensor] | None) -> None:
+        super().__init__()
+        local = Path(torch.hub.get_dir()) / (REPOSITORY.replace("/", "_") + "_main")
+        try:
+            if local.is_dir():
+                model = torch.hub.load(
+                    str(local), architecture, source="local", pretrained=state is None
+                )
+            else:
+                model = torch.hub.load(REPOSITORY, architecture, pretrained=state is None)
+        except Exception as error:
+            raise EvaluationError(
+                f"cannot load DINOv2 ({error}). Without a network: put a clone of "
+                f"github.com/{REPOSITORY} at {local} and give the weights with --weights"
+            ) from None
+        if state is not None:
+            model.load_state_dict(state)
+        self.model = model
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(DEVIATION).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) → (B, d)."""
+        return self.model((resize_like_tensorflow(images, 224) - self.mean) / self.std)

@@ -1,0 +1,130 @@
+"""Read encoded images (PNG, JPEG, …) by their index."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import EvaluationError
+from .decoding import EXTENSIONS, BadImage, Preprocess, check_header, decode, to_rgb
+from .loading import map_in_processes
+from .readers import ImageReader, check_labels
+
+INSPECTED = 256  # image headers read by one task
+NAMED = 3  # broken images named in a message
+
+
+class EncodedReader(ImageReader):
+    """Encoded images (PNG, JPEG, …) that can be fetched one by one in any order."""
+
+    decodes = True
+    size: tuple[int, int]
+
+    def __init__(
+        self,
+        kind: str,
+        set_name: str,
+        names: Sequence[str],
+        fetch: Callable[[int], bytes | Image.Image],
+        check: Callable[[int], tuple],
+        preprocess: Preprocess,
+        labels: Any = None,
+        hash_images: bool = False,
+    ) -> None:
+        self.kind, self.set_name, self.names = kind, set_name, names
+        self.fetch, self.preprocess = fetch, preprocess
+        self.hash_images = hash_images  # no one file or folder can be hashed instead
+        self.digests = {} if hash_images or kind == "folder" else None
+        self.count = len(names)
+        if self.count == 0:
+            raise EvaluationError(f"{set_name}: holds no images ({', '.join(sorted(EXTENSIONS))})")
+        self.labels = check_labels(labels, self.count, set_name)
+        self.size = self._inspect(check)
+
+    def _inspect(self, check: Callable[[int], tuple]) -> tuple[int, int]:
+        """The one size of all images, from their headers; every fault is counted, some named."""
+
+        def look(start: int) -> list[tuple | BadImage]:
+            found: list[tuple | BadImage] = []
+            for index in range(start, min(start + INSPECTED, len(self.names))):
+                try:
+                    found.append(check(index))
+                except BadImage as error:
+                    found.append(error)
+            return found
+
+        starts = range(0, len(self.names), INSPECTED)
+        parts = map_in_processes(look, starts, min(16, os.cpu_count() or 1))
+        found = [item for part in parts for item in part]
+        bad = [(i, item) for i, item in enumerate(found) if isinstance(item, BadImage)]
+        if bad:
+            examples = ", ".join(f"{self.names[i]}: {error}" for i, error in bad[:NAMED])
+            more = ", …" if len(bad) > NAMED else ""
+            raise EvaluationError(
+                f"{self.set_name}: {len(bad)} of {len(found)} images cannot be used "
+                f"({examples}{more})"
+            )
+        if self.preprocess.size is not None:
+            return (self.preprocess.size, self.preprocess.size)
+        sizes = [(item[1], item[0]) for item in found if not isinstance(item, BadImage)]
+        counts = Counter(sizes).most_common()
+        if len(counts) > 1:
+            listed = ", ".join(
+                f"{n} of {w}×{h} (as {self.names[sizes.index((h, w))]})" for (h, w), n in counts[:4]
+            )
+            raise EvaluationError(
+                f"{self.set_name}: mixed image sizes: {listed}; ask for --resize SIZE, with --crop "
+                "to keep the aspect ratio"
+            )
+        return sizes[0]
+
+    def content_hash(self) -> str | None:
+        if not self.hash_images:
+            return None
+        assert self.digests is not None
+        digest = hashlib.sha256()
+        for index in range(len(self.names)):
+            known = self.digests.get(index) or _sha256(self.fetch(index))
+            digest.update(bytes.fromhex(known))
+        return digest.hexdigest()
+
+    def file_digests(self) -> dict[str, str]:
+        if self.kind != "folder" or self.digests is None:
+            return {}
+        return {self.names[index]: digest for index, digest in self.digests.items()}
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        images = np.empty((stop - start, *self.size, 3), np.uint8)
+        self.read_into(start, stop, images)
+        return images
+
+    def read_into(self, start: int, stop: int, images: np.ndarray) -> list[str]:
+        for index in range(start, stop):
+            try:
+                images[index - start] = self._decode(index)
+            except BadImage as error:
+                raise EvaluationError(
+                    f"{self.set_name}: {self.names[index]}: {error}; replace or remove it"
+                ) from None
+        return [] if self.digests is None else [self.digests[i] for i in range(start, stop)]
+
+    def _decode(self, index: int) -> np.ndarray:
+        data = self.fetch(index)
+        if self.digests is not None:
+            self.digests[index] = _sha256(data)
+        if isinstance(data, bytes):
+            return decode(data, self.preprocess)
+        return np.asarray(self.preprocess(to_rgb(data)))
+
+
+def _sha256(data: bytes | Image.Image) -> str:
+    data = data if isinstance(data, bytes) else data.convert("RGB").tobytes()
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_bytes(data: bytes) -> tuple:
+    return check_header(data[:4096], data[-1024:], len(data), data)

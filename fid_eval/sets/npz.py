@@ -1,0 +1,140 @@
+"""Arrays inside an .npz, read piece by piece.
+
+An .npz is a zip of .npy files. A stored member lies in the file as it is and any rows can be read
+from their offset; a compressed one is read from its start onwards. Neither is ever held whole.
+"""
+
+import math
+import struct
+import threading
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from ..errors import EvaluationError
+
+LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field, after 26 bytes
+
+
+class NpzFile:
+    """The members of an .npz: names, shapes and dtypes at once, their rows when asked."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+                self.members = {
+                    info.filename[:-4]: NpzMember(self.path, archive, info) for info in members
+                }
+        except zipfile.BadZipFile:
+            raise EvaluationError(
+                f"{self.path}: not a complete .npz (no zip directory at its end): truncated or "
+                "still being written; copy or write it again"
+            ) from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.members
+
+    def __getitem__(self, name: str) -> "NpzMember":
+        return self.members[name]
+
+    def identity(self) -> bytes:
+        """Names, sizes and CRC-32 of the members: what the zip directory knows of its content."""
+        rows = sorted((n, m.crc, m.stored_size) for n, m in self.members.items())
+        return repr(rows).encode()
+
+
+class NpzMember:
+    """One array: ``shape``, ``dtype`` and ``read(start, stop)`` along the first axis."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+        self.path, self.name = path, info.filename
+        self.crc, self.stored_size = info.CRC, info.file_size
+        with archive.open(info) as member:
+            try:
+                version = np.lib.format.read_magic(member)
+                header = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                self.shape, fortran, self.dtype = header(member)
+            except (ValueError, EOFError, zipfile.BadZipFile) as error:
+                raise EvaluationError(f"{path}: member {self.name} is damaged: {error}") from None
+            self.header_size = member.tell()
+        if fortran and len(self.shape) > 1:
+            raise EvaluationError(
+                f"{path}: {self.name} is in Fortran order and cannot be streamed; save it again "
+                "from np.ascontiguousarray(array)"
+            )
+        if self.dtype.hasobject:
+            raise EvaluationError(
+                f"{path}: {self.name} holds pickled Python objects, which are not read"
+            )
+        size = self.header_size + math.prod(self.shape) * self.dtype.itemsize
+        if size != info.file_size:
+            raise EvaluationError(
+                f"{path}: {self.name} is {self.shape} {self.dtype} = {size} bytes, but "
+                f"{info.file_size} are stored: truncated; write it again"
+            )
+        self.row_size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        self.compressed = info.compress_type != zipfile.ZIP_STORED
+        if not self.compressed:
+            with path.open("rb") as file:
+                file.seek(info.header_offset)
+                name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+            self.offset = info.header_offset + 30 + name_length + extra_length + self.header_size
+        self._stream: tuple[zipfile.ZipFile, IO[bytes]] | None = None
+        self._position = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else 0
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows ``start`` to ``stop``: fast in any order if stored, in file order if compressed."""
+        stop = len(self) if stop is None else stop
+        if not self.shape:
+            start, stop = 0, 1
+        array = np.empty(((stop - start), *self.shape[1:]), self.dtype)
+        if self.compressed:
+            self._read_compressed(start, array)
+        else:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset + start * self.row_size)
+                if array.nbytes and file.readinto(array.data.cast("B")) != array.nbytes:
+                    raise EvaluationError(f"{self.path}: {self.name} ends early: truncated")
+        return array if self.shape else array[0]
+
+    def _read_compressed(self, start: int, array: np.ndarray) -> None:
+        with self._lock:
+            wanted = self.header_size + start * self.row_size
+            if self._stream is None or wanted < self._position:
+                self.close()
+                archive = zipfile.ZipFile(self.path)
+                self._stream = archive, archive.open(self.name)
+            member = self._stream[1]
+            try:
+                while self._position < wanted:
+                    self._position += len(member.read(min(wanted - self._position, 1 << 24)))
+                view = array.data.cast("B") if array.nbytes else memoryview(b"")
+                filled = 0
+                while filled < len(view):
+                    block = member.read(min(len(view) - filled, 1 << 24))
+                    if not block:
+                        raise EOFError("unexpected end")
+                    view[filled : filled + len(block)] = block
+                    filled += len(block)
+                self._position += filled
+            except (EOFError, zipfile.BadZipFile, OSError, zlib.error) as error:
+                raise EvaluationError(f"{self.path}: {self.name} is damaged: {error}") from None
+
+    def close(self) -> None:
+        if self._stream is not None:
+            for file in reversed(self._stream):
+                file.close()
+        self._stream, self._position = None, 0

@@ -1,0 +1,268 @@
+"""Open a set of images: a path, an array, a Hugging Face data set or an iterable of batches."""
+
+import glob
+import json
+import os
+import re
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import EvaluationError
+from .decoding import AS_IS, EXTENSIONS, BadImage, Preprocess, check_file
+from .encoded import EncodedReader, check_bytes
+from .hugging_face import datasets_package, open_dataset, open_hub
+from .image_set import ImageSet
+from .readers import ArrayReader, IterableReader, Share
+from .stored_arrays import open_npz, open_safetensors
+
+
+def open_set(source: Any, preprocess: Preprocess = AS_IS, name: str | None = None) -> ImageSet:
+    """Open a path, array, tensor, Hugging Face dataset or iterable of batches as an ImageSet.
+
+    Everything that can be known without decoding every image is checked here: raises
+    EvaluationError for a missing, empty, truncated or mixed set.
+    """
+    if isinstance(source, ImageSet):
+        return source
+    if isinstance(source, str | Path):
+        return open_path(str(source), preprocess, name)
+    name = name or "samples"
+    if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "shape"):
+        images, labels = source
+        return ImageSet(name, "array", ArrayReader(images, name, preprocess, labels))
+    if isinstance(source, np.ndarray | Tensor):
+        return ImageSet(name, "array", ArrayReader(source, name, preprocess))
+    if hasattr(source, "features") and hasattr(source, "column_names"):
+        return open_dataset(source, preprocess, name)
+    if isinstance(source, dict):
+        raise EvaluationError(f"{name}: a dictionary of {', '.join(map(str, source))}; choose one")
+    share = isinstance(source, Share)
+    batches = source.batches if isinstance(source, Share) else source
+    if isinstance(batches, Iterable):
+        return ImageSet(name, "iterable", IterableReader(batches, name, preprocess, share))
+    raise EvaluationError(
+        f"{name}: a {type(source).__name__} is no set of images: give a path, an array "
+        "(N, H, W, 3) of uint8, or an iterable of such batches"
+    )
+
+
+def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
+    """Open what a user wrote on a command line; see ``open_set``."""
+    if path.startswith("hf://"):
+        return open_hub(path, preprocess, name or path)
+    if any(c in path for c in "*{") and not Path(path).exists():
+        return _open_tars(_expand(path), preprocess, name or path)
+    location = Path(path).expanduser()
+    name = name or path
+    if not location.exists():
+        raise EvaluationError(f"{path}: no such file or folder")
+    if location.is_dir():
+        if (location / "state.json").exists() or (location / "dataset_dict.json").exists():
+            opened = open_dataset(datasets_package().load_from_disk(path), preprocess, name)
+            opened.path = location
+            return opened
+        tars = sorted(location.glob("*.tar"))
+        opened = (
+            _open_tars(tars, preprocess, name) if tars else _open_folder(location, preprocess, name)
+        )
+        opened.path = location
+        return opened
+    suffix = location.suffix.lower()
+    if suffix == ".npz":
+        return open_npz(location, preprocess, name)
+    if suffix == ".safetensors":
+        return open_safetensors(location, name)
+    if suffix == ".zip":
+        return _open_zip(location, preprocess, name)
+    if suffix == ".tar":
+        return _open_tars([location], preprocess, name)
+    if location.name.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")):
+        raise EvaluationError(f"{path}: a compressed tar cannot be read in any order; unpack it")
+    if suffix == ".npy":
+        try:
+            array = np.load(location, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise EvaluationError(f"{name}: not a complete .npy of images ({error})") from None
+        return ImageSet(name, "npy", ArrayReader(array, name, preprocess), path=location)
+    raise EvaluationError(
+        f"{path}: not a set of images: give a folder, .npz, .npy, .zip, .tar or .safetensors"
+    )
+
+
+def _open_folder(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
+    # Strings: with Path objects, listing and sorting take longer than reading the headers.
+    found = (
+        name if inside == "." else f"{inside}/{name}"
+        for folder, names in _walk(path)
+        for inside in [Path(os.path.relpath(folder, path)).as_posix()]
+        for name in names
+    )
+    names = sorted(filter(_is_image, found), key=lambda name: name.split("/"))
+    files = [os.path.join(path, name) for name in names]
+    listing = path / "dataset.json"
+    listed = listing.read_bytes() if listing.exists() else None
+    reader = EncodedReader(
+        "folder",
+        name,
+        names,
+        lambda i: _contents(files[i]),
+        lambda i: check_file(files[i]),
+        preprocess,
+        _labels(names, listed, name),
+    )
+    return ImageSet(name, "folder", reader)
+
+
+def _contents(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder under ``path`` and its files; links are followed, but not in circles."""
+    for folder, inner, names in os.walk(path, followlinks=True):
+        for child in [Path(folder, name) for name in inner]:
+            if child.is_symlink():
+                target = child.resolve()
+                if any(parent.resolve() == target for parent in child.absolute().parents):
+                    inner.remove(child.name)
+        yield folder, names
+
+
+def _open_zip(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
+    local = threading.local()  # one open archive per thread: reading moves its position
+
+    def fetch(index: int) -> bytes:
+        if getattr(local, "process", None) != os.getpid():  # or per process, after a fork
+            local.process, local.archive = os.getpid(), zipfile.ZipFile(path)
+        try:
+            return local.archive.read(names[index])
+        except zipfile.BadZipFile as error:
+            raise BadImage(f"damaged in the archive ({error})") from None
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = sorted(n for n in archive.namelist() if _is_image(n))
+            listing = [n for n in archive.namelist() if PurePosixPath(n).name == "dataset.json"]
+            listed = archive.read(listing[0]) if listing else None
+    except zipfile.BadZipFile:
+        raise EvaluationError(f"{name}: not a complete zip: truncated; copy it again") from None
+    reader = EncodedReader(
+        "zip",
+        name,
+        names,
+        fetch,
+        lambda i: check_bytes(fetch(i)),
+        preprocess,
+        _labels(names, listed, name),
+    )
+    return ImageSet(name, "zip", reader, path=path)
+
+
+def _is_image(name: str) -> bool:
+    if os.path.splitext(name)[1].lower() not in EXTENSIONS:
+        return False
+    return not any(part == "__MACOSX" or part.startswith(".") for part in name.split("/"))
+
+
+def _expand(pattern: str) -> list[Path]:
+    """WebDataset's shards-{000..012}.tar, or a shell pattern."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match:
+        width = len(match[1])
+        numbers = range(int(match[1]), int(match[2]) + 1)
+        paths = [pattern.replace(match[0], f"{number:0{width}d}") for number in numbers]
+    else:
+        paths = sorted(glob.glob(pattern))
+    missing = [path for path in paths if not Path(path).exists()]
+    if not paths or missing:
+        raise EvaluationError(f"{pattern}: no such file{f': {missing[0]}' if missing else 's'}")
+    return [Path(path) for path in paths]
+
+
+def _open_tars(paths: list[Path], preprocess: Preprocess, name: str) -> ImageSet:
+    """WebDataset: files of one sample share their name up to the first dot (``key.png``,
+    ``key.cls``, ``key.json``)."""
+    members: list[tuple[int, int, int, str]] = []  # file, offset, size, name
+    found: dict[str, int] = {}
+    handles = [os.open(path, os.O_RDONLY) for path in paths]
+    for number, path in enumerate(paths):
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for info in archive:
+                    folder, _, file = info.name.rpartition("/")
+                    key, _, extension = file.partition(".")
+                    key = f"{number}/{folder}/{key}"
+                    if not info.isfile():
+                        continue
+                    if _is_image(info.name):
+                        members.append((number, info.offset_data, info.size, info.name))
+                        found.setdefault(key, -1)
+                    elif extension in ("cls", "json"):
+                        data = os.pread(handles[number], info.size, info.offset_data)
+                        label = _tar_label(data, extension)
+                        if label is not None:
+                            found[key] = label
+        except tarfile.ReadError as error:
+            raise EvaluationError(f"{path}: not a complete tar ({error}): copy it again") from None
+
+    def fetch(index: int) -> bytes:
+        number, offset, size, _ = members[index]
+        data = os.pread(handles[number], size, offset)
+        if len(data) != size:
+            raise BadImage("truncated")
+        return data
+
+    names = [member[3] for member in members]
+    keys = [
+        f"{number}/{file.rpartition('/')[0]}/{file.rpartition('/')[2].partition('.')[0]}"
+        for number, _, _, file in members
+    ]
+    values = [found.get(key, -1) for key in keys]
+    reader = EncodedReader(
+        "tar",
+        name,
+        names,
+        fetch,
+        lambda i: check_bytes(fetch(i)),
+        preprocess,
+        values if values and min(values) >= 0 else None,
+        hash_images=len(paths) > 1,
+    )
+    return ImageSet(name, "tar", reader, path=paths[0] if len(paths) == 1 else None)
+
+
+def _tar_label(data: bytes, extension: str) -> int | None:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return None
+    if extension == "json":
+        value = value.get("label", value.get("cls")) if isinstance(value, dict) else None
+    return value if isinstance(value, int) else None
+
+
+def _labels(names: list[str], listed: bytes | None, set_name: str) -> list[int] | None:
+    """Labels by dataset.json as EDM writes it, or by the first folder of each image's path."""
+    if listed is not None:
+        table = dict(json.loads(listed).get("labels") or [])
+        if not table:
+            return None
+        missing = [name for name in names if name not in table]
+        if missing:
+            raise EvaluationError(f"{set_name}: dataset.json has no label for {missing[0]}")
+        return [int(table[name]) for name in names]
+    folders = [PurePosixPath(name).parts[0] if "/" in name else None for name in names]
+    if None in folders or len(set(folders)) < 2:
+        return None
+    classes = sorted(set(folders), key=str)
+    if all(str(folder).isdecimal() for folder in classes):
+        return [int(str(folder)) for folder in folders]
+    return [classes.index(folder) for folder in folders]

@@ -1,0 +1,298 @@
+"""Images in a fixed order, read in batches: arrays, iterables, and what decoders build on."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import EvaluationError
+from .decoding import BadImage, Preprocess, to_rgb
+from .loading import CHUNK, CPU, PROCESSES_FROM, batch_spans, load_spans
+
+Batch = tuple[int, Tensor, Tensor | None]  # first index, uint8 (n, 3, H, W), labels (n,)
+
+
+class ImageReader:
+    """Images of one size in a fixed order. Subclasses give ``read``; labels are known at once."""
+
+    kind = "images"
+    count: int | None = None  # None: known only at the end
+    size: tuple[int, int] | None = None  # (height, width) after preprocessing
+    labels: np.ndarray | None = None  # int64 (count,)
+    max_workers: int | None = None  # 1 where order matters
+    decodes = False  # reading is work for the processor
+    is_share = False  # each process holds another part
+    digests: dict[int, str] | None = None  # where decoding also hashes: sha256 of images so far
+    ahead: tuple[list, Any] | None = None  # spans that are being loaded already, and their loader
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """uint8 (stop − start, H, W, 3)."""
+        raise NotImplementedError
+
+    def read_into(self, start: int, stop: int, images: np.ndarray) -> list[str]:
+        """``read`` into ``images``, in a process that decodes; the ``digests`` of these."""
+        raise NotImplementedError
+
+    def content_hash(self) -> str | None:
+        """sha256 of what the set holds, None where that cannot be known beforehand."""
+        return None
+
+    def file_digests(self) -> dict[str, str]:
+        """sha256 of the files of a folder, by their names in it, as far as known."""
+        return {}
+
+    def batches(
+        self,
+        batch_size: int,
+        owned: Callable[[int], bool],
+        workers: int,
+        device: torch.device = CPU,
+    ) -> Iterator[Batch]:
+        """Batches of the chunks that ``owned(chunk)`` claims, in order, read ahead from now on.
+
+        On the CPU; ``device`` is where they are going.
+        """
+        self.read_ahead(batch_size, owned, workers, device)
+        assert self.ahead is not None
+        (spans, loaded), self.ahead = self.ahead, None
+
+        def batch(span: tuple[int, int], images: Tensor) -> Batch:
+            labels = None if self.labels is None else torch.from_numpy(self.labels[slice(*span)])
+            return span[0], images.permute(0, 3, 1, 2), labels
+
+        return map(batch, spans, loaded)
+
+    def read_ahead(
+        self, batch_size: int, owned: Callable[[int], bool], workers: int, device: torch.device
+    ) -> None:
+        """Begin with the ``batches`` of these arguments, unless that is done."""
+        assert self.count is not None
+        spans = list(batch_spans(self.count, batch_size, owned))
+        if self.ahead is not None and spans == self.ahead[0]:
+            return
+        self.read_no_further()
+        loaded = load_spans(
+            self,
+            spans,
+            batch_size,
+            min(workers, self.max_workers or workers),
+            self.decodes and self.count >= PROCESSES_FROM,
+            device,
+        )
+        self.ahead = spans, loaded
+
+    def read_no_further(self) -> None:
+        """End what ``read_ahead`` began and nobody has asked for."""
+        if self.ahead is not None:
+            self.ahead[1].close()
+        self.ahead = None
+
+
+class ArrayReader(ImageReader):
+    """A NumPy array, torch tensor or member of an .npz of uint8 images."""
+
+    def __init__(self, array: Any, name: str, preprocess: Preprocess, labels: Any = None) -> None:
+        self.kind = "npz" if hasattr(array, "read") else "array"
+        self.array, self.name, self.preprocess = array, name, preprocess
+        shape = tuple(array.shape)
+        dtype = str(array.dtype).removeprefix("torch.")
+        if dtype != "uint8":
+            hint = (
+                "scale to 0..255, round and cast to uint8"
+                if dtype.startswith(("float", "bfloat"))
+                else "convert it to 8 bits"
+            )
+            raise EvaluationError(f"{name}: images of dtype {dtype}, uint8 is needed: {hint}")
+        self.layout = image_layout(shape, name)
+        self.count = shape[0]
+        if self.count == 0:
+            raise EvaluationError(f"{name}: holds no images")
+        height, width = shape[2:4] if self.layout == "NCHW" else shape[1:3]
+        self.size = (height, width) if preprocess.size is None else (preprocess.size,) * 2
+        self.labels = check_labels(labels, self.count, name)
+        if getattr(array, "compressed", False):
+            self.max_workers = 1
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        if hasattr(self.array, "read"):
+            images = self.array.read(start, stop)
+        else:
+            images = self.array[start:stop]
+            if isinstance(images, Tensor):
+                images = images.detach().cpu().numpy()
+        return self.preprocess.arrays(to_nhwc(images, self.layout))
+
+    def content_hash(self) -> str | None:
+        if hasattr(self.array, "read"):
+            return None  # the file is hashed instead
+        digest = hashlib.sha256(repr((self.array.shape, self.preprocess)).encode())
+        assert self.count is not None
+        for start in range(0, self.count, CHUNK):
+            piece = self.array[start : start + CHUNK]
+            piece = piece.detach().cpu().numpy() if isinstance(piece, Tensor) else piece
+            digest.update(np.ascontiguousarray(piece).data)
+        return digest.hexdigest()
+
+
+class IterableReader(ImageReader):
+    """Batches as they come from a loader or a live model: uint8 images, or (images, labels).
+
+    They are cut anew into the batches of any other reader. In a run of several processes every
+    process must yield the same images (each takes its chunks), unless wrapped in ``Share``.
+    """
+
+    kind = "iterable"
+
+    def __init__(self, batches: Iterable, name: str, preprocess: Preprocess, share: bool) -> None:
+        self.source, self.name, self.preprocess = iter(batches), name, preprocess
+        self.is_share = share
+        self.labelled: bool | None = None  # whether the batches have labels
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        raise NotImplementedError("batches only")
+
+    def batches(
+        self,
+        batch_size: int,
+        owned: Callable[[int], bool],
+        workers: int,
+        device: torch.device = CPU,
+    ) -> Iterator[Batch]:
+        held: list[tuple[Tensor, Tensor | None]] = []
+        position = available = 0
+
+        def take(n: int) -> tuple[Tensor, Tensor | None]:
+            nonlocal available
+            images = torch.cat([item[0] for item in held])
+            label_parts = [item[1] for item in held if item[1] is not None]
+            labels = torch.cat(label_parts) if label_parts else None
+            rest = (images[n:], None if labels is None else labels[n:])
+            held[:] = [rest] if len(images) > n else []
+            available -= n
+            return images[:n], None if labels is None else labels[:n]
+
+        def length() -> int:
+            return min(batch_size, CHUNK - position % CHUNK)
+
+        for item in self.source:
+            images, labels = self._convert(item)
+            held.append((images, labels))
+            available += len(images)
+            while available >= length():
+                n = length()
+                piece = take(n)
+                if owned(position // CHUNK):
+                    yield position, *piece
+                position += n
+        if available:
+            piece = take(available)
+            if owned(position // CHUNK):
+                yield position, *piece
+            position += len(piece[0])
+        if position == 0:
+            raise EvaluationError(f"{self.name}: the iterable gave no images")
+        self.count = position
+
+    def _convert(self, item: Any) -> tuple[Tensor, Tensor | None]:
+        images, labels = item, None
+        if isinstance(item, tuple | list) and len(item) == 2 and not _are_pictures(item):
+            images, labels = item
+        if _are_pictures(images):
+            images = self._pixels(images)
+        try:
+            images = torch.as_tensor(images).detach()
+        except (TypeError, ValueError, RuntimeError):
+            raise EvaluationError(
+                f"{self.name}: a batch is uint8 images (N, H, W, 3) or (N, 3, H, W), or these and "
+                f"their labels, not a {type(images).__name__}"
+            ) from None
+        if images.dtype != torch.uint8:
+            raise EvaluationError(
+                f"{self.name}: a batch of dtype {images.dtype}, uint8 is needed: scale to 0..255, "
+                "round and cast to uint8"
+            )
+        if image_layout(tuple(images.shape), self.name) != "NCHW":
+            images = torch.from_numpy(to_nhwc(images.cpu().numpy(), "NHWC")).permute(0, 3, 1, 2)
+        if self.preprocess.size is not None:
+            array = self.preprocess.arrays(images.permute(0, 2, 3, 1).cpu().numpy())
+            images = torch.from_numpy(array).permute(0, 3, 1, 2)
+        size = (images.shape[2], images.shape[3])
+        if self.size is not None and size != self.size:
+            raise EvaluationError(
+                f"{self.name}: images of {self.size} and of {size}; give one size, or ask for a "
+                "resize"
+            )
+        self.size = size
+        if self.labelled not in (None, labels is not None):
+            raise EvaluationError(f"{self.name}: some batches have labels, others have none")
+        self.labelled = labels is not None
+        if labels is not None:
+            labels = torch.as_tensor(labels).detach().cpu().long().reshape(-1)
+            if len(labels) != len(images):
+                raise EvaluationError(
+                    f"{self.name}: a batch of {len(images)} images with {len(labels)} labels"
+                )
+        return images, labels
+
+    def _pixels(self, pictures: Image.Image | Sequence[Image.Image]) -> np.ndarray:
+        """uint8 (N, H, W, 3) of one picture of Pillow's or several."""
+        pictures = [pictures] if isinstance(pictures, Image.Image) else pictures
+        try:
+            arrays = [np.asarray(self.preprocess(to_rgb(picture))) for picture in pictures]
+        except BadImage as error:
+            raise EvaluationError(f"{self.name}: a picture has {error}") from None
+        if len({array.shape for array in arrays}) > 1:
+            raise EvaluationError(f"{self.name}: pictures of several sizes; ask for a resize")
+        return np.stack(arrays)
+
+
+def _are_pictures(item: Any) -> bool:
+    items = item if isinstance(item, tuple | list) and item else [item]
+    return all(isinstance(part, Image.Image) for part in items)
+
+
+@dataclass
+class Share:
+    """Wraps an iterable that gives this process's own part of the set, other on each process."""
+
+    batches: Iterable
+
+
+def image_layout(shape: tuple[int, ...], name: str) -> str:
+    """ "NHWC", "NCHW" or "NHW" of an array of images; refuses what is neither grey nor RGB."""
+    if len(shape) == 3 and shape[2] in (3, 4):
+        raise EvaluationError(f"{name}: an array {shape} is one image; give batches (N, H, W, 3)")
+    if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
+        return "NHW"
+    if len(shape) == 4 and shape[3] == 3:
+        return "NHWC"
+    if len(shape) == 4 and shape[1] == 3:
+        return "NCHW"
+    if len(shape) == 4 and 4 in (shape[1], shape[3]):
+        raise EvaluationError(f"{name}: 4 channels {shape}: flatten the transparency first")
+    raise EvaluationError(
+        f"{name}: an array of shape {shape}; images are (N, H, W, 3), (N, 3, H, W) or "
+        "grey (N, H, W)"
+    )
+
+
+def to_nhwc(images: np.ndarray, layout: str) -> np.ndarray:
+    if images.ndim == 4 and images.shape[3] == 1:
+        images = images[..., 0]
+    if images.ndim == 3:
+        return np.repeat(images[..., None], 3, axis=3)
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1)) if layout == "NCHW" else images
+
+
+def check_labels(labels: Any, count: int, name: str) -> np.ndarray | None:
+    if labels is None:
+        return None
+    labels = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    if labels.shape not in ((count,), (count, 1)):
+        raise EvaluationError(f"{name}: {count} images, but labels of shape {labels.shape}")
+    return labels.reshape(count).astype(np.int64)

@@ -1,0 +1,232 @@
+"""What a run leaves to read: environment, a line of numbers now and then, curves."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..common.atomic_write import atomic_write
+from ..model.flops import flops_per_image
+from ..model.transformer import MoHDiTTransformer2DModel
+
+PACKAGES = ("moh-dit", "torch", "diffusers", "accelerate", "safetensors", "numpy", "torch-fidelity")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware, git commit and command line: what a reader needs to trust a result."""
+    cuda = torch.cuda.is_available()
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
+        "git_commit": _git_commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of this code's checkout, marked where files differ from it; None outside one."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", __file__)  # not the repository of some outer folder
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class RunLog:
+    """``log.jsonl``: one JSON object per logged step, continued exactly on resume.
+
+    Args:
+        path: the file; lines after ``start_step`` (of a stretch that was lost) are dropped.
+        start_step: steps done so far.
+    """
+
+    def __init__(self, path: Path, start_step: int = 0):
+        self.path = path
+        kept = [entry for entry in read_log(path) if entry["step"] <= start_step]
+        atomic_write(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one entry, which has a ``step``."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Entries of a ``log.jsonl``, a torn last line left out; empty when there is no file."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+def plot_curves(log: Path, output: Path) -> None:
+    """Draw loss, balance, gradient norm and learning rate over the steps of a log as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = {
+        "loss": {"mse": "noise MSE", "vlb": "VLB of the variance, bits/dim"},
+        "load balance (1 = even)": {"balance": "L_b / k"},
+        "gradient norm": {"grad_norm": "before clipping"},
+        "learning rate": {"learning_rate": "AdamW"},
+    }
+    entries = read_log(log)
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
+    for axis, (title, series) in zip(axes.flat, panels.items(), strict=True):
+        for key, label in series.items():
+            points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    axes.flat[0].set_yscale("log")
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def dead_heads(entry: dict[str, Any]) -> list[str]:
+    """Routed heads that no token chose in the stretch of a log entry."""
+    return [
+        f"layer {layer} routed head {i}"
+        for layer, load in entry.get("head_load", {}).items()
+        for i, share in enumerate(load)
+        if share == 0
+    ]
+
+
+def shown(entry: dict[str, Any]) -> dict[str, str]:
+    """What the progress bar says of a log entry."""
+    words = {"loss": f"{entry['loss']:.4f}"} if "loss" in entry else {}
+    words |= {"img/s": f"{entry['images_per_second']:.4g}"}
+    return words | ({"MFU": f"{entry['mfu']:.1%}"} if "mfu" in entry else {})
+
+
+class Window:
+    """Sums over the steps since the last log entry, on the device until the entry is made.
+
+    Args:
+        accelerator: averages them over its processes.
+        model: the model that is trained.
+        images_per_step: the global batch size.
+        peak_flops: FLOP/s of one device, for the model FLOP utilisation; ``None`` if unknown.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: MoHDiTTransformer2DModel,
+        images_per_step: int,
+        peak_flops: float | None = None,
+    ):
+        self.peak_images_per_second: float | None = None
+        if peak_flops is not None:
+            flops = 3 * flops_per_image(model)  # the backward pass is two forward passes
+            self.peak_images_per_second = peak_flops * accelerator.num_processes / flops
+        self.accelerator = accelerator
+        self.layers = model.routed_layers
+        self.images_per_step = images_per_step
+        self._reset()
+
+    def _reset(self) -> None:
+        self.steps = 0
+        self.sums: Tensor | None = None
+        self.load: Tensor | None = None
+        self.waited = 0.0
+        self.since = time.perf_counter()
+
+    def add(self, terms: Tensor, grad_norm: Tensor, load: Tensor | None) -> None:
+        """Add a step: its loss terms (3,), gradient norm and load f of all routed heads.
+
+        Steps whose values are not finite were held back and stay out of the averages.
+        """
+        values = torch.cat([terms, grad_norm.view(1)])
+        finite = values.isfinite().all()
+        values = torch.cat([values, values.new_ones(1)]).where(finite, 0)  # the last one counts
+        self.sums = values if self.sums is None else self.sums + values
+        if load is not None:
+            load = load.where(finite, 0)
+            self.load = load if self.load is None else self.load + load
+        self.steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the rate what is not training."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count as waiting for data; the GPU may well be busy with the step before."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def close(self, step: int, learning_rate: float) -> dict[str, Any]:
+        """The log entry of the steps so far, averaged over them and over the processes."""
+        sums = cast(Tensor, self.accelerator.reduce(cast(Tensor, self.sums), "mean"))
+        *totals, counted = sums.tolist()
+        elapsed = time.perf_counter() - self.since  # after the synchronisation above
+        entry: dict[str, Any] = {
+            "step": step,
+            "images": step * self.images_per_step,
+            "learning_rate": learning_rate,
+            "images_per_second": self.steps * self.images_per_step / elapsed,
+            "data_wait": self.waited / elapsed,
+        }
+        if counted:
+            mse, vlb, balance, grad_norm = (total / counted for total in totals)
+            entry |= dict(loss=mse + vlb, mse=mse, vlb=vlb, balance=balance, grad_norm=grad_norm)
+        if counted < self.steps:
+            entry["skipped_steps"] = self.steps - round(counted)
+        if self.peak_images_per_second is not None:
+            entry["mfu"] = entry["images_per_second"] / self.peak_images_per_second
+        if torch.cuda.is_available():
+            entry["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.load is not None and counted:
+            sizes = [a.num_heads - (a.num_shared_heads or 0) for a in self.layers.values()]
+            parts = (self.load / counted).split(sizes)
+            entry["head_load"] = {
+                str(layer): [round(share, 5) for share in part.tolist()]
+                for layer, part in zip(self.layers, parts, strict=True)
+            }
+        self._reset()
+        return entry

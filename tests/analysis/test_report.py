@@ -1,0 +1,233 @@
+"""A report holds what the runs hold, names what they lack, and needs nothing from outside."""
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moh_dit.analysis import config as commands
+from moh_dit.analysis.charts import MAX_POINTS, Series, _thinned, line_chart
+from moh_dit.analysis.config import ReportConfig
+from moh_dit.analysis.read_runs import read_runs
+from moh_dit.analysis.report import differences, metric_table, relative_load, render, write_report
+from moh_dit.common.cli import save_config
+from moh_dit.common.errors import UserError
+from moh_dit.training.config import ModelConfig, TrainConfig
+
+VOID = {"meta", "img", "input", "wbr", "br", "link", "path", "use", "image"}
+
+
+class Page(HTMLParser):
+    """Elements, text and attributes of a page; fails where tags do not match."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.text = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script") and data.strip():
+            self.text.append(" ".join(data.split()))
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def make_run(folder, steps=4, **settings):
+    """A run folder as training leaves it, with made-up numbers."""
+    model = ModelConfig(hidden_size=32, depth=2, num_heads=4)
+    folder.mkdir(parents=True)
+    save_config(TrainConfig(num_steps=steps * 10, model=model, **settings), folder / "config.yaml")
+    with (folder / "log.jsonl").open("w") as log:
+        for step in range(10, 10 * steps + 1, 10):
+            entry = dict(step=step, loss=1 / step, mse=1 / step, vlb=0.1, balance=1.5)
+            entry |= dict(grad_norm=2.0, learning_rate=1e-4, images_per_second=100.0 + step)
+            entry |= dict(data_wait=0.25, mfu=0.5, head_load={"1": [0.5, 0.75, 0.0, 0.75]})
+            log.write(json.dumps(entry) + "\n")
+            log.write(json.dumps({"step": step, "fid": 9.0}) + "\n")
+    start = dict(start_step=0, time="2026-01-01", device="abacus", packages={"torch": "2.x"})
+    (folder / "environment.jsonl").write_text(json.dumps(start) + "\n")
+    for name in ("samples", "evaluations"):
+        (folder / name).mkdir()
+    for step in (20, 40):
+        picture = np.full((8, 8, 3), step, np.uint8)
+        Image.fromarray(picture).save(folder / "samples" / f"step-{step:08d}.png")
+        result = dict(step=step, metrics={"fid": 1000 / step}, samples={"count": 500})
+        result |= dict(reference={"name": "ref", "image_count": 70}, warnings=["few samples"])
+        result |= dict(higher_is_better={"fid": False})
+        (folder / "evaluations" / f"step-{step:08d}.json").write_text(json.dumps(result))
+    (folder / "checkpoints" / "step-00000040").mkdir(parents=True)
+    return folder
+
+
+def test_one_run_whole(tmp_path):
+    page = Page(text := render([make_run(tmp_path / "a", batch_size=7)]))
+    assert "Missing or left out" not in page.text
+    for words in ("40 of 40", "batch_", "7", "256", "125", "25", "abacus", "Note: few samples",
+                  "50.0 %", "25.0 %", "fid, lower is better", "layer 1"):  # fmt: skip
+        assert words in page.text, words
+    images = page.all("img")
+    assert [image["data-step"] for image in images] == ["20", "40"]
+    assert [image.get("class") for image in images] == [None, "shown"]
+    for image, value in zip(images, (20, 40), strict=True):
+        kind, _, content = image["src"].partition(",")
+        assert kind == "data:image/png;base64"
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
+        assert (pixels == value).all()
+    # mse, vlb, balance, gradient norm, learning rate; head load; fid; speed, MFU, waiting.
+    assert len(page.all("svg")) == 10
+    assert text.count("currentColor") > 50
+
+
+def test_nothing_comes_from_outside(tmp_path):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    for tag, attributes in Page(render(runs)).elements:
+        assert tag not in ("link", "iframe", "object")
+        for name in ("src", "href", "xlink:href"):
+            if name in attributes:
+                assert attributes[name].startswith(("data:", "#")), (tag, attributes[name])
+        assert tag != "script" or not attributes
+
+
+def test_runs_side_by_side_show_where_they_differ(tmp_path):
+    folders = [make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run", seed=3)]
+    runs = read_runs(folders)
+    assert [run.name for run in runs] == ["x/run", "y/run"]
+    assert differences(runs) == [("seed", ["0", "3"])]
+    assert [(row["run"], row["step"]) for row in metric_table(runs)] == [
+        ("x/run", "20"), ("x/run", "40"), ("y/run", "20"), ("y/run", "40")
+    ]  # fmt: skip
+    page = Page(render(folders))
+    assert len([div for div in page.all("figure") if "data-run" in div]) == 2
+
+
+def test_a_single_run_is_held_against_the_defaults(tmp_path):
+    (run,) = read_runs([make_run(tmp_path / "a", ema_decays=[0.5, 0.9])])
+    assert differences([run]) == [
+        ("model.hidden_size", ["32", "none"]),
+        ("model.depth", ["2", "none"]),
+        ("model.num_heads", ["4", "none"]),
+        ("num_steps", ["40", "400000"]),
+        ("ema_decays", ["0.5, 0.9", "0.9999"]),
+    ]
+    # Four heads of which each token activates two: 0.5 is even.
+    assert np.allclose(relative_load(run)["1"], [[1, 1.5, 0, 1.5]] * 4)
+
+
+def test_a_torn_run_still_reports_and_says_what_is_missing(tmp_path):
+    torn = make_run(tmp_path / "torn")
+    lines = (torn / "log.jsonl").read_text().splitlines()
+    (torn / "log.jsonl").write_text("\n".join([*lines[:4], lines[4][:30]]))
+    samples = sorted((torn / "samples").iterdir())
+    samples[1].write_bytes(samples[1].read_bytes()[:40])
+    (torn / "evaluations" / "step-00000040.json").write_text('{"step": 40')
+    (torn / "config.yaml").write_text("num_steps: 50\nan_old_setting: 1\n")
+    page = Page(render([torn]))
+    missing = " ".join(page.text)
+    assert "log.jsonl: line 5 is torn; it is left out" in missing
+    assert "samples/step-00000040.png (cannot be read)" in missing
+    assert "evaluations/step-00000040.json (cannot be read)" in missing
+    assert "an_old_setting" in missing
+    assert "not finished: step 40 of 50" in missing
+    assert [image["data-step"] for image in page.all("img")] == ["20"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "environment.jsonl", "samples"])
+def test_any_part_alone_makes_a_report(tmp_path, name):
+    whole = make_run(tmp_path / "whole")
+    (tmp_path / "part").mkdir()
+    (whole / name).rename(tmp_path / "part" / name)
+    page = Page(render([tmp_path / "part"]))
+    assert "Missing or left out" in page.text
+    both = Page(render([tmp_path / "part", make_run(tmp_path / "other")]))
+    assert "part: no evaluation" in both.text
+
+
+def test_names_and_settings_are_text_and_no_markup(tmp_path):
+    folder = make_run(tmp_path / "<b>&run", init_from="<script>alert(1)</script>")
+    page = Page(render([folder]))
+    assert not page.all("b")
+    assert len(page.all("script")) == 1
+    assert "<script>alert(1)</script>" in page.text
+
+
+def test_many_grids_are_thinned_evenly_with_the_last(tmp_path):
+    folder = make_run(tmp_path / "a")
+    for step in range(60, 241, 20):
+        Image.new("RGB", (8, 8)).save(folder / "samples" / f"step-{step:08d}.png")
+    page = Page(render([folder], max_grids=4))
+    assert [int(image["data-step"]) for image in page.all("img")] == [20, 100, 160, 240]
+    assert "8 of 12 sample grids are not shown" in page.text
+
+
+def test_large_pictures_shrink(tmp_path):
+    folder = make_run(tmp_path / "a")
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "samples" / "step-00000040.png")
+    assert (folder / "samples" / "step-00000040.png").stat().st_size > 200_000
+    image = Page(render([folder])).all("img")[-1]
+    assert image["src"].startswith("data:image/webp;base64,")
+    assert (image["width"], image["height"]) == ("300", "300")
+    assert len(image["src"]) < 200_000
+
+
+def test_lines_keep_their_mean_and_leave_out_what_is_not_finite():
+    steps = np.arange(8_000)
+    line = _thinned(Series("a", "#000000", steps, np.where(steps % 10, steps, np.nan)))
+    assert len(line.steps) == MAX_POINTS
+    assert np.allclose(line.steps, line.values)
+    assert np.mean(line.values) == pytest.approx(steps[steps % 10 > 0].mean())
+    assert line_chart("nothing", [Series("a", "#000000", [1], [float("nan")])]) == ""
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    runs = [str(make_run(tmp_path / name)) for name in "ab"]
+    output = tmp_path / "new" / "report.html"
+    monkeypatch.setattr("sys.argv", ["moh-dit-report", *runs, "--output", str(output)])
+    commands.report()
+    assert "wrote" in capsys.readouterr().out
+    assert "a · b" in Page(output.read_text()).text
+    with pytest.raises(SystemExit):
+        commands.report()
+    assert "exists; give another name, or --replace" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["moh-dit-report", runs[0], "--output", str(output),
+                                     "--replace"])  # fmt: skip
+    commands.report()
+    assert [path.name for path in output.parent.iterdir()] == ["report.html"]
+    assert "a · b" not in Page(output.read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("runs", "options", "message"),
+    [
+        (["nowhere"], {}, "nowhere does not exist"),
+        (["empty"], {}, "empty holds nothing of a run"),
+        (["a", "a"], {}, "a is given twice"),
+        (["a"], dict(output="r.pdf"), "a report is written as .html"),
+        (["a"], dict(max_grids=0), "max_grids is 0"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, monkeypatch, runs, options, message):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        write_report(ReportConfig(**{"runs": runs, "output": "r.html", **options}))
+    assert not (tmp_path / "r.html").exists()

@@ -1,0 +1,197 @@
+"""The configuration mechanism that every program shares."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from moh_dit.common.cli import load_config, run_program, save_config
+from moh_dit.common.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = ROOT / "pyproject.toml"
+
+
+@dataclass
+class Inner:
+    learning_rate: float = 1e-4
+    """Step size."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Averaging factors."""
+
+
+@dataclass
+class Outer:
+    optimizer: Inner = field(default_factory=Inner)
+    num_steps: int = 10
+    """Length of the run, in steps."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Arithmetic."""
+    plan: list[int] | int | None = None
+    """A list or one for all."""
+    resume: bool = False
+    """Go on."""
+
+
+def run(*argv):
+    seen = []
+    run_program(seen.append, Outer, prog="p", description="d", example="p --x", argv=argv)
+    return seen[0]
+
+
+def test_yaml_then_dotted_overrides_and_back(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("optimizer: {learning_rate: 0.5}\nnum_steps: 7\nplan: [1, 2]\n")
+    config = run("--config", str(path), "--optimizer.betas", "[0.1, 0.2]", "--num_steps=8")
+    assert config == Outer(Inner(0.5, (0.1, 0.2)), 8, "no", [1, 2], False)
+    save_config(config, tmp_path / "resolved.yaml")
+    assert load_config(Outer, tmp_path / "resolved.yaml") == config
+    assert run("--config", str(tmp_path / "resolved.yaml")) == config
+
+
+def test_a_flag_alone_means_true():
+    assert run("--resume").resume
+    assert run("--resume", "--num_steps=3") == Outer(num_steps=3, resume=True)
+    assert run("--resume", "true").resume
+    assert not run("--resume", "false").resume
+    assert not run("--resume=false").resume
+
+
+def test_one_field_may_go_without_its_name():
+    def run(*argv):
+        seen = []
+        options = dict(prog="p", description="d", example="p x", positional="mixed_precision")
+        run_program(seen.append, Outer, argv=argv, **options)
+        return seen[0]
+
+    expected = Outer(num_steps=3, mixed_precision="bf16")
+    assert run("bf16", "--num_steps", "3") == expected
+    assert run("--num_steps", "3", "bf16") == expected
+    assert run("--num_steps=3", "bf16") == expected
+    assert run("--num_steps=3", "--mixed_precision", "bf16") == expected
+    assert run("--num_steps=3") == Outer(num_steps=3)
+    with pytest.raises(SystemExit):
+        run("bf16", "no")
+
+
+def test_a_list_may_go_without_its_name():
+    @dataclass
+    class Several:
+        runs: list[str]
+        output: str = "o"
+
+    def run(*argv):
+        seen = []
+        options = dict(prog="p", description="d", example="p x y", positional="runs")
+        run_program(seen.append, Several, argv=argv, **options)
+        return seen[0]
+
+    assert run("a b", 'c"d', "--output", "e") == Several(["a b", 'c"d'], "e")
+    assert run("--output=e", "a") == Several(["a"], "e")
+    assert run("--runs=[a, b]") == Several(["a", "b"])
+
+
+def test_a_picture_with_settings_inside_is_a_configuration(tmp_path, capsys):
+    settings = PngInfo()
+    settings.add_itxt("settings", "# a fact\nnum_steps: 7\nplan: [1, 2]\n" + "# more\n" * 200)
+    picture = Image.new("RGB", (2, 2))
+    picture.save(tmp_path / "a.png", pnginfo=settings)
+    picture.save(tmp_path / "b.png")
+    (tmp_path / "c.png").write_text("num_steps: 7")
+    assert run("--config", str(tmp_path / "a.png"), "--resume").num_steps == 7
+    for name, message in (("b.png", "no settings inside"), ("c.png", "cannot be read")):
+        with pytest.raises(SystemExit):
+            run(f"--config={tmp_path / name}")
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--optimizer.learning_rat", "1"], ["learning_rat", "optimizer.learning_rate?"]),
+        (["--num_step=1"], ["num_step", "num_steps?"]),
+        (["--learning_rate=1"], ["optimizer.learning_rate?"]),
+        (["--num_steps=many"], ["num_steps", "many"]),
+        (["--mixed_precision=int3"], ["mixed_precision", "bf16"]),
+        (["--config=missing.yaml"], ["missing.yaml"]),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    for word in words:
+        assert word in message
+
+
+def test_unknown_keys_in_a_file_name_the_nearest(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("optimizer: {learning_rte: 1}\n")
+    with pytest.raises(SystemExit):
+        run("--config", str(path))
+    assert "did you mean optimizer.learning_rate?" in capsys.readouterr().err
+    with pytest.raises(UserError, match="learning_rte"):
+        load_config(Outer, path)
+
+
+def test_user_errors_become_one_line(capsys):
+    def fail(config):
+        raise UserError("folder x is empty")
+
+    with pytest.raises(SystemExit) as stop:
+        run_program(fail, Outer, prog="p", description="d", example="e", argv=[])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "p: error: folder x is empty\n"
+
+
+def test_help_shows_field_docstrings_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--help")
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Length of the run, in steps. (type: int, default: 10)" in text
+    assert "example: p --x" in text
+
+
+SCRIPTS = re.findall(r'^(moh-dit[\w-]*) = "([\w.]+):(\w+)"', PYPROJECT.read_text(), re.M)
+
+
+@pytest.mark.parametrize(("program", "module", "function"), SCRIPTS)
+def test_help_is_quick_because_torch_stays_out(program, module, function):
+    script = (
+        f"import sys, {module}\n"
+        "sys.argv = ['program', '--help']\n"
+        "try:\n"
+        f"    {module}.{function}()\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code\n"
+        "heavy = {'torch', 'diffusers', 'accelerate', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "example: " in done.stdout
+
+
+def test_every_script_is_looked_at():
+    assert len(SCRIPTS) >= 9
+    assert ("moh-dit-train", "train_dit", "main") in SCRIPTS
+
+
+def test_usage_names_what_is_required(capsys):
+    from moh_dit.sampling.config import SampleConfig
+
+    with pytest.raises(SystemExit):
+        run_program(print, SampleConfig, prog="p", description="d", example="e", argv=["--help"])
+    usage = capsys.readouterr().out.splitlines()[0]
+    assert usage == (
+        "usage: p [--config NAME] --checkpoint CHECKPOINT --output OUTPUT [--KEY VALUE ...]"
+    )

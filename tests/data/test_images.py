@@ -1,0 +1,268 @@
+"""Image sets: what they read, how they crop and convert, and what they refuse."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moh_dit.common.errors import UserError
+from moh_dit.data.digits import load_digit_images
+from moh_dit.data.image_folders import ImageFolder
+from moh_dit.data.images import load_batch, open_images, read_batches
+from moh_dit.data.pixels import center_crop, to_float, to_rgb, to_uint8
+
+
+def picture(width, height, mode="RGB", seed=0):
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (6, 7, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "images"
+    for path in ("b/2.png", "b/10.png", "a/deep/er/1.JPG", "a/0.webp"):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        picture(20, 16, seed=len(path)).save(root / path)
+    (root / "a" / "notes.txt").write_text("not an image")
+    (root / "a" / ".hidden.png").write_text("not an image")
+    (root / ".cache").mkdir()
+    return root
+
+
+def test_digits_as_they_are():
+    images = open_images("digits", 32)
+    pixels, labels = load_digit_images()
+    assert len(images) == 1797
+    assert images.class_names == [str(i) for i in range(10)]
+    np.testing.assert_array_equal(images.labels, labels)
+    batch, batch_labels = load_batch(images, [3, 1700])
+    np.testing.assert_array_equal(batch, pixels[[3, 1700]])
+    np.testing.assert_array_equal(batch_labels, labels[[3, 1700]])
+    assert open_images("digits", 8)[0][0].shape == (8, 8, 3)
+
+
+def test_folder_order_and_labels(folder):
+    images = open_images(folder, 8, progress=False)
+    assert images.class_names == ["a", "b"]
+    np.testing.assert_array_equal(images.labels, [0, 0, 1, 1])
+    assert images.labels.dtype == np.int64
+    expected = ["a/0.webp", "a/deep/er/1.JPG", "b/10.png", "b/2.png"]
+    for (pixels, label), path in zip(map(images.__getitem__, range(4)), expected, strict=True):
+        assert pixels.shape == (8, 8, 3)
+        assert pixels.dtype == np.uint8
+        assert label == "ab".index(path[0])
+        np.testing.assert_array_equal(
+            pixels, center_crop(Image.open(folder / path).convert("RGB"), 8)
+        )
+
+
+def test_classes_json_sets_the_labels(folder):
+    (folder / "classes.json").write_text(json.dumps(["b", "a"]))
+    images = open_images(str(folder), 8, progress=False)
+    assert images.class_names == ["b", "a"]
+    np.testing.assert_array_equal(images.labels, [0, 0, 1, 1])
+    (folder / "classes.json").write_text(json.dumps(["b", "c"]))
+    with pytest.raises(UserError, match=r"classes\.json must be a list of the 2 class folders"):
+        open_images(folder, 8)
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (129, 96), (50, 67), (33, 300), (9, 12)])
+def test_crop_halves_then_bicubic_then_centre(width, height):
+    """Against the definition written out on arrays: box halving is the mean of 2×2 pixels."""
+    image = picture(width, height)
+    size = 16
+    expected = image
+    while min(expected.size) >= 2 * size:
+        if expected.width % 2 == 0 and expected.height % 2 == 0:
+            pixels = np.asarray(expected).astype(np.float64)
+            means = pixels.reshape(expected.height // 2, 2, expected.width // 2, 2, 3).mean((1, 3))
+            halved = np.floor(means + 0.5).astype(np.uint8)
+            ours = expected.resize(
+                (expected.width // 2, expected.height // 2), Image.Resampling.BOX
+            )
+            assert np.abs(halved.astype(int) - np.asarray(ours)).max() <= 1  # rounds per axis
+            expected = ours
+        else:
+            expected = expected.resize(
+                (expected.width // 2, expected.height // 2), Image.Resampling.BOX
+            )
+    short = min(expected.size)
+    shape = (round(expected.width * size / short), round(expected.height * size / short))
+    pixels = np.asarray(expected.resize(shape, Image.Resampling.BICUBIC))
+    top, left = (shape[1] - size) // 2, (shape[0] - size) // 2
+    result = center_crop(image, size)
+    assert result.shape == (size, size, 3)
+    np.testing.assert_array_equal(result, pixels[top : top + size, left : left + size])
+
+
+def test_exact_size_is_untouched():
+    image = picture(24, 24)
+    np.testing.assert_array_equal(center_crop(image, 24), np.asarray(image))
+
+
+def test_conversion_to_rgb(tmp_path):
+    def through_file(image, name, **options):
+        image.save(tmp_path / name, **options)
+        with Image.open(tmp_path / name) as opened:
+            return np.asarray(to_rgb(opened))
+
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    grey = np.repeat(ramp[..., None], 3, axis=2)
+    np.testing.assert_array_equal(through_file(Image.fromarray(ramp), "grey.png"), grey)
+    deep = Image.fromarray(ramp.astype(np.uint16) * 257)
+    for name in ("deep.png", "deep.tif"):
+        np.testing.assert_array_equal(through_file(deep, name), grey)
+    palette = Image.fromarray(grey).quantize(256)
+    np.testing.assert_array_equal(
+        through_file(palette, "palette.gif"), np.asarray(palette.convert("RGB"))
+    )
+    bilevel = Image.fromarray(ramp > 127)
+    assert set(np.unique(through_file(bilevel, "bits.png"))) == {0, 255}
+    assert through_file(picture(8, 8, "CMYK"), "cmyk.jpg").shape == (8, 8, 3)
+    # Transparency shows white: colour · α + 255 · (1 − α), whatever lies hidden beneath.
+    rgba = np.zeros((1, 3, 4), np.uint8)
+    rgba[0] = [[200, 0, 0, 255], [200, 0, 0, 0], [200, 0, 0, 128]]
+    laid = through_file(Image.fromarray(rgba), "alpha.png")[0].astype(int)
+    np.testing.assert_array_equal(laid[:2], [[200, 0, 0], [255, 255, 255]])
+    assert np.abs(laid[2] - (rgba[0, 2, :3] * (128 / 255) + 127)).max() <= 1
+    transparent = Image.fromarray(np.zeros((2, 2), np.uint8), "L").convert("P")
+    assert through_file(transparent, "key.png", transparency=0).min() == 255
+    with pytest.raises(ValueError, match="floating-point"):
+        to_rgb(Image.fromarray(np.zeros((2, 2), np.float32)))
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = picture(24, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying: shown turned a quarter clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as opened:
+        pixels = np.asarray(to_rgb(opened))
+    np.testing.assert_array_equal(pixels, np.rot90(np.asarray(image), -1))
+
+
+def test_float_and_back():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    images = to_float(pixels)
+    assert images.shape == (1, 3, 16, 16)
+    assert images.dtype == torch.float32
+    assert (images.min(), images.max()) == (-1, 1)
+    np.testing.assert_array_equal(to_uint8(images).numpy(), pixels)
+    assert to_uint8(torch.full((1, 3, 1, 1), 7.0)).max() == 255
+
+
+def test_bad_folders_are_named(folder, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere does not exist.*digits"):
+        open_images(tmp_path / "nowhere", 8)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty is empty"):
+        open_images(tmp_path / "empty", 8)
+    picture(8, 8).save(folder / "loose.png")
+    with pytest.raises(UserError, match=r"loose\.png.*sub-folder"):
+        open_images(folder, 8)
+    (folder / "loose.png").unlink()
+    (folder / "c").mkdir()
+    (folder / "c" / "readme.md").write_text("")
+    with pytest.raises(UserError, match=r"class folder .*/c has no images"):
+        open_images(folder, 8)
+    with pytest.raises(UserError, match="image size 0"):
+        open_images("digits", 0)
+
+
+def cut(path, keep):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp", "x.bmp", "x.gif", "x.tif"])
+@pytest.mark.parametrize("keep", [0.0, 0.6])
+def test_cut_off_images_are_named_or_skipped(folder, name, keep, capsys):
+    bad = folder / "b" / name
+    picture(90, 70).save(bad)
+    cut(bad, keep)
+    with pytest.raises(UserError, match=f"{bad}.*skip_unreadable"):
+        open_images(folder, 8, progress=False)
+    images = ImageFolder(folder, 8, skip_unreadable=True, progress=False)
+    assert len(images) == 4
+    assert list(images.unreadable) == [str(bad)]
+    assert "skipped 1 of 5 images" in capsys.readouterr().err
+
+
+def test_other_unreadable_images(folder):
+    (folder / "b" / "text.png").write_text("this is no image")
+    damaged = folder / "b" / "damaged.png"
+    picture(64, 64).save(damaged)
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 0xFF  # found by its checksum
+    damaged.write_bytes(data)
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(folder / "b" / "float.tif")
+    images = ImageFolder(folder, 8, skip_unreadable=True, progress=False)
+    names = ["damaged.png", "float.tif", "text.png"]
+    assert sorted(images.unreadable) == [str(folder / "b" / name) for name in names]
+
+
+def test_a_class_with_nothing_readable_is_an_error(folder):
+    (folder / "c").mkdir()
+    (folder / "c" / "bad.png").write_text("")
+    with pytest.raises(UserError, match="c: none of its images is readable"):
+        open_images(folder, 8, skip_unreadable=True, progress=False)
+
+
+def test_an_image_lost_later_is_named(folder):
+    images = open_images(folder, 8, progress=False)
+    (folder / "b" / "2.png").unlink()
+    with pytest.raises(UserError, match=r"b/2\.png cannot be read"):
+        images[3]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_ahead_of_time(folder, num_workers):
+    images = open_images(folder, 8, progress=False)
+    batches = [[3, 0], [1, 2]]
+    for (pixels, labels), indices in zip(
+        read_batches(images, batches, num_workers), batches, strict=True
+    ):
+        np.testing.assert_array_equal(pixels, load_batch(images, indices)[0])
+        np.testing.assert_array_equal(labels, images.labels[indices])
+    (folder / "b" / "2.png").unlink()
+    with pytest.raises(UserError) as error:
+        list(read_batches(images, batches, num_workers))
+    assert str(error.value).count("\n") == 0
+
+
+def test_jpeg_with_trailing_data_is_kept(folder):
+    path = folder / "b" / "phone.jpg"
+    picture(40, 30).save(path)
+    path.write_bytes(path.read_bytes() + bytes(100_000))  # as some cameras append
+    assert len(open_images(folder, 8, progress=False)) == 5
+
+
+def test_links_are_followed_but_not_in_circles(folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    picture(20, 16).save(elsewhere / "far.png")
+    (folder / "b" / "linked").symlink_to(elsewhere)
+    (folder / "b" / "near.png").symlink_to(elsewhere / "far.png")
+    (folder / "b" / "circle").symlink_to(folder / "b")
+    (elsewhere / "back").symlink_to(folder)
+    images = open_images(folder, 8, progress=False)
+    b = [images._name(i) for i in range(len(images)) if images.labels[i] == 1]
+    assert len(b) == len({name.removeprefix(str(folder)) for name in b})
+    assert [name for name in b if "circle" in name] == []
+    assert {f"{folder}/b/{name}" for name in ("linked/far.png", "near.png", "2.png")} <= set(b)
+
+
+def test_the_end_of_a_thumbnail_is_not_the_end_of_the_image(folder):
+    picture(8, 8).save(folder / "thumbnail.jpg")
+    thumbnail = (folder / "thumbnail.jpg").read_bytes()
+    (folder / "thumbnail.jpg").unlink()
+    path = folder / "a" / "photo.jpg"
+    exif = b"Exif\0\0" + thumbnail
+    picture(200, 160).save(path, exif=exif)
+    assert len(open_images(folder, 8, progress=False)) == 5
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(UserError, match=r"photo\.jpg cannot be read .*truncated"):
+        open_images(folder, 8, progress=False)

@@ -1,0 +1,417 @@
+"""``evaluate`` on small sets: naming, agreement of inputs, references, caching, bad input."""
+
+import json
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from fid_eval import EvaluationError, Evaluator, evaluate
+from fid_eval.features import Runtime
+from fid_eval.metric_checks import convention_warnings
+from fid_eval.metric_registry import METRICS
+from fid_eval.metrics.adm import frechet_distance_of_features, precision_recall
+from fid_eval.metrics.moments import Moments
+from fid_eval.networks.extractors import (
+    EXTRACTORS,
+    get_extractor,
+    network_precision,
+    wrap_extractor,
+)
+from fid_eval.references import save_reference
+from fid_eval.sets.loading import CHUNK
+
+SIDE = 8
+
+
+class Projection(torch.nn.Module):
+    """A user's extractor: fixed random projections of the pixels."""
+
+    name = "projection"
+    has_spatial = True
+
+    def __init__(self, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("weight", torch.randn(3 * SIDE * SIDE, 12, generator=generator) / 200)
+        self.images_seen = 0
+
+    def forward(self, images):
+        self.images_seen += len(images)
+        x = images.flatten(1).float() @ self.weight
+        return {"pool": x, "spatial": x[:, :5] + 1}
+
+    def logits(self, pool):
+        return pool[:, :3]
+
+
+def draw(count, seed):
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (count, SIDE, SIDE, 3)).astype(np.uint8)
+    return images, generator.integers(0, 3, count)
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return draw(90, 0), draw(120, 1)
+
+
+def options(**more):
+    return {"extractor": Projection(), "device": "cpu", "quiet": True, **more}
+
+
+def features_of(images):
+    with torch.inference_mode():
+        return Projection()(torch.from_numpy(images).permute(0, 3, 1, 2))["pool"]
+
+
+def test_numbers_are_those_of_the_metric_functions(sets):
+    (a, _), (b, _) = sets
+    result = evaluate(a, b, **options())
+    fa, fb = features_of(a), features_of(b)
+    assert list(result.metrics) == [
+        "fd_projection", "sfd_projection", "class_score_projection", "precision_projection",
+        "recall_projection",
+    ]  # fmt: skip
+    expected = frechet_distance_of_features(fa, fb)
+    assert result["fd_projection"] == pytest.approx(expected, rel=1e-9)
+    precision, recall = precision_recall(fa, fb)
+    assert (result["precision_projection"], result["recall_projection"]) == (precision, recall)
+    assert result.details["precision_projection"]["distances"] == "fp32"
+
+
+def test_every_metric_can_be_asked_for_and_carries_the_extractor(sets):
+    names = [name for name in METRICS if METRICS[name].extractor is None and name != "accuracy"]
+    result = evaluate(*sets, metrics=names, bootstrap=4, **options())
+    assert len(result.metrics) == len(names)
+    for key, value in result.metrics.items():
+        assert key.endswith("_projection")
+        assert np.isfinite(value)
+    assert {"fd_projection", "precision_projection"} <= set(result.intervals)
+    low, high = result.intervals["fd_projection"]
+    assert low < result["fd_projection"] < high
+    json.dumps(result.to_dict())
+
+
+def test_only_the_published_inception_gets_the_papers_names():
+    published = EXTRACTORS["inception"]("inception", None, None)
+    keys = [METRICS[name].key(published) for name in ("fid", "sfid", "is", "precision", "kid")]
+    assert keys == ["fid", "sfid", "inception_score", "precision", "kid"]
+    digits = EXTRACTORS["digits"]("digits", None, None)
+    keys = [METRICS[name].key(digits) for name in ("fid", "sfid", "is", "precision", "kid")]
+    assert keys == ["fd_digits", "sfd_digits", "class_score_digits", "precision_digits",
+                    "kd_digits"]  # fmt: skip
+    assert not any(METRICS[n].key(digits) == METRICS[n].key(published) for n in METRICS
+                   if METRICS[n].extractor is None)  # fmt: skip
+
+
+def test_metrics_defined_with_another_extractor_use_it(sets, monkeypatch):
+    def fake(name, weights, sha256):
+        extractor = wrap_extractor(Projection(5), name)
+        extractor.name = extractor.label = name
+        return extractor
+
+    for name in ("dinov2", "clip"):
+        monkeypatch.setitem(EXTRACTORS, name, fake)
+    result = evaluate(*sets, metrics=["fid", "fd_dinov2", "cmmd"], **options())
+    assert list(result.metrics) == ["fd_projection", "fd_dinov2", "cmmd"]
+    assert set(result.extractors) == {"projection", "dinov2", "clip"}
+    assert result["fd_dinov2"] != result["fd_projection"]
+
+
+def test_streamed_statistics_equal_kept_features(sets):
+    (a, _), _ = sets
+    many, _ = draw(2 * CHUNK + 30, 3)
+    streamed = evaluate(a, many, metrics=["fid"], **options())
+    kept = evaluate(a, many, metrics=["fid", "precision"], **options())
+    expected = frechet_distance_of_features(features_of(a), features_of(many))
+    assert streamed["fd_projection"] == pytest.approx(expected, rel=1e-9)
+    assert kept["fd_projection"] == streamed["fd_projection"]
+
+
+def test_result_does_not_depend_on_batch_size_or_container(sets, tmp_path):
+    (a, al), (b, bl) = sets
+    np.savez_compressed(tmp_path / "b.npz", b, bl)
+    one = evaluate(sets[0], sets[1], **options())
+    live = ((torch.from_numpy(b[i : i + 7]).permute(0, 3, 1, 2), bl[i : i + 7])
+            for i in range(0, len(b), 7))  # fmt: skip
+    for other in (
+        evaluate(a, str(tmp_path / "b.npz"), **options()),
+        evaluate((a, al), live, **options()),
+    ):
+        assert other.metrics == one.metrics
+    small = evaluate(sets[0], sets[1], batch_size=5, **options())
+    assert small.metrics == pytest.approx(one.metrics, rel=1e-5)
+
+
+def test_a_saved_reference_holds_statistics_of_all_and_some_images(sets, tmp_path):
+    (a, _), (b, _) = sets
+    np.savez(tmp_path / "train.npz", *sets[0])
+    extractor = wrap_extractor(Projection())
+    path = save_reference(
+        tmp_path / "train.npz", tmp_path / "ref.npz", extractor,
+        Runtime(torch.device("cpu"), quiet=True), images=40,
+    )  # fmt: skip
+    stored = np.load(path)
+    assert stored["arr_0"].shape == (40, SIDE, SIDE, 3)
+    np.testing.assert_allclose(stored["mu"], features_of(a).double().mean(0), rtol=1e-6)
+    chosen = {image.tobytes(): label for image, label in zip(*sets[0], strict=True)}
+    assert [chosen[i.tobytes()] for i in stored["arr_0"]] == stored["arr_1"].tolist()
+
+    result = evaluate(path, b, **options())
+    assert result["fd_projection"] == pytest.approx(evaluate(a, b, **options())["fd_projection"])
+    assert result.reference["frechet_from"] == "statistics"
+    assert result.reference["statistics_count"] == len(a)
+    assert result.reference["image_count"] == 40
+    images = evaluate(path, b, reference_kind="images", **options())
+    assert images["fd_projection"] != pytest.approx(result["fd_projection"], rel=0.01)
+
+    with pytest.raises(EvaluationError, match="exists and is not overwritten"):
+        save_reference(a, path, extractor, Runtime(torch.device("cpu")))
+    with pytest.raises(EvaluationError, match=r"made with the extractor projection .* this run"):
+        evaluate(path, b, **options(extractor=Projection(7)))
+    with pytest.raises(EvaluationError, match=r"made with resize 'none'.*'resize to 8'"):
+        evaluate(path, b, resize=8, **options())
+
+
+def test_references_are_found_by_saved_name(sets, tmp_path, monkeypatch):
+    monkeypatch.setenv("FID_EVAL_HOME", str(tmp_path))
+    runtime = Runtime(torch.device("cpu"), quiet=True)
+    output = tmp_path / "references" / "noise.npz"
+    save_reference(sets[0], output, wrap_extractor(Projection()), runtime)
+    assert evaluate("noise", sets[1], **options()).reference["name"] == "noise"
+    with pytest.raises(EvaluationError, match=r"no saved reference .*did you mean 'noise'"):
+        evaluate("niose", sets[1], **options())
+
+
+def test_features_and_statistics_from_safetensors(sets, tmp_path):
+    (a, _), (b, _) = sets
+    save_file({"pool": features_of(b)}, tmp_path / "b.safetensors")
+    moments = Moments(12)
+    moments.add(features_of(a))
+    mean, covariance = moments.mean_and_covariance()
+    save_file({"mu": mean, "sigma": covariance.contiguous()}, tmp_path / "a.safetensors")
+    expected = evaluate(a, b, **options())
+    result = evaluate(str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), **options())
+    assert result["fd_projection"] == pytest.approx(expected["fd_projection"], rel=1e-9)
+    assert "precision_projection" not in result.metrics
+    assert any("precision not measured" in warning for warning in result.warnings)
+    with pytest.raises(EvaluationError, match=r"precision cannot be measured: reference .*a.safe"):
+        evaluate(str(tmp_path / "a.safetensors"), b, **options(metrics=["precision"]))
+
+
+def test_cached_features_are_used_again_also_by_another_container(sets, tmp_path):
+    (a, _), (b, _) = sets
+    first = evaluate(a, b, cache=tmp_path, **options())
+    network = Projection()
+    again = evaluate(a, b, cache=tmp_path, **options(extractor=network))
+    assert network.images_seen == 0
+    assert again.metrics == first.metrics
+    for file in tmp_path.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])  # damaged: computed again
+    assert evaluate(a, b, cache=tmp_path, **options()).metrics == first.metrics
+
+
+def test_after_a_kill_only_the_missing_chunks_are_computed(sets, tmp_path):
+    (a, _), _ = sets
+    many, _ = draw(2 * CHUNK + 9, 4)
+
+    class Dies(Projection):
+        def forward(self, images):
+            if self.images_seen > CHUNK + 90 + 200:
+                raise KeyboardInterrupt
+            return super().forward(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(a, many, cache=tmp_path, **options(extractor=Dies()))
+    network = Projection()
+    resumed = evaluate(a, many, cache=tmp_path, **options(extractor=network))
+    assert network.images_seen == CHUNK + 9  # reference and first chunk were kept
+    assert resumed.metrics == evaluate(a, many, **options()).metrics
+
+
+def test_the_reference_is_computed_once_for_many_sets(sets):
+    network = Projection()
+    evaluator = Evaluator(sets[0], **options(extractor=network))
+    evaluator(sets[1])
+    seen = network.images_seen
+    evaluator(sets[1])
+    assert network.images_seen - seen == len(sets[1][0])
+
+
+def test_accuracy_counts_conditional_samples_recognised():
+    class Brightness(Projection):
+        knows_labels = True
+        has_spatial = False
+
+        def forward(self, images):
+            value = images.float().mean((1, 2, 3))
+            return torch.stack((255 - value, value), 1)
+
+        def logits(self, pool):
+            return pool
+
+    dark, bright = (
+        np.zeros((10, SIDE, SIDE, 3), np.uint8),
+        np.full((10, SIDE, SIDE, 3), 250, np.uint8),
+    )
+    images = np.concatenate((dark, bright)) + np.random.default_rng(0).integers(
+        0, 5, (20, 1, 1, 1), np.uint8
+    )
+    labels = np.array([0] * 8 + [1] * 12)
+    result = evaluate(images, (images, labels), **options(extractor=Brightness()))
+    assert result["accuracy_projection"] == 18 / 20
+    unlabelled = evaluate(images, [images], **options(extractor=Brightness()))
+    assert "accuracy_projection" not in unlabelled.metrics
+    with pytest.raises(EvaluationError, match="accuracy needs labelled batches"):
+        evaluate(images, [images], metrics=["accuracy"], **options(extractor=Brightness()))
+
+
+def test_the_digit_classifier_reads_digits():
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    grey = torch.from_numpy(scans.images / 16 * 255)[:, None]
+    images = torch.nn.functional.interpolate(grey, (32, 32), mode="bicubic").round().clamp(0, 255)
+    images, labels = images.byte().expand(-1, 3, -1, -1)[:600], scans.target[:600]
+    result = evaluate(images[300:], (images[:300], labels[:300]), extractor="digits", quiet=True)
+    assert result["accuracy_digits"] > 0.98
+    noise = torch.randint(0, 256, images.shape, dtype=torch.uint8)
+    worse = evaluate(images[300:], (noise[:300], labels[:300]), extractor="digits", quiet=True)
+    assert worse["accuracy_digits"] < 0.3
+    assert worse["fd_digits"] > 10 * result["fd_digits"]
+
+
+BLACK = np.zeros((6, SIDE, SIDE, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("samples", "more", "message"),
+    [
+        (BLACK[:1], {"metrics": ["fid"]}, "1 image; a distribution"),
+        (BLACK[:3], {}, "3 images, but .* at least 4"),
+        (np.zeros((6, 9, 9, 3), np.uint8), {}, "image sizes differ: reference is 8×8 and samples"),
+        (BLACK, {"metrics": ["class_fid"]}, "has no labels"),
+        (BLACK, {"metrics": ["accuracy"]}, "classes of the extractor projection are not"),
+        (BLACK, {"metrics": ["fidd"]}, "did you mean 'fid'"),
+        (BLACK, {"crop": True}, "--crop needs --resize"),
+    ],
+)
+def test_bad_input_is_refused_before_the_network_runs(sets, samples, more, message):
+    network = Projection()
+    with pytest.raises(EvaluationError, match=message):
+        evaluate(sets[0][0], samples, **options(extractor=network, **more))
+    assert network.images_seen == 0
+
+
+def test_features_that_are_nan_are_named(sets):
+    class Broken(Projection):
+        def forward(self, images):
+            out = super().forward(images)
+            out["pool"][3] = torch.nan
+            return out
+
+    with pytest.raises(EvaluationError, match=r"features of image 3 .*NaN"):
+        evaluate(*sets, **options(extractor=Broken()))
+
+
+def test_swapped_arguments_are_warned_of(sets, tmp_path):
+    path = save_reference(
+        sets[0], tmp_path / "ref.npz", wrap_extractor(Projection()),
+        Runtime(torch.device("cpu"), quiet=True),
+    )  # fmt: skip
+    result = evaluate(sets[1], path, **options())
+    assert any("swapped?" in warning for warning in result.warnings)
+    assert not any("swapped?" in w for w in evaluate(path, sets[1], **options()).warnings)
+
+
+def test_an_adm_reference_of_inception_is_not_used_with_another_extractor(tmp_path, sets):
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(12), sigma=np.eye(12))
+    with pytest.raises(EvaluationError, match="statistics of Inception features, but"):
+        evaluate(tmp_path / "adm.npz", sets[1], **options())
+
+
+def test_global_switches_and_random_numbers_are_left_as_they_were(sets):
+    before = torch.get_rng_state(), torch.backends.cudnn.conv.fp32_precision
+    with network_precision("tf32"):
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    evaluate(*sets, bootstrap=2, metrics=["fid", "kid", "fid_infinity"], **options())
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.backends.cudnn.conv.fp32_precision == before[1]
+
+
+def test_what_departs_from_the_papers_convention_is_said():
+    five = ["fid", "sfid", "is", "precision", "recall"]
+    assert convention_warnings(five, 50_000, "statistics", 10_000) == []
+    said = " ".join(convention_warnings(five, 5_000, "images", 5_000))
+    for words in ("5,000 samples; papers use 50,000", "statistics of the whole training set",
+                  "5,000 reference images; papers use 10,000"):  # fmt: skip
+        assert words in said
+
+
+def test_features_of_unknown_origin_are_said_to_be(sets, tmp_path):
+    save_file({"pool": features_of(sets[0][0])}, tmp_path / "a.safetensors")
+    result = evaluate(str(tmp_path / "a.safetensors"), sets[1], **options(metrics=["fid"]))
+    assert any("does not say which extractor" in warning for warning in result.warnings)
+
+
+def test_dinov2_from_a_local_repository_and_weights(tmp_path, monkeypatch):
+    repository = tmp_path / "hub" / "facebookresearch_dinov2_main"
+    repository.mkdir(parents=True)
+    (repository / "hubconf.py").write_text(
+        "import torch\n"
+        "def dinov2_vitl14(pretrained=True):\n"
+        "    assert not pretrained\n"
+        "    return torch.nn.Sequential(torch.nn.AvgPool2d(56), torch.nn.Flatten(),\n"
+        "                               torch.nn.Linear(48, 6))\n"
+    )
+    state = {"2.weight": torch.randn(6, 48), "2.bias": torch.zeros(6)}
+    save_file(state, tmp_path / "dino.safetensors")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    extractor = get_extractor("dinov2", tmp_path / "dino.safetensors")
+    extractor.load(torch.device("cpu"))
+    images = torch.full((2, 3, 300, 300), 255, dtype=torch.uint8)
+    white = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    expected = white.repeat_interleave(16) @ state["2.weight"].T
+    torch.testing.assert_close(extractor(images)["pool"][0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_clip_archives_are_run_only_if_their_hash_is_known(tmp_path):
+    (tmp_path / "clip.pt").write_bytes(b"something else")
+    with pytest.raises(EvaluationError, match="the published weights have 3035c92b"):
+        get_extractor("clip", tmp_path / "clip.pt")
+
+
+@pytest.fixture
+def png_folders(tmp_path, monkeypatch):
+    """(reference, samples) of PNG files, decoded by processes."""
+    monkeypatch.setattr("fid_eval.sets.readers.PROCESSES_FROM", 1)
+    for seed, name in enumerate(("reference", "samples")):
+        (tmp_path / name).mkdir()
+        for number, image in enumerate(draw(60, seed)[0]):
+            Image.fromarray(image).save(tmp_path / name / f"{number:02d}.png")
+    return tmp_path / "reference", tmp_path / "samples"
+
+
+def test_a_set_read_ahead_gives_the_same_numbers(png_folders, sets):
+    given = evaluate(*png_folders, **options(metrics=["fid"]))
+    arrays = evaluate(draw(60, 0)[0], draw(60, 1)[0], **options(metrics=["fid"]))
+    assert given.metrics == arrays.metrics
+    assert not multiprocessing.active_children()
+
+
+def test_nothing_goes_on_being_decoded_that_nobody_needs(png_folders):
+    reference, samples = png_folders
+    evaluator = Evaluator(reference, **options(metrics=["is"]))
+    evaluator(samples)  # the Inception Score reads no reference
+    assert evaluator.reference.images.ahead is None
+    damaged = reference / "30.png"
+    damaged.write_bytes(damaged.read_bytes().replace(b"IDAT", b"IDAX", 1))
+    opened = Evaluator(reference, **options(metrics=["fid"])).open(samples)
+    with pytest.raises(EvaluationError, match=r"30.png: truncated or damaged"):
+        Evaluator(reference, **options(metrics=["fid"]))(opened)
+    assert opened.images.ahead is None
+    assert not multiprocessing.active_children()

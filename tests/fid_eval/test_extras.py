@@ -1,0 +1,89 @@
+"""The further metrics against their definitions, peer code and exact cases."""
+
+import math
+
+import pytest
+import torch
+from torch_fidelity.metric_kid import kernel_mmd
+
+from fid_eval.errors import EvaluationError
+from fid_eval.metrics import extras
+from fid_eval.metrics.adm import frechet_distance_of_features
+
+
+def normal(n, d, seed=0, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64) + shift
+
+
+def test_kid_of_one_subset_is_torch_fidelitys():
+    a, b = normal(60, 16), normal(60, 16, 1, 0.3)
+    expected = kernel_mmd(
+        a.numpy(), b.numpy(), kid_kernel="poly", kid_kernel_poly_degree=3,
+        kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1,
+    )  # fmt: skip
+    assert extras.polynomial_mmd(a, b) == pytest.approx(float(expected), rel=1e-9)
+    mean, deviation = extras.kid(a, b, subsets=5)  # 60 < 1000: all images, every time
+    assert mean == pytest.approx(float(expected), rel=1e-9)
+    assert deviation == pytest.approx(0, abs=1e-12)
+
+
+def test_fid_infinity_removes_the_bias_of_few_samples():
+    d = 8
+    reference = torch.zeros(d, dtype=torch.float64), torch.eye(d, dtype=torch.float64)
+    samples = normal(4000, d)
+    value, curve = extras.fid_infinity(reference, samples, smallest=200)
+    assert len(curve) == 15
+    assert curve[0][0] == 200
+    assert curve[-1][0] == 4000
+    assert abs(value) < curve[-1][1] < curve[0][1]  # the truth is 0
+
+
+def test_density_and_coverage_by_definition():
+    a, b = normal(50, 4).float(), normal(70, 4, 1).float()
+    radii = torch.cdist(a.double(), a.double()).fill_diagonal_(torch.inf).kthvalue(5).values
+    inside = torch.cdist(a.double(), b.double()) < radii[:, None]
+    density, coverage = extras.density_coverage(a, b)
+    assert density == pytest.approx(float(inside.sum()) / (5 * 70))
+    assert coverage == pytest.approx(float(inside.any(1).double().mean()))
+
+
+def test_cmmd_by_definition():
+    a, b = normal(40, 6), normal(30, 6, 1, 0.5)
+    x, y = (v / v.norm(dim=1, keepdim=True) for v in (a, b))
+
+    def mean_kernel(u, v):
+        return (-torch.cdist(u, v).square() / 200).exp().mean()
+
+    expected = 1000 * (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
+    assert extras.cmmd(a, b) == pytest.approx(float(expected), rel=1e-6)
+    assert extras.cmmd(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_class_distances_are_those_of_the_classes_both_sets_have():
+    a, b = normal(60, 3), normal(60, 3, 1)
+    a_labels = torch.arange(60) % 3
+    b_labels = torch.arange(60) % 2
+    distances = extras.class_frechet_distances(a, a_labels, b, b_labels)
+    assert set(distances) == {0, 1}
+    expected = frechet_distance_of_features(a[a_labels == 1].float(), b[b_labels == 1].float())
+    assert distances[1] == pytest.approx(expected)
+    with pytest.raises(EvaluationError, match="no label"):
+        extras.class_frechet_distances(a, a_labels, b, b_labels + 9)
+
+
+def test_copies_are_memorised_and_fresh_images_are_not():
+    training = normal(300, 5)
+    copies, closest = extras.memorised_share(training, training[10:40] + 1e-3)
+    assert copies == 1
+    assert closest[0]["training"] == closest[0]["sample"] + 10
+    fresh, _ = extras.memorised_share(training, normal(300, 5, 1))
+    assert 0.3 < fresh < 0.7
+    far, _ = extras.memorised_share(training, normal(50, 5, 2, 20.0))
+    assert far == 0
+
+
+def test_bootstrap_deviation_of_a_mean_is_its_standard_error():
+    values = normal(400, 1)[:, 0]
+    deviation = extras.bootstrap_deviation(lambda i: float(values[i].mean()), 400, 800)
+    assert deviation == pytest.approx(float(values.std()) / math.sqrt(400), rel=0.1)

@@ -1,0 +1,187 @@
+"""The page's addresses over real connections: what comes back, and what closing one does."""
+
+import http.client
+import json
+import re
+import time
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from helpers.web_server import Gate, demo_config, serving, write_run
+
+import moh_dit.web.app
+from moh_dit.checkpoints.opening import load_pipeline
+from moh_dit.web.service import ImageService
+
+ASKED = {"class_labels": [3], "images_per_class": 2}
+PATIENCE = 120
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    run = write_run(tmp_path_factory.mktemp("runs") / "digits")
+    return ImageService(load_pipeline(run), demo_config(run, max_waiting=1))
+
+
+@pytest.fixture(scope="module")
+def gate(service):
+    return Gate(service.pipeline.transformer)
+
+
+@pytest.fixture(scope="module")
+def address(service, gate):
+    with serving(service) as address:
+        yield address
+
+
+def connect(address):
+    return closing(http.client.HTTPConnection(urlsplit(address).netloc, timeout=PATIENCE))
+
+
+def ask(connection, method, path, body=None, **headers):
+    """Status, headers and body, JSON decoded."""
+    if body is not None:
+        headers = {"Content-Type": "application/json", **headers}
+        body = body if isinstance(body, (str, bytes)) else json.dumps(body)
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    content = response.read()
+    if response.headers.get_content_type() == "application/json":
+        content = json.loads(content)
+    return response.status, response.headers, content
+
+
+class Making:
+    """A POST whose news are read one by one."""
+
+    def __init__(self, connection, asked=ASKED):
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/images", json.dumps(asked), headers)
+        self.response = connection.getresponse()
+        assert self.response.status == 200
+        self.id = self.next()["id"]
+
+    def next(self):
+        return json.loads(self.response.readline())
+
+    def until(self, status):
+        news = {"status": None}
+        while news["status"] != status:
+            news = self.next()
+        return news
+
+
+def test_the_page_needs_nothing_from_elsewhere(address):
+    folder = Path(moh_dit.web.app.__file__).parent / "page"
+    with connect(address) as connection:
+        for path in ("/", *(f"/page/{file.name}" for file in folder.iterdir())):
+            status, headers, content = ask(connection, "GET", path)
+            assert status == 200
+            assert headers["content-security-policy"].startswith("default-src 'self'")
+            assert "server" not in headers
+            text = content.decode().replace("http://www.w3.org/2000/svg", "")
+            assert not re.search(r"https?:|//[a-z]+\.", text)
+        assert b"<form" in ask(connection, "GET", "/")[2]
+
+
+def test_a_request_is_followed_to_its_files(address, service):
+    with connect(address) as connection:
+        _, _, model = ask(connection, "GET", "/model")
+        assert model["classes"] == list("0123456789")
+        assert "flow-euler" not in model["schedulers"]
+        making = Making(connection)
+        done = making.until("done")
+        assert (done["rows"], done["columns"], done["id"]) == (["3"], 2, making.id)
+        assert making.response.read() == b""
+        for name, start in (("grid.png", b"\x89PNG"), ("cells.png", b"\x89PNG"),
+                            ("settings.yaml", b"# moh-dit")):  # fmt: skip
+            _, headers, content = ask(connection, "GET", f"/images/{making.id}/{name}")
+            assert content.startswith(start)
+            assert headers["cache-control"] == "no-store"
+        _, _, load = ask(connection, "GET", f"/images/{making.id}/head_load.json")
+        assert load["classes"] == [{"id": 3, "name": "3"}]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "status", "message"),
+    [
+        ("POST", "/images", {"class_labels": ["cat"]}, {}, 400, "no class is named 'cat'"),
+        ("POST", "/images", {**ASKED, "images_per_class": 65}, {}, 400, "at most 64"),
+        ("POST", "/images", {**ASKED, "num_inference_steps": 1001}, {}, 400, "at most 250"),
+        ("POST", "/images", "{", {}, 400, "not valid JSON"),
+        ("POST", "/images", "[" * 9999, {}, 400, "not valid JSON"),
+        ("POST", "/images", b"\xff", {}, 400, "not valid JSON"),
+        ("POST", "/images", '{"class_labels": [0], "guidance_scale": NaN}', {}, 400, "is nan"),
+        ("POST", "/images", " " * 70_000, {}, 413, "at most 65536 bytes"),
+        ("POST", "/images", ASKED, {"Content-Type": "text/plain"}, 415, "application/json"),
+        ("GET", "/images", None, {}, 405, "Method Not Allowed"),
+        ("GET", "/images/x/grid.png", None, {}, 404, "make them again"),
+        ("DELETE", "/images/x", None, {}, 404, "make them again"),
+        ("GET", "/page/../app.py", None, {}, 404, "Not Found"),
+        ("GET", "/nothing", None, {}, 404, "Not Found"),
+    ],
+)
+def test_mistakes_are_answered_in_words(address, method, path, body, headers, status, message):
+    with connect(address) as connection:
+        got, _, content = ask(connection, method, path, body, **headers)
+    assert got == status
+    assert message in content["error"]
+
+
+def test_a_file_that_these_images_have_not(address):
+    with connect(address) as connection:
+        making = Making(connection)
+        making.until("done")
+        assert making.response.read() == b""
+        status, _, content = ask(connection, "GET", f"/images/{making.id}/raw.pt")
+        assert (status, content) == (404, {"error": "there is no raw.pt of these images"})
+
+
+def test_other_names_are_not_answered(address):
+    # A name of someone else's that points here would let their page read this one.
+    with connect(address) as connection:
+        status, _, content = ask(connection, "GET", "/model", Host="example.org")
+        assert (status, content) == (400, b"Invalid host header")
+        assert ask(connection, "GET", "/model", Host="127.0.0.1:99")[0] == 200
+
+
+def test_requests_queue_and_can_be_cancelled(address, gate):
+    with connect(address) as first, connect(address) as second, connect(address) as other:
+        with gate.closed():
+            running, waiting = Making(first), Making(second)
+            gate.wait()
+            assert ask(other, "POST", "/images", ASKED)[0] == 503
+            assert ask(other, "DELETE", f"/images/{waiting.id}")[0] == 204
+            assert waiting.until("cancelled")
+            assert ask(other, "DELETE", f"/images/{running.id}")[0] == 204
+            assert ask(other, "GET", "/model")[0] == 200  # the page answers while the model works
+            before = gate.evaluations
+        assert running.until("cancelled")
+        assert gate.evaluations == before  # the step that it was in
+        assert Making(other).until("done")
+
+
+def test_who_leaves_makes_room(address, gate):
+    with connect(address) as first, connect(address) as second, connect(address) as third:
+        with gate.closed():
+            gone = [Making(first), Making(second)]
+            gate.wait()
+            for making, connection in zip(gone, (first, second), strict=True):
+                connection.close()
+                making.response.close()
+            # The place of the one that waited is free as soon as the server notices.
+            headers = {"Content-Type": "application/json"}
+            deadline = time.monotonic() + PATIENCE
+            while time.monotonic() < deadline:
+                third.request("POST", "/images", json.dumps(ASKED), headers)
+                response = third.getresponse()
+                if response.status != 503:
+                    break
+                response.read()
+            assert response.status == 200
+            before = gate.evaluations
+        assert json.loads(response.read().splitlines()[-1])["status"] == "done"
+        # What ran was given up in the step it was in; what waited never began.
+        assert gate.evaluations == before + 4

@@ -1,0 +1,139 @@
+"""The queue in front of the model: order, limits, cancelling, and work that fails."""
+
+import threading
+
+import pytest
+
+from moh_dit.common.errors import UserError
+from moh_dit.web.jobs import FINISHED, KEPT, Job, JobQueue, QueueFull
+
+PATIENCE = 60
+
+
+class Watched(Job):
+    """A job that remembers its news and can be waited for."""
+
+    def __init__(self, request=None):
+        self.news, self.ended = [], threading.Event()
+        super().__init__(request, self.remember)
+
+    def remember(self):
+        self.news.append(self.state)
+        if self.state["status"] in FINISHED:
+            self.ended.set()
+
+    def end(self):
+        assert self.ended.wait(PATIENCE)
+        return self.state
+
+
+class Work:
+    """Work in steps, each of which waits to be let go."""
+
+    def __init__(self):
+        self.begun, self.steps, self.order = threading.Event(), threading.Semaphore(0), []
+
+    def __call__(self, job):
+        self.order.append(job.request)
+        self.begun.set()
+        for _ in range(3):
+            assert self.steps.acquire(timeout=PATIENCE)
+            job.stop_if_unwanted()
+        if isinstance(job.request, Exception):
+            raise job.request
+        job.files["made"] = b"!"
+        return {"made": job.request}
+
+    def let_go(self, steps=1000):
+        self.steps.release(steps)
+
+
+@pytest.fixture
+def work():
+    return Work()
+
+
+@pytest.fixture
+def jobs(work):
+    jobs = JobQueue(work, max_waiting=2)
+    yield jobs
+    work.let_go()
+    jobs.close()
+
+
+def submit(jobs, work, *requests):
+    """The first of them running, the others waiting."""
+    submitted = []
+    for request in requests:
+        submitted.append(Watched(request))
+        jobs.submit(submitted[-1])
+        assert work.begun.wait(PATIENCE)
+    return submitted
+
+
+def test_first_come_first_served_and_told_their_place(jobs, work):
+    first, second, third = submit(jobs, work, "a", "b", "c")
+    assert [job.state["ahead"] for job in (second, third)] == [1, 2]
+    with pytest.raises(QueueFull, match="try again"):
+        jobs.submit(Watched("d"))
+    work.let_go()
+    assert [job.end()["made"] for job in (first, second, third)] == ["a", "b", "c"]
+    assert work.order == ["a", "b", "c"]
+    assert [news["ahead"] for news in third.news[:-1]] == [2, 1, 0]
+    assert jobs.find(second.id).files == {"made": b"!"}
+
+
+def test_cancelling_what_runs_frees_the_queue(jobs, work):
+    running, waiting = submit(jobs, work, "a", "b")
+    jobs.cancel(running)
+    assert running.state["status"] == "waiting"  # until its step has ended
+    work.let_go(1)
+    assert running.end() == {"status": "cancelled"}
+    work.let_go()
+    assert waiting.end()["status"] == "done"
+    jobs.cancel(waiting)
+    assert waiting.state["status"] == "done"
+
+
+def test_cancelling_what_waits_moves_the_others_up(jobs, work):
+    running, second, third = submit(jobs, work, "a", "b", "c")
+    jobs.cancel(second)
+    assert second.state == {"status": "cancelled"}
+    assert third.state["ahead"] == 1
+    work.let_go()
+    assert third.end()["status"] == running.end()["status"] == "done"
+    assert work.order == ["a", "c"]
+
+
+def test_work_that_fails_says_so_and_the_next_one_runs(jobs, work, capsys):
+    mistake, broken, after = submit(jobs, work, UserError("too big"), KeyError("x"), "b")
+    work.let_go()
+    assert mistake.end() == {"status": "failed", "error": "too big"}
+    assert broken.end()["error"] == "the server failed at this; its log says how"
+    assert after.end()["status"] == "done"
+    assert "KeyError: 'x'" in capsys.readouterr().err
+
+
+def test_old_results_are_forgotten_and_ids_cannot_be_guessed(jobs, work):
+    work.let_go()
+    made = [Watched(number) for number in range(KEPT + 1)]
+    for job in made:
+        jobs.submit(job)
+        job.end()
+    assert jobs.find(made[0].id) is None
+    assert jobs.find(made[1].id) is made[1]
+    assert len({job.id for job in made}) == len(made)
+    assert min(len(job.id) for job in made) >= 22  # 128 bits
+
+
+def test_closing_cancels_everything(work):
+    jobs = JobQueue(work, max_waiting=2)
+    running, waiting = submit(jobs, work, "a", "b")
+    closing = threading.Thread(target=jobs.close)
+    closing.start()
+    assert waiting.end() == {"status": "cancelled"}
+    work.let_go()
+    closing.join()
+    assert running.end() == {"status": "cancelled"}
+    with pytest.raises(QueueFull, match="about to end"):
+        jobs.submit(Watched("c"))
