@@ -12,7 +12,7 @@ import argparse
 import torch
 from accelerate import Accelerator
 
-from moh_dit.autoencoder import latent_scaling, load_autoencoder, sample_latents
+from moh_dit.autoencoder import latent_scaling, load_autoencoder, sample_posterior
 from moh_dit.checkpoints.opening import load_pretrained
 from moh_dit.common.cli import find_config, load_config
 from moh_dit.data.images import open_images
@@ -55,7 +55,7 @@ def main():
     for _ in range(args.batches):
         rows = torch.randint(len(latents), (args.batch_size,)).tolist()
         moments, labels = latents.__getitems__([(i, False) for i in rows])
-        clean = sample_latents(moments, torch.randn(args.batch_size, 4, 8, 8), latent_scaling(vae))
+        clean = sample_posterior(moments, torch.randn(args.batch_size, 4, 8, 8), latent_scaling(vae))
         times = torch.randint(1000, (args.batch_size,))
         noisy = objective.add_noise(clean, torch.randn_like(clean), times)
         inputs = noisy, times, labels

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moh_dit.autoencoder import latent_scaling, load_autoencoder, sample_latents
+from moh_dit.autoencoder import latent_scaling, load_autoencoder, sample_posterior
 from moh_dit.checkpoints.opening import checkpoint_name, load_pretrained
 from moh_dit.common.cli import find_config, load_config
 from moh_dit.continue_tuning.model import MoHSettings, dense_to_moh, noisy_batches
@@ -120,7 +120,7 @@ class HeldBack:
         generator = torch.Generator().manual_seed(0)
         shape = len(latents), 4, 8, 8
         posterior = torch.randn(shape, generator=generator)
-        self.clean = sample_latents(moments, posterior, latent_scaling(vae))
+        self.clean = sample_posterior(moments, posterior, latent_scaling(vae))
         # Evenly over the 1,000 times, in an order of its own in each draw.
         grid = (torch.arange(len(latents)) * 1000) // len(latents)
         self.draws = [

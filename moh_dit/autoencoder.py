@@ -60,6 +60,26 @@ def load_autoencoder(name_or_path: str | Path) -> AutoencoderKL:
     return vae.float().eval().requires_grad_(False)
 
 
+def choose_autoencoder(autoencoder: str | None, source: str | Path) -> str:
+    """Return the autoencoder for a data set.
+
+    Args:
+        autoencoder: the user's choice; ``None`` for the default, which exists for the digits only.
+        source: the data set.
+
+    Raises:
+        UserError: no autoencoder is given for a data set other than ``"digits"``.
+    """
+    if autoencoder is not None:
+        return autoencoder
+    if str(source) == "digits":
+        return "digits"
+    raise UserError(
+        f"no autoencoder is given for {source}; set autoencoder to a folder or a hub id, for "
+        "example stabilityai/sd-vae-ft-ema, or train one with moh-dit autoencoder"
+    )
+
+
 def latent_scaling(vae: AutoencoderKL) -> LatentScaling:
     """The scaling that the autoencoder's configuration asks for."""
     if vae.config.latents_mean is not None or vae.config.latents_std is not None:
@@ -106,7 +126,7 @@ def encode_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
 
-def sample_latents(moments: Tensor, noise: Tensor, scaling: LatentScaling) -> Tensor:
+def sample_posterior(moments: Tensor, noise: Tensor, scaling: LatentScaling) -> Tensor:
     """Draw from the posterior and scale: (B, 2C, h, w) and normal (B, C, h, w) → (B, C, h, w)."""
     mean, log_variance = moments.float().chunk(2, dim=1)
     return (mean + torch.exp(0.5 * log_variance) * noise - scaling.shift) * scaling.factor

@@ -15,7 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ..autoencoder import downsampling_factor, latent_scaling, sample_latents
+from ..autoencoder import downsampling_factor, latent_scaling, sample_posterior
 from ..common.errors import UserError
 from ..data.images import open_images
 from ..data.latents import encode_images
@@ -178,7 +178,7 @@ def noisy_batches(
         moments, labels = latents.__getitems__([(i, False) for i in rows[start:][:batch_size]])
         shape = len(labels), moments.shape[1] // 2, *moments.shape[2:]
         posterior_noise, noise = torch.randn(2, *shape, generator=generator)
-        clean = sample_latents(moments, posterior_noise, latent_scaling(vae))
+        clean = sample_posterior(moments, posterior_noise, latent_scaling(vae))
         times = objective.draw_times(len(labels), generator)
         batches.append((objective.add_noise(clean, noise, times), times, labels))
     return batches

@@ -28,7 +28,7 @@ from ..autoencoder import (
     latent_scaling,
     latent_shape,
     load_autoencoder,
-    sample_latents,
+    sample_posterior,
 )
 from ..common.cli import save_config
 from ..common.errors import UserError
@@ -227,13 +227,13 @@ def _measure(
         return torch.randn(like.shape, generator=generator)
 
     moments = moments_of(training[:4096])
-    latents = sample_latents(moments, normal(moments.chunk(2, 1)[0]), LatentScaling(1.0))
+    latents = sample_posterior(moments, normal(moments.chunk(2, 1)[0]), LatentScaling(1.0))
     vae.register_to_config(scaling_factor=1.0 / float(latents.std()), shift_factor=None)
 
     pixels = to_float(load_batch(images, held_out)[0])
     moments = moments_of(held_out)
     scaling = latent_scaling(vae)
-    mean = sample_latents(moments, torch.zeros(()), scaling)
+    mean = sample_posterior(moments, torch.zeros(()), scaling)
     noise = normal(mean)
 
     def psnr(latents: Tensor) -> float:
@@ -244,7 +244,7 @@ def _measure(
 
     return {
         "psnr": psnr(mean),
-        "psnr_posterior_sample": psnr(sample_latents(moments, noise, scaling)),
+        "psnr_posterior_sample": psnr(sample_posterior(moments, noise, scaling)),
         "psnr_noise_0.1": psnr(mean + 0.1 * noise),
         "posterior_std": float(torch.exp(0.5 * moments.chunk(2, 1)[1]).mean()) * scaling.factor,
         "scaling_factor": scaling.factor,
@@ -269,7 +269,7 @@ def _write(
         save_config(config, aside / "training.yaml")
         (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         before, _ = load_batch(images, indices[:24])
-        latents = sample_latents(
+        latents = sample_posterior(
             encode_moments(vae, to_float(before).to(vae.device)),
             torch.zeros((), device=vae.device),
             latent_scaling(vae),

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample_latents
+from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample_posterior
 from ..checkpoints.opening import list_checkpoints
 from ..common.distributed import run_on_main_process
 from ..common.errors import UserError
@@ -304,7 +304,7 @@ class Trainer:
         self, moments: Tensor, labels: Tensor, random: StepRandom
     ) -> tuple[MoHDiTOutput, Tensor]:
         """The model's output for one micro-batch, and the latents (b, C, h, w) behind it."""
-        latents = sample_latents(moments, random.posterior_noise, latent_scaling(self.vae))
+        latents = sample_posterior(moments, random.posterior_noise, latent_scaling(self.vae))
         labels = torch.where(random.drop_label, self.raw_model.null_class, labels)
         noisy = self.objective.add_noise(latents, random.noise, random.times)
         with self.accelerator.autocast():

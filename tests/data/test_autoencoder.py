@@ -24,7 +24,7 @@ from moh_dit.autoencoder import (
     latent_scaling,
     latent_shape,
     load_autoencoder,
-    sample_latents,
+    sample_posterior,
 )
 from moh_dit.common.errors import UserError
 from moh_dit.data.digits import load_digit_images
@@ -70,7 +70,7 @@ def test_embedded_autoencoder_reconstructs_and_forgives_noise(digits_vae):
     assert moments.shape == (len(pixels), 8, 8, 8)
     assert moments.dtype == torch.float32
     scaling = latent_scaling(digits_vae)
-    mean = sample_latents(moments, torch.zeros(()), scaling)
+    mean = sample_posterior(moments, torch.zeros(()), scaling)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
 
     def psnr(latents):
@@ -79,7 +79,7 @@ def test_embedded_autoencoder_reconstructs_and_forgives_noise(digits_vae):
 
     assert psnr(mean).mean() > 35
     assert psnr(mean).min() > 28
-    sample = sample_latents(moments, noise, scaling)
+    sample = sample_posterior(moments, noise, scaling)
     assert psnr(sample).mean() > 30
     assert psnr(mean + 0.2 * noise).mean() > 30
     assert abs(float(sample.std()) - 1) < 0.02
@@ -95,11 +95,11 @@ def test_moments_and_scaling_agree_with_diffusers():
     noise = torch.randn(3, 2, 8, 8)
     scaling = latent_scaling(vae)
     assert scaling == LatentScaling(0.3, 0.2)
-    latents = sample_latents(moments, noise, scaling)
+    latents = sample_posterior(moments, noise, scaling)
     expected = (posterior.mean + posterior.std * noise - 0.2) * 0.3
     torch.testing.assert_close(latents, expected.detach())
     decoded = vae.decode(posterior.mode()).sample.clamp(-1, 1).detach()
-    mode = sample_latents(moments, torch.zeros(()), scaling)
+    mode = sample_posterior(moments, torch.zeros(()), scaling)
     torch.testing.assert_close(decode_latents(vae, mode), decoded, atol=1e-5, rtol=1e-5)
 
 
@@ -254,7 +254,7 @@ def test_written_scaling_gives_unit_latents(tmp_path):
     vae = load_autoencoder(config.output)
     moments = encode_moments(vae, to_float(load_digit_images()[0][:256]))
     noise = torch.randn(256, 2, 16, 16, generator=torch.Generator().manual_seed(1))
-    assert abs(float(sample_latents(moments, noise, latent_scaling(vae)).std()) - 1) < 0.05
+    assert abs(float(sample_posterior(moments, noise, latent_scaling(vae)).std()) - 1) < 0.05
 
 
 def test_training_can_start_from_another(tmp_path):
