@@ -1,12 +1,12 @@
 """Convert a checkpoint from one format to another, or describe it."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..common.atomic_write import atomic_output
+from ..common.disk_space import require_disk_space
 from ..common.errors import UserError
 from ..continue_tuning.model import MoHSettings, dense_to_moh, noisy_batches
 from ..model.architecture import describe, full_config
@@ -93,11 +93,5 @@ def check_output(config: ConvertConfig) -> None:
 
 def check_space(output: Path, state: State) -> None:
     """Raise ``UserError`` unless the weights fit on the disk."""
-    parent = next(folder for folder in output.absolute().parents if folder.exists())
     needed = sum(tensor.nbytes for tensor in state.values())
-    free = shutil.disk_usage(parent).free
-    if free < needed * 1.02:
-        raise UserError(
-            f"output {output}: {free / 2**30:.2f} GiB are free there, the weights take "
-            f"{needed / 2**30:.2f} GiB"
-        )
+    require_disk_space(output, needed * 1.02, f"output {output}")

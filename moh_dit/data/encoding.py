@@ -20,6 +20,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL
 
 from ..autoencoder import autoencoder_identity, latent_scaling, latent_shape, load_autoencoder
+from ..common.disk_space import require_disk_space
 from ..common.distributed import run_on_main_process
 from ..common.errors import UserError
 from ..common.progress import progress_bar
@@ -29,7 +30,6 @@ from .hugging_face import is_stream
 from .images import ImageSet, open_images, read_batches
 from .latent_shards import (
     SHARD_PREFIX,
-    check_disk_space,
     open_folder,
     refuse_existing,
     write_index,
@@ -145,7 +145,7 @@ def _prepare(
     open_folder(folder, plan)
     made = sum(path.stat().st_size for path in folder.glob(f"{SHARD_PREFIX}*.npy"))
     if num_images is not None:
-        check_disk_space(folder, num_images * image_bytes - made)
+        require_disk_space(folder, num_images * image_bytes - made, f"output folder {folder}")
     return source, plan
 
 

@@ -11,7 +11,6 @@ Whatever has its name is whole, so a kill costs the shards that were being made 
 import hashlib
 import io
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -62,16 +61,6 @@ def _check_same_plan(folder: Path, plan: dict[str, Any]) -> None:
         raise UserError(
             f"latents {folder} were begun with other settings ({', '.join(different)} differ): "
             "give the same ones, or a new name"
-        )
-
-
-def check_disk_space(folder: Path, needed: int) -> None:
-    """Raise ``UserError`` unless so many bytes are free where ``folder`` is."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"output folder {folder}: the latents need {needed / 1e9:.1f} GB, "
-            f"and {free / 1e9:.1f} GB are free"
         )
 
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from ..autoencoder import downsampling_factor
 from ..common.atomic_write import atomic_write
+from ..common.disk_space import require_disk_space
 from ..common.errors import UserError
 from ..common.progress import progress_bar
 from ..diffusion.noise import WORD, philox
@@ -96,7 +97,8 @@ def sample_set(
     partial = partial_folder(output)
     check_output(output, partial, described)
     to_write = 2 * len(labels) - images_done(partial)
-    check_disk_space(output, to_write * image_bytes(chosen))
+    needed = to_write * image_bytes(chosen) + SPARE_BYTES
+    require_disk_space(output, needed, f"output {output}")
     state.wait_for_everyone()  # every process has looked before the first one writes
 
     if state.is_main_process:
@@ -202,19 +204,6 @@ def image_bytes(pipeline: MoHDiTPipeline) -> int:
     """Bytes of one image of the pipeline, as uint8."""
     side = pipeline.transformer.config.sample_size * downsampling_factor(pipeline.vae)
     return side * side * 3
-
-
-def check_disk_space(output: Path, needed: int) -> None:
-    """Raise ``UserError`` unless the images fit on the disk of ``output``."""
-    folder = output.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed + SPARE_BYTES > free:
-        raise UserError(
-            f"output {output} needs {needed / 2**30:.1f} GiB until it is finished, "
-            f"{folder} has {free / 2**30:.1f} GiB free"
-        )
 
 
 def shards(partial: Path) -> list[tuple[int, int, Path]]:

@@ -24,6 +24,7 @@ from ..checkpoints.opening import (
     read_weights,
 )
 from ..common.atomic_write import atomic_output
+from ..common.disk_space import require_disk_space
 from ..common.errors import UserError
 from ..model.transformer import MoHDiTTransformer2DModel
 from .config import TrainConfig
@@ -77,13 +78,10 @@ class TrainingState:
         weights = sum(parameter.numel() * 4 for parameter in self.model.parameters())
         # AdamW has two moments; a snapshot may be due as well.
         needed = weights * (3 + len(self.averages) + len(self._powers()))
-        free = shutil.disk_usage(run).free
-        if free < needed:
-            tqdm.write(
-                f"warning: {free / 2**30:.1f} GiB are free where {run} is; the next checkpoint "
-                f"takes {needed / 2**30:.1f} GiB",
-                file=sys.stderr,
-            )
+        try:
+            require_disk_space(run, needed, "the next checkpoint")
+        except UserError as shortage:
+            tqdm.write(f"warning: {shortage}", file=sys.stderr)
 
     def _powers(self) -> list[PowerEma]:
         return [average for average in self.averages if isinstance(average, PowerEma)]

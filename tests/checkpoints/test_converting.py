@@ -202,7 +202,7 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, convert, monke
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     code, _, err = convert(tmp_path / "a", "--to", "moh-dit", "--output", tmp_path / "b")
     assert code == 2
-    assert "0.00 GiB are free there" in err
+    assert "only 1000 bytes are free" in err
     assert not (tmp_path / "b").exists()
 
 

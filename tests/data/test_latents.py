@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -302,7 +303,7 @@ def test_full_disk_is_told(config, monkeypatch, tmp_path):
         with pytest.raises(UserError, match="No space left on device"):
             encode_data(config)
     assert not list(Path(config.output).iterdir())
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
     config.output = str(tmp_path / "other")
     with pytest.raises(UserError, match="are free"):
         encode_data(config)

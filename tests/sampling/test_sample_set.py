@@ -98,6 +98,6 @@ def test_half_finished_with_other_settings_is_an_error(tmp_path, monkeypatch):
 def test_full_disk_is_said_before_work(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": exact.SPARE_BYTES + 20_000})
     monkeypatch.setattr(exact.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(UserError, match="GiB free"):
+    with pytest.raises(UserError, match="MiB are free"):
         make(tmp_path / "s.npz")
     assert not list(tmp_path.iterdir())
