@@ -117,7 +117,7 @@ def reading_ahead(images: ImageSet, runtime: Runtime) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        reader.read_no_further()
+        reader.cancel_read_ahead()
         raise
 
 

@@ -1,4 +1,4 @@
-"""One image: checking its header, decoding it to uint8 RGB, resizing and cropping when asked."""
+"""Check, decode, resize and crop one image."""
 
 import io
 import os
@@ -7,27 +7,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyspng
 from PIL import Image, UnidentifiedImageError
+
+try:
+    import pyspng
+except ImportError:  # optional (extra "png"): Pillow decodes to the same pixels, more slowly
+    pyspng = None
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_RGB = b"\x08\x02"  # bits and colour type
+PNG_RGB = b"\x08\x02"  # 8 bits per channel, colour type RGB
 PNG_END = b"IEND\xaeB`\x82"
-CONVERTED = {"L", "1", "P"}  # to RGB without loss of what the picture shows
+CONVERTED_MODES = {"L", "1", "P"}  # converted to RGB without loss
 
 
 class BadImage(ValueError):
-    """Why one image cannot be used, in a few words."""
+    """One image cannot be used; the text says why in a few words."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What happens to an image before the extractor; nothing by default.
+    """Resizing of images before the extractor; by default images stay as they are.
 
-    ``size``: side of the square result. ``crop``: keep the aspect ratio and cut the centre as ADM
-    does for training data (halve with a box filter while the short side is at least twice the
-    size, then bicubic, then cut); otherwise the image is stretched, bicubic.
+    Attributes:
+        size: side of the square result in pixels, or None to keep images as they are.
+        crop: keep the aspect ratio and crop the centre, as ADM does for training data: halve with
+            a box filter while the short side is at least twice ``size``, resize with a bicubic
+            filter, crop. False: stretch with a bicubic filter.
     """
 
     size: int | None = None
@@ -53,7 +59,7 @@ class Preprocess:
         return image.crop((left, top, left + self.size, top + self.size))
 
     def arrays(self, images: np.ndarray) -> np.ndarray:
-        """Apply to uint8 (n, H, W, 3)."""
+        """Resize a batch of images, uint8 (n, H, W, 3)."""
         if self.size is None:
             return images
         return np.stack([np.asarray(self(Image.fromarray(image))) for image in images])
@@ -63,9 +69,16 @@ AS_IS = Preprocess()
 
 
 def check_header(head: bytes, tail: bytes, size: int, whole: bytes | None = None) -> tuple:
-    """(width, height, mode) from an encoded image's first and last bytes; BadImage if cut short.
+    """Return (width, height, mode) of an encoded image.
 
-    Needs at least 33 bytes of head for PNG; other formats are opened from ``whole`` or ``head``.
+    Args:
+        head: first bytes of the image; PNG needs at least 33.
+        tail: last bytes of the image.
+        size: length of the encoded image in bytes.
+        whole: all bytes, for formats other than PNG whose header is longer than ``head``.
+
+    Raises:
+        BadImage: the image is truncated or has a colour mode that is not supported.
     """
     if size == 0:
         raise BadImage("empty file")
@@ -86,11 +99,12 @@ def check_header(head: bytes, tail: bytes, size: int, whole: bytes | None = None
         with Image.open(io.BytesIO(whole if whole is not None else head)) as image:
             return image.width, image.height, check_mode(image.mode)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise BadImage("not an image that Pillow reads") from error
+        raise BadImage("not an image that Pillow can read") from error
 
 
 def check_mode(mode: str) -> str:
-    if mode == "RGB" or mode in CONVERTED:
+    """Return ``mode``, a Pillow mode; raise BadImage unless it converts to RGB without loss."""
+    if mode == "RGB" or mode in CONVERTED_MODES:
         return mode
     if mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         raise BadImage("transparency (flatten it onto a background first)")
@@ -100,13 +114,13 @@ def check_mode(mode: str) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB; BadImage where that would change what is measured."""
+    """Convert a picture to RGB; raise BadImage where that would lose information."""
     check_mode(image.mode)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def check_file(path: str | Path) -> tuple:
-    """``check_header`` of a file, reading little of it."""
+    """Apply ``check_header`` to a file, reading only the first and last bytes of a PNG."""
     file = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(file).st_size
@@ -119,7 +133,7 @@ def check_file(path: str | Path) -> tuple:
 
 
 def check_chunks(data: bytes) -> None:
-    """Raise BadImage unless the chunks of a PNG are whole, by their check sums."""
+    """Raise BadImage unless the checksum of each chunk of a PNG is right."""
     view, start = memoryview(data), len(PNG_SIGNATURE)
     while start + 12 <= len(data):
         end = start + 8 + int.from_bytes(view[start : start + 4], "big")
@@ -128,15 +142,16 @@ def check_chunks(data: bytes) -> None:
         if view[start + 4 : end] == b"IEND":
             return
         start = end + 4
-    raise BadImage("truncated or damaged (a chunk fails its check sum)")
+    raise BadImage("truncated or damaged (wrong checksum of a chunk)")
 
 
 def decode(data: bytes, preprocess: Preprocess) -> np.ndarray:
-    """uint8 (H, W, 3) of an encoded image; grey and palette images become RGB."""
+    """Decode an image to uint8 (H, W, 3); grey and palette images become RGB."""
     try:
         if data.startswith(PNG_SIGNATURE) and data[24:26] == PNG_RGB and preprocess.size is None:
-            check_chunks(data)  # which pyspng does not
-            return pyspng.load(data, "RGB")  # the same bytes as Pillow's, sooner
+            check_chunks(data)  # Neither pyspng nor Pillow verifies all checksums.
+            if pyspng is not None:
+                return pyspng.load(data, "RGB")
         with Image.open(io.BytesIO(data)) as image:
             check_mode(image.mode)
             image.load()

@@ -14,12 +14,12 @@ from .decoding import EXTENSIONS, BadImage, Preprocess, check_header, decode, to
 from .loading import map_in_processes
 from .readers import ImageReader, check_labels
 
-INSPECTED = 256  # image headers read by one task
-NAMED = 3  # broken images named in a message
+HEADERS_PER_TASK = 256
+MAX_EXAMPLES = 3  # broken images named in an error message
 
 
 class EncodedReader(ImageReader):
-    """Encoded images (PNG, JPEG, …) that can be fetched one by one in any order."""
+    """Encoded images (PNG, JPEG, …), fetched one by one in any order."""
 
     decodes = True
     size: tuple[int, int]
@@ -37,7 +37,9 @@ class EncodedReader(ImageReader):
     ) -> None:
         self.kind, self.set_name, self.names = kind, set_name, names
         self.fetch, self.preprocess = fetch, preprocess
-        self.hash_images = hash_images  # no one file or folder can be hashed instead
+        self.hash_images = (
+            hash_images  # True: the set is not one file or folder that could be hashed
+        )
         self.digests = {} if hash_images or kind == "folder" else None
         self.count = len(names)
         if self.count == 0:
@@ -46,24 +48,29 @@ class EncodedReader(ImageReader):
         self.size = self._inspect(check)
 
     def _inspect(self, check: Callable[[int], tuple]) -> tuple[int, int]:
-        """The one size of all images, from their headers; every fault is counted, some named."""
+        """Return (height, width) of all images from their headers.
+
+        Raises:
+            EvaluationError: some images cannot be used, or sizes differ. The message counts all
+                of them and names a few.
+        """
 
         def look(start: int) -> list[tuple | BadImage]:
             found: list[tuple | BadImage] = []
-            for index in range(start, min(start + INSPECTED, len(self.names))):
+            for index in range(start, min(start + HEADERS_PER_TASK, len(self.names))):
                 try:
                     found.append(check(index))
                 except BadImage as error:
                     found.append(error)
             return found
 
-        starts = range(0, len(self.names), INSPECTED)
+        starts = range(0, len(self.names), HEADERS_PER_TASK)
         parts = map_in_processes(look, starts, min(16, os.cpu_count() or 1))
         found = [item for part in parts for item in part]
         bad = [(i, item) for i, item in enumerate(found) if isinstance(item, BadImage)]
         if bad:
-            examples = ", ".join(f"{self.names[i]}: {error}" for i, error in bad[:NAMED])
-            more = ", …" if len(bad) > NAMED else ""
+            examples = ", ".join(f"{self.names[i]}: {error}" for i, error in bad[:MAX_EXAMPLES])
+            more = ", …" if len(bad) > MAX_EXAMPLES else ""
             raise EvaluationError(
                 f"{self.set_name}: {len(bad)} of {len(found)} images cannot be used "
                 f"({examples}{more})"
@@ -77,8 +84,8 @@ class EncodedReader(ImageReader):
                 f"{n} of {w}×{h} (as {self.names[sizes.index((h, w))]})" for (h, w), n in counts[:4]
             )
             raise EvaluationError(
-                f"{self.set_name}: mixed image sizes: {listed}; ask for --resize SIZE, with --crop "
-                "to keep the aspect ratio"
+                f"{self.set_name}: images of different sizes: {listed}; add --resize SIZE, "
+                "and --crop to keep the aspect ratio"
             )
         return sizes[0]
 

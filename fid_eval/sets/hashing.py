@@ -1,4 +1,4 @@
-"""Content hashes of files and folders."""
+"""Hash the contents of files and folders with SHA-256."""
 
 import hashlib
 import os
@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-BLOCK = 1 << 26
+BLOCK = 1 << 26  # bytes hashed by one thread
 
 
 def file_sha256(path: str | Path) -> str:
-    """The usual sha256 of a file, in hex."""
+    """Return the SHA-256 of a file in hexadecimal, as ``sha256sum`` prints it."""
     digest = hashlib.sha256()
     with Path(path).open("rb", buffering=0) as file:
         while piece := file.read(1 << 20):
@@ -19,11 +19,14 @@ def file_sha256(path: str | Path) -> str:
 
 
 def path_hash(path: Path, known: Mapping[str, str] | None = None) -> str:
-    """sha256 over a file's blocks, or a folder's names and files: equal content, equal hash.
+    """Return a hash of the contents of a file or folder; equal contents give equal hashes.
 
-    Blocks of 64 MiB are hashed in parallel and their digests hashed in order, so this is not the
-    file's plain sha256. ``known``: sha256 of files of the folder, by their names in it, that need
-    not be read again.
+    Files are hashed in blocks of 64 MiB in parallel, and the digests of the blocks are hashed in
+    order. The result therefore differs from ``file_sha256``.
+
+    Args:
+        path: a file, or a folder, whose file names are hashed too.
+        known: SHA-256 of files that need not be read again, by their names in the folder.
     """
     known = known or {}
     digest = hashlib.sha256()
@@ -43,7 +46,7 @@ def path_hash(path: Path, known: Mapping[str, str] | None = None) -> str:
 
 
 def _files(path: Path) -> Iterator[str]:
-    """Names in a folder of all files under it, with slashes; no folder behind a link."""
+    """Yield the relative paths of all files in a folder. Do not follow links to folders."""
     for folder, _, names in os.walk(path):
         inside = Path(os.path.relpath(folder, path)).as_posix()
         for name in names:

@@ -1,7 +1,7 @@
-"""``ImageSet``: a reference or a set of samples, once it is open.
+"""Represent an opened reference or sample set.
 
-An ImageSet may hold images (read in pieces by a reader), stored statistics, stored features, or
-several of them: an ADM reference file has both images and statistics.
+An ImageSet may hold images (read in batches by a reader), stored statistics, stored features, or
+several of these: an ADM reference file has both images and statistics.
 """
 
 from concurrent.futures import Future
@@ -16,41 +16,43 @@ from torch import Tensor
 from .hashing import path_hash
 from .readers import ImageReader
 
+# Names of the mean and covariance of each layer's features in ADM's reference files.
+STATISTICS_OF_LAYER = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 
 
 @dataclass
 class ImageSet:
-    """A reference or a sample set as opened: what is there, before anything is computed."""
+    """The contents of a reference or sample set, before anything is computed from them."""
 
     name: str
     kind: str
     images: ImageReader | None = None
     statistics: dict[str, np.ndarray] = field(default_factory=dict)  # mu, sigma, mu_s, sigma_s
-    features: dict[str, Tensor] = field(default_factory=dict)  # pool, spatial, labels …
-    metadata: dict[str, Any] = field(default_factory=dict)  # of a fid-eval reference
+    features: dict[str, Tensor] = field(default_factory=dict)  # pool, spatial, labels, logits
+    metadata: dict[str, Any] = field(default_factory=dict)  # written by fid-eval
     path: Path | None = None
     _hash: "Future[str | None] | None" = field(default=None, repr=False)
 
     def hash_ahead(self) -> None:
-        """Start hashing in the background what is not hashed as it is decoded.
+        """Hash the set in a background thread, unless its images are hashed as they are decoded.
 
-        A file is hashed without the interpreter lock. The thousands of files of a folder would ask
-        for it all the time, and the thread that launches kernels asks as often.
+        Hashing one large file releases the interpreter lock. Hashing the many small files of a
+        folder would compete for the lock with the thread that launches kernels.
         """
         if self._hash is None and (self.images is None or self.images.digests is None):
             self._hash = Future()
             Thread(target=self._compute_hash, args=(self._hash,), daemon=True).start()
 
     def content_hash(self) -> str | None:
-        """sha256 over the content, computed once; None for an iterable."""
+        """Return the hash of the contents, computed once; None for an iterable."""
         if self._hash is None:
             self._hash = Future()
             self._compute_hash(self._hash)
         return self._hash.result()
 
     def adopt_hash(self, value: str | None) -> None:
-        """Take the hash that another process computed."""
+        """Store the hash that rank 0 computed."""
         self._hash = Future()
         self._hash.set_result(value)
 

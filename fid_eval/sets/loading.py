@@ -1,4 +1,4 @@
-"""Reading ahead: which images make a batch, and loading batches by threads or processes."""
+"""Divide a set into batches and load them ahead of use, in threads or worker processes."""
 
 import math
 import mmap
@@ -18,19 +18,22 @@ from torch import Tensor
 from ..distributed import local_processes
 from ..errors import EvaluationError
 
-PROCESSES_FROM = 500  # encoded images from which decoding is worth processes
-CHUNK = 1024  # images of one cache file, one part of the sums, one process's turn
-NICE = 10  # of processes that load
+PROCESSES_FROM = 500  # decode smaller sets in threads: starting processes takes longer
+CHUNK = 1024  # images in one cache file and in one unit of work of a rank
+NICE = 10  # niceness of worker processes
 CPU = torch.device("cpu")
-READ_AHEAD = 4 << 30  # bytes of decoded images of a set held in advance, at most
+READ_AHEAD = 4 << 30  # upper limit of decoded images held ahead of use, in bytes per set
 CAN_FORK = "fork" in multiprocessing.get_all_start_methods()
-Span = tuple[int, int]  # first image of a batch, and the one after its last
+Span = tuple[int, int]  # index of the first image of a batch, and of the one after the last
 
 
 def batch_spans(
     count: int, batch_size: int, owned: Callable[[int], bool]
 ) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each batch; none crosses a chunk, so batches are the same for any split."""
+    """Yield (start, stop) of each batch in the chunks for which ``owned(chunk)`` is true.
+
+    No batch crosses a chunk, so the batches are the same for every number of ranks.
+    """
     for chunk, first in enumerate(range(0, count, CHUNK)):
         if owned(chunk):
             last = min(first + CHUNK, count)
@@ -46,20 +49,29 @@ def load_spans(
     decoding: bool,
     device: torch.device = CPU,
 ) -> Iterator[Tensor]:
-    """uint8 (n, H, W, 3) of each span in order, read ahead within READ_AHEAD bytes.
+    """Load the images of each span ahead of use, within ``READ_AHEAD`` bytes.
 
-    ``reader``: an ``ImageReader``, of which ``read`` is called, or ``read_into`` by processes where
-    it is ``decoding``. On the CPU, pinned where ``device`` is a GPU.
+    Args:
+        reader: an ``ImageReader``.
+        spans: what to load, in order.
+        batch_size: length of the longest span.
+        workers: number of threads or processes.
+        decoding: call ``reader.read_into`` in worker processes instead of ``reader.read`` in
+            threads.
+        device: where the images go next; memory is pinned for a GPU.
+
+    Yields:
+        uint8 (n, H, W, 3) on the CPU.
     """
     height, width = reader.size or (256, 256)
-    # Another set may be read ahead at the same time, and by as many processes as share the machine.
+    # Share the free memory with the other ranks of this machine and with another set read ahead.
     spare = psutil.virtual_memory().available // (4 * local_processes())
     slots = max(2, min(READ_AHEAD, spare) // (batch_size * height * width * 3))
     if decoding and CAN_FORK:
-        # They fill up while the network is built, or the set before goes through it.
+        # Many slots, to fill while the network is built or the previous set is measured.
         window = min(slots, 10 * workers)
         batches = _decoded(reader, spans, batch_size, min(workers, window), window, device)
-        next(batches)  # has the processes at work
+        next(batches)  # Start the worker processes now.
         return batches  # type: ignore[return-value]
 
     def load(span: Span) -> Tensor:
@@ -70,7 +82,7 @@ def load_spans(
 
 
 def prefetch(function: Callable, items: Iterable, workers: int, window: int) -> Iterator:
-    """``map(function, items)`` by threads, in order, at most ``window`` results ahead."""
+    """Map ``function`` over ``items`` in threads, in order, at most ``window`` results ahead."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
         iterator, pending = iter(items), []
         try:
@@ -85,39 +97,39 @@ def prefetch(function: Callable, items: Iterable, workers: int, window: int) -> 
                 future.cancel()
 
 
-_shared: tuple  # in a forked process: what its parent wants it to know
+_shared: tuple  # in a worker process: values inherited from the parent
 
 
-def _share(*values: Any) -> None:
+def _initialize_worker(*values: Any) -> None:
     global _shared
     _shared = values
     torch.set_num_threads(1)
-    os.nice(NICE)  # whoever feeds the network goes first
+    os.nice(NICE)  # Leave priority to the process that feeds the network.
 
 
-def _forked(workers: int, *shared: Any) -> ProcessPoolExecutor:
-    """Forked processes that know ``shared``, which need not be picklable."""
+def _fork_workers(workers: int, *shared: Any) -> ProcessPoolExecutor:
+    """Fork workers that inherit ``shared``; its values need not be picklable."""
     context = multiprocessing.get_context("fork")
-    return ProcessPoolExecutor(workers, context, initializer=_share, initargs=shared)
+    return ProcessPoolExecutor(workers, context, initializer=_initialize_worker, initargs=shared)
 
 
-def _killed(workers: int) -> EvaluationError:
+def _worker_killed(workers: int) -> EvaluationError:
     return EvaluationError(
-        f"one of {workers} loading processes was killed, for want of memory perhaps: try fewer "
+        f"one of {workers} worker processes was killed, perhaps because memory ran out; try fewer "
         "--workers"
     )
 
 
 def map_in_processes(function: Callable, items: Sequence, workers: int) -> Iterator:
-    """``map(function, items)`` by forked processes, where there is enough to do."""
+    """Map ``function`` over ``items`` in forked workers, or in threads for short sequences."""
     if len(items) < 2 * workers or not CAN_FORK:
         yield from prefetch(function, items, workers, 2 * workers)
         return
     try:
-        with _forked(workers, function) as pool:
+        with _fork_workers(workers, function) as pool:
             yield from pool.map(_call, items)
     except BrokenProcessPool:
-        raise _killed(workers) from None
+        raise _worker_killed(workers) from None
 
 
 def _call(item: Any) -> Any:
@@ -125,14 +137,14 @@ def _call(item: Any) -> Any:
 
 
 def _decode(span: Span, offset: int) -> list[str] | EvaluationError:
-    """Put a span's images at ``offset`` of the shared memory; their digests, or what is wrong."""
+    """Decode a span's images into shared memory at ``offset``; return their digests."""
     reader, memory = _shared
     shape = (span[1] - span[0], *reader.size, 3)
     images = np.frombuffer(memory, np.uint8, math.prod(shape), offset).reshape(shape)
     try:
         return reader.read_into(*span, images)
     except EvaluationError as error:
-        return error  # raised again by the parent, without the worker's traceback
+        return error  # The parent raises it, without the traceback of the worker.
 
 
 def _decoded(
@@ -143,16 +155,18 @@ def _decoded(
     window: int,
     device: torch.device,
 ) -> Iterator[Tensor | None]:
-    """None, then the batches of ``spans`` by forked processes through ``window`` shared slots.
+    """Decode ``spans`` in forked workers, which write into ``window`` slots of shared memory.
 
-    Decoding threads would release the interpreter lock, but wait for it a dozen times an image
-    behind the thread that feeds the network: 16 of them decode as fast as three processes.
+    Yields None first, once the workers run, then the batches. Threads would be slower: they wait
+    for the interpreter lock many times per image, so 16 threads decode as fast as three processes.
     """
     height, width = reader.size
     batch_bytes = batch_size * height * width * 3
-    memory = mmap.mmap(-1, window * batch_bytes)  # anonymous: no file, no limit of /dev/shm
+    memory = mmap.mmap(
+        -1, window * batch_bytes
+    )  # anonymous memory is not limited by the size of /dev/shm
     whole = np.frombuffer(memory, np.uint8)
-    pool = _forked(workers, reader, memory)
+    pool = _fork_workers(workers, reader, memory)
     free, waiting = list(range(window)), deque(spans)
     due: deque[tuple[int, Span, Future]] = deque()
 
@@ -174,12 +188,12 @@ def _decoded(
             shape = (span[1] - span[0], height, width, 3)
             start = slot * batch_bytes
             images = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-            # By numpy, on this thread: torch would wait for threads that wait for a core.
+            # Copy with NumPy: torch would use threads, and the workers occupy all cores.
             np.copyto(images.numpy(), whole[start : start + math.prod(shape)].reshape(shape))
             free.append(slot)
             submit()
             yield images
     except BrokenProcessPool:
-        raise _killed(workers) from None
+        raise _worker_killed(workers) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,7 +1,7 @@
-"""Arrays inside an .npz, read piece by piece.
+"""Read the arrays inside an .npz row by row, without loading a whole array.
 
-An .npz is a zip of .npy files. A stored member lies in the file as it is and any rows can be read
-from their offset; a compressed one is read from its start onwards. Neither is ever held whole.
+An .npz is a zip archive of .npy files. Rows of an uncompressed array are read from their offset in
+the file. A compressed array is decompressed from its start onwards.
 """
 
 import math
@@ -16,11 +16,11 @@ import numpy as np
 
 from ..errors import EvaluationError
 
-LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field, after 26 bytes
+LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of the name and extra field of a zip entry
 
 
 class NpzFile:
-    """The members of an .npz: names, shapes and dtypes at once, their rows when asked."""
+    """The arrays of an .npz by name. Opening reads names, shapes and dtypes only."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -32,8 +32,8 @@ class NpzFile:
                 }
         except zipfile.BadZipFile:
             raise EvaluationError(
-                f"{self.path}: not a complete .npz (no zip directory at its end): truncated or "
-                "still being written; copy or write it again"
+                f"{self.path}: not a complete .npz (no zip directory at its end); it is truncated "
+                "or still being written: copy or write it again"
             ) from None
 
     def __contains__(self, name: str) -> bool:
@@ -43,13 +43,13 @@ class NpzFile:
         return self.members[name]
 
     def identity(self) -> bytes:
-        """Names, sizes and CRC-32 of the members: what the zip directory knows of its content."""
+        """Return names, sizes and CRC-32 checksums of the members, from the zip directory."""
         rows = sorted((n, m.crc, m.stored_size) for n, m in self.members.items())
         return repr(rows).encode()
 
 
 class NpzMember:
-    """One array: ``shape``, ``dtype`` and ``read(start, stop)`` along the first axis."""
+    """One array of an .npz: its shape and dtype, and its rows on request."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
         self.path, self.name = path, info.filename
@@ -68,18 +68,18 @@ class NpzMember:
             self.header_size = member.tell()
         if fortran and len(self.shape) > 1:
             raise EvaluationError(
-                f"{path}: {self.name} is in Fortran order and cannot be streamed; save it again "
-                "from np.ascontiguousarray(array)"
+                f"{path}: {self.name} is in Fortran order, which cannot be read by rows; save "
+                "np.ascontiguousarray(array) instead"
             )
         if self.dtype.hasobject:
             raise EvaluationError(
-                f"{path}: {self.name} holds pickled Python objects, which are not read"
+                f"{path}: {self.name} holds pickled Python objects, which are not loaded"
             )
         size = self.header_size + math.prod(self.shape) * self.dtype.itemsize
         if size != info.file_size:
             raise EvaluationError(
-                f"{path}: {self.name} is {self.shape} {self.dtype} = {size} bytes, but "
-                f"{info.file_size} are stored: truncated; write it again"
+                f"{path}: {self.name} is {self.shape} {self.dtype} = {size} bytes, but only "
+                f"{info.file_size} are stored (truncated); write it again"
             )
         self.row_size = math.prod(self.shape[1:]) * self.dtype.itemsize
         self.compressed = info.compress_type != zipfile.ZIP_STORED
@@ -96,7 +96,7 @@ class NpzMember:
         return self.shape[0] if self.shape else 0
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows ``start`` to ``stop``: fast in any order if stored, in file order if compressed."""
+        """Read rows ``start`` to ``stop``. A compressed array is fast only in file order."""
         stop = len(self) if stop is None else stop
         if not self.shape:
             start, stop = 0, 1
@@ -107,7 +107,7 @@ class NpzMember:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self.offset + start * self.row_size)
                 if array.nbytes and file.readinto(array.data.cast("B")) != array.nbytes:
-                    raise EvaluationError(f"{self.path}: {self.name} ends early: truncated")
+                    raise EvaluationError(f"{self.path}: {self.name} ends early (truncated)")
         return array if self.shape else array[0]
 
     def _read_compressed(self, start: int, array: np.ndarray) -> None:

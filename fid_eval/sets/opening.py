@@ -17,17 +17,19 @@ from torch import Tensor
 from ..errors import EvaluationError
 from .decoding import AS_IS, EXTENSIONS, BadImage, Preprocess, check_file
 from .encoded import EncodedReader, check_bytes
-from .hugging_face import datasets_package, open_dataset, open_hub
+from .hugging_face import import_datasets, is_hub_url, open_dataset, open_hub
 from .image_set import ImageSet
 from .readers import ArrayReader, IterableReader, Share
 from .stored_arrays import open_npz, open_safetensors
 
 
 def open_set(source: Any, preprocess: Preprocess = AS_IS, name: str | None = None) -> ImageSet:
-    """Open a path, array, tensor, Hugging Face dataset or iterable of batches as an ImageSet.
+    """Open a path, array, tensor, Hugging Face data set or iterable of batches as an ImageSet.
 
-    Everything that can be known without decoding every image is checked here: raises
-    EvaluationError for a missing, empty, truncated or mixed set.
+    Image headers are checked here; the images are decoded later.
+
+    Raises:
+        EvaluationError: the set is missing, empty or truncated, or its images differ in size.
     """
     if isinstance(source, ImageSet):
         return source
@@ -42,20 +44,22 @@ def open_set(source: Any, preprocess: Preprocess = AS_IS, name: str | None = Non
     if hasattr(source, "features") and hasattr(source, "column_names"):
         return open_dataset(source, preprocess, name)
     if isinstance(source, dict):
-        raise EvaluationError(f"{name}: a dictionary of {', '.join(map(str, source))}; choose one")
+        raise EvaluationError(
+            f"{name}: is a dictionary of {', '.join(map(str, source))}; choose one"
+        )
     share = isinstance(source, Share)
     batches = source.batches if isinstance(source, Share) else source
     if isinstance(batches, Iterable):
         return ImageSet(name, "iterable", IterableReader(batches, name, preprocess, share))
     raise EvaluationError(
-        f"{name}: a {type(source).__name__} is no set of images: give a path, an array "
-        "(N, H, W, 3) of uint8, or an iterable of such batches"
+        f"{name}: a {type(source).__name__} is not a set of images; give a path, a uint8 array "
+        "(N, H, W, 3), or an iterable of such arrays"
     )
 
 
 def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
-    """Open what a user wrote on a command line; see ``open_set``."""
-    if path.startswith("hf://"):
+    """Open a path, a glob pattern or a Hugging Face URL; see ``open_set``."""
+    if is_hub_url(path):
         return open_hub(path, preprocess, name or path)
     if any(c in path for c in "*{") and not Path(path).exists():
         return _open_tars(_expand(path), preprocess, name or path)
@@ -65,7 +69,7 @@ def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
         raise EvaluationError(f"{path}: no such file or folder")
     if location.is_dir():
         if (location / "state.json").exists() or (location / "dataset_dict.json").exists():
-            opened = open_dataset(datasets_package().load_from_disk(path), preprocess, name)
+            opened = open_dataset(import_datasets().load_from_disk(path), preprocess, name)
             opened.path = location
             return opened
         tars = sorted(location.glob("*.tar"))
@@ -84,7 +88,9 @@ def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
     if suffix == ".tar":
         return _open_tars([location], preprocess, name)
     if location.name.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")):
-        raise EvaluationError(f"{path}: a compressed tar cannot be read in any order; unpack it")
+        raise EvaluationError(
+            f"{path}: compressed tars allow no random access; decompress it to .tar"
+        )
     if suffix == ".npy":
         try:
             array = np.load(location, mmap_mode="r", allow_pickle=False)
@@ -97,7 +103,7 @@ def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
 
 
 def _open_folder(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
-    # Strings: with Path objects, listing and sorting take longer than reading the headers.
+    # Use strings: with Path objects, listing and sorting take longer than reading the headers.
     found = (
         name if inside == "." else f"{inside}/{name}"
         for folder, names in _walk(path)
@@ -126,7 +132,7 @@ def _contents(path: str) -> bytes:
 
 
 def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every folder under ``path`` and its files; links are followed, but not in circles."""
+    """Yield each folder under ``path`` with its files. Follow links, except to a parent folder."""
     for folder, inner, names in os.walk(path, followlinks=True):
         for child in [Path(folder, name) for name in inner]:
             if child.is_symlink():
@@ -137,15 +143,15 @@ def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _open_zip(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
-    local = threading.local()  # one open archive per thread: reading moves its position
+    local = threading.local()  # Open one archive per thread: reading moves its file position.
 
     def fetch(index: int) -> bytes:
-        if getattr(local, "process", None) != os.getpid():  # or per process, after a fork
+        if getattr(local, "process", None) != os.getpid():  # Reopen it after a fork.
             local.process, local.archive = os.getpid(), zipfile.ZipFile(path)
         try:
             return local.archive.read(names[index])
         except zipfile.BadZipFile as error:
-            raise BadImage(f"damaged in the archive ({error})") from None
+            raise BadImage(f"damaged inside the archive ({error})") from None
 
     try:
         with zipfile.ZipFile(path) as archive:
@@ -153,7 +159,7 @@ def _open_zip(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
             listing = [n for n in archive.namelist() if PurePosixPath(n).name == "dataset.json"]
             listed = archive.read(listing[0]) if listing else None
     except zipfile.BadZipFile:
-        raise EvaluationError(f"{name}: not a complete zip: truncated; copy it again") from None
+        raise EvaluationError(f"{name}: not a complete zip (truncated); copy it again") from None
     reader = EncodedReader(
         "zip",
         name,
@@ -173,7 +179,7 @@ def _is_image(name: str) -> bool:
 
 
 def _expand(pattern: str) -> list[Path]:
-    """WebDataset's shards-{000..012}.tar, or a shell pattern."""
+    """List the files of a brace range (``shards-{000..012}.tar``) or a shell pattern."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if match:
         width = len(match[1])
@@ -188,8 +194,11 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _open_tars(paths: list[Path], preprocess: Preprocess, name: str) -> ImageSet:
-    """WebDataset: files of one sample share their name up to the first dot (``key.png``,
-    ``key.cls``, ``key.json``)."""
+    """Open WebDataset shards.
+
+    Files of one sample share their name up to the first dot: ``key.png``, ``key.cls``,
+    ``key.json``.
+    """
     members: list[tuple[int, int, int, str]] = []  # file, offset, size, name
     found: dict[str, int] = {}
     handles = [os.open(path, os.O_RDONLY) for path in paths]
@@ -211,7 +220,7 @@ def _open_tars(paths: list[Path], preprocess: Preprocess, name: str) -> ImageSet
                         if label is not None:
                             found[key] = label
         except tarfile.ReadError as error:
-            raise EvaluationError(f"{path}: not a complete tar ({error}): copy it again") from None
+            raise EvaluationError(f"{path}: not a complete tar ({error}); copy it again") from None
 
     def fetch(index: int) -> bytes:
         number, offset, size, _ = members[index]
@@ -250,7 +259,7 @@ def _tar_label(data: bytes, extension: str) -> int | None:
 
 
 def _labels(names: list[str], listed: bytes | None, set_name: str) -> list[int] | None:
-    """Labels by dataset.json as EDM writes it, or by the first folder of each image's path."""
+    """Read labels from EDM's dataset.json, or number the first folders of the image paths."""
     if listed is not None:
         table = dict(json.loads(listed).get("labels") or [])
         if not table:

@@ -1,4 +1,4 @@
-"""Images in a fixed order, read in batches: arrays, iterables, and what decoders build on."""
+"""Read images in a fixed order and in batches, from arrays or iterables."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,32 +18,32 @@ Batch = tuple[int, Tensor, Tensor | None]  # first index, uint8 (n, 3, H, W), la
 
 
 class ImageReader:
-    """Images of one size in a fixed order. Subclasses give ``read``; labels are known at once."""
+    """Base class: images of one size in a fixed order. Subclasses implement ``read``."""
 
     kind = "images"
-    count: int | None = None  # None: known only at the end
+    count: int | None = None  # None until an iterable is exhausted
     size: tuple[int, int] | None = None  # (height, width) after preprocessing
     labels: np.ndarray | None = None  # int64 (count,)
-    max_workers: int | None = None  # 1 where order matters
-    decodes = False  # reading is work for the processor
-    is_share = False  # each process holds another part
-    digests: dict[int, str] | None = None  # where decoding also hashes: sha256 of images so far
-    ahead: tuple[list, Any] | None = None  # spans that are being loaded already, and their loader
+    max_workers: int | None = None  # 1 if rows can only be read in order
+    decodes = False  # reading is CPU-bound: worker processes may speed it up
+    is_share = False  # each rank holds its own part of the set
+    digests: dict[int, str] | None = None  # SHA-256 of images decoded so far; None if not hashed
+    ahead: tuple[list, Any] | None = None  # spans being loaded, and their loader
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """uint8 (stop − start, H, W, 3)."""
+        """Return images ``start`` to ``stop``, uint8 (stop − start, H, W, 3)."""
         raise NotImplementedError
 
     def read_into(self, start: int, stop: int, images: np.ndarray) -> list[str]:
-        """``read`` into ``images``, in a process that decodes; the ``digests`` of these."""
+        """Decode into ``images`` in a worker process and return the SHA-256 of each image."""
         raise NotImplementedError
 
     def content_hash(self) -> str | None:
-        """sha256 of what the set holds, None where that cannot be known beforehand."""
+        """Return the SHA-256 of the contents, or None if they are unknown or hashed as a file."""
         return None
 
     def file_digests(self) -> dict[str, str]:
-        """sha256 of the files of a folder, by their names in it, as far as known."""
+        """Return the known SHA-256 of files of a folder, by their names in it."""
         return {}
 
     def batches(
@@ -53,9 +53,9 @@ class ImageReader:
         workers: int,
         device: torch.device = CPU,
     ) -> Iterator[Batch]:
-        """Batches of the chunks that ``owned(chunk)`` claims, in order, read ahead from now on.
+        """Iterate over the batches of all chunks for which ``owned(chunk)`` is true.
 
-        On the CPU; ``device`` is where they are going.
+        Loading starts immediately. Batches are on the CPU, in pinned memory if ``device`` is a GPU.
         """
         self.read_ahead(batch_size, owned, workers, device)
         assert self.ahead is not None
@@ -70,12 +70,12 @@ class ImageReader:
     def read_ahead(
         self, batch_size: int, owned: Callable[[int], bool], workers: int, device: torch.device
     ) -> None:
-        """Begin with the ``batches`` of these arguments, unless that is done."""
+        """Start to load the batches that ``batches`` will return for the same arguments."""
         assert self.count is not None
         spans = list(batch_spans(self.count, batch_size, owned))
         if self.ahead is not None and spans == self.ahead[0]:
             return
-        self.read_no_further()
+        self.cancel_read_ahead()
         loaded = load_spans(
             self,
             spans,
@@ -86,15 +86,15 @@ class ImageReader:
         )
         self.ahead = spans, loaded
 
-    def read_no_further(self) -> None:
-        """End what ``read_ahead`` began and nobody has asked for."""
+    def cancel_read_ahead(self) -> None:
+        """Stop loading what ``read_ahead`` started."""
         if self.ahead is not None:
             self.ahead[1].close()
         self.ahead = None
 
 
 class ArrayReader(ImageReader):
-    """A NumPy array, torch tensor or member of an .npz of uint8 images."""
+    """Reads uint8 images from a NumPy array, a torch tensor or a member of an .npz."""
 
     def __init__(self, array: Any, name: str, preprocess: Preprocess, labels: Any = None) -> None:
         self.kind = "npz" if hasattr(array, "read") else "array"
@@ -103,11 +103,11 @@ class ArrayReader(ImageReader):
         dtype = str(array.dtype).removeprefix("torch.")
         if dtype != "uint8":
             hint = (
-                "scale to 0..255, round and cast to uint8"
+                "scale them to 0..255, round and cast to uint8"
                 if dtype.startswith(("float", "bfloat"))
-                else "convert it to 8 bits"
+                else "convert them to 8 bits"
             )
-            raise EvaluationError(f"{name}: images of dtype {dtype}, uint8 is needed: {hint}")
+            raise EvaluationError(f"{name}: images have dtype {dtype}; uint8 is needed: {hint}")
         self.layout = image_layout(shape, name)
         self.count = shape[0]
         if self.count == 0:
@@ -129,7 +129,7 @@ class ArrayReader(ImageReader):
 
     def content_hash(self) -> str | None:
         if hasattr(self.array, "read"):
-            return None  # the file is hashed instead
+            return None  # The whole file is hashed instead.
         digest = hashlib.sha256(repr((self.array.shape, self.preprocess)).encode())
         assert self.count is not None
         for start in range(0, self.count, CHUNK):
@@ -140,10 +140,10 @@ class ArrayReader(ImageReader):
 
 
 class IterableReader(ImageReader):
-    """Batches as they come from a loader or a live model: uint8 images, or (images, labels).
+    """Reads batches from a data loader or a model: uint8 images, or (images, labels).
 
-    They are cut anew into the batches of any other reader. In a run of several processes every
-    process must yield the same images (each takes its chunks), unless wrapped in ``Share``.
+    The images are regrouped into batches of the requested size. In a distributed run every rank
+    must yield the same images, of which it uses its own chunks, unless they are in a ``Share``.
     """
 
     kind = "iterable"
@@ -151,10 +151,10 @@ class IterableReader(ImageReader):
     def __init__(self, batches: Iterable, name: str, preprocess: Preprocess, share: bool) -> None:
         self.source, self.name, self.preprocess = iter(batches), name, preprocess
         self.is_share = share
-        self.labelled: bool | None = None  # whether the batches have labels
+        self.labelled: bool | None = None  # whether the first batch had labels
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        raise NotImplementedError("batches only")
+        raise NotImplementedError("an iterable can only be read in batches")
 
     def batches(
         self,
@@ -195,7 +195,7 @@ class IterableReader(ImageReader):
                 yield position, *piece
             position += len(piece[0])
         if position == 0:
-            raise EvaluationError(f"{self.name}: the iterable gave no images")
+            raise EvaluationError(f"{self.name}: the iterable yielded no images")
         self.count = position
 
     def _convert(self, item: Any) -> tuple[Tensor, Tensor | None]:
@@ -208,12 +208,12 @@ class IterableReader(ImageReader):
             images = torch.as_tensor(images).detach()
         except (TypeError, ValueError, RuntimeError):
             raise EvaluationError(
-                f"{self.name}: a batch is uint8 images (N, H, W, 3) or (N, 3, H, W), or these and "
-                f"their labels, not a {type(images).__name__}"
+                f"{self.name}: a batch must be uint8 images (N, H, W, 3) or (N, 3, H, W), with or "
+                f"without labels, not a {type(images).__name__}"
             ) from None
         if images.dtype != torch.uint8:
             raise EvaluationError(
-                f"{self.name}: a batch of dtype {images.dtype}, uint8 is needed: scale to 0..255, "
+                f"{self.name}: a batch has dtype {images.dtype}; uint8 is needed: scale to 0..255, "
                 "round and cast to uint8"
             )
         if image_layout(tuple(images.shape), self.name) != "NCHW":
@@ -224,12 +224,12 @@ class IterableReader(ImageReader):
         size = (images.shape[2], images.shape[3])
         if self.size is not None and size != self.size:
             raise EvaluationError(
-                f"{self.name}: images of {self.size} and of {size}; give one size, or ask for a "
-                "resize"
+                f"{self.name}: images of {self.size} and of {size} pixels; give images of one "
+                "size, or resize them"
             )
         self.size = size
         if self.labelled not in (None, labels is not None):
-            raise EvaluationError(f"{self.name}: some batches have labels, others have none")
+            raise EvaluationError(f"{self.name}: some batches have labels and others have none")
         self.labelled = labels is not None
         if labels is not None:
             labels = torch.as_tensor(labels).detach().cpu().long().reshape(-1)
@@ -240,14 +240,14 @@ class IterableReader(ImageReader):
         return images, labels
 
     def _pixels(self, pictures: Image.Image | Sequence[Image.Image]) -> np.ndarray:
-        """uint8 (N, H, W, 3) of one picture of Pillow's or several."""
+        """Convert one or several Pillow images to uint8 (N, H, W, 3)."""
         pictures = [pictures] if isinstance(pictures, Image.Image) else pictures
         try:
             arrays = [np.asarray(self.preprocess(to_rgb(picture))) for picture in pictures]
         except BadImage as error:
-            raise EvaluationError(f"{self.name}: a picture has {error}") from None
+            raise EvaluationError(f"{self.name}: an image has {error}") from None
         if len({array.shape for array in arrays}) > 1:
-            raise EvaluationError(f"{self.name}: pictures of several sizes; ask for a resize")
+            raise EvaluationError(f"{self.name}: images of different sizes; resize them")
         return np.stack(arrays)
 
 
@@ -258,15 +258,20 @@ def _are_pictures(item: Any) -> bool:
 
 @dataclass
 class Share:
-    """Wraps an iterable that gives this process's own part of the set, other on each process."""
+    """Marks an iterable of batches as this rank's own part of a distributed set.
+
+    Without ``Share``, every rank must yield the same images, and the ranks divide the work.
+    """
 
     batches: Iterable
 
 
 def image_layout(shape: tuple[int, ...], name: str) -> str:
-    """ "NHWC", "NCHW" or "NHW" of an array of images; refuses what is neither grey nor RGB."""
+    """Return "NHWC", "NCHW" or "NHW" for a shape; raise unless it holds grey or RGB images."""
     if len(shape) == 3 and shape[2] in (3, 4):
-        raise EvaluationError(f"{name}: an array {shape} is one image; give batches (N, H, W, 3)")
+        raise EvaluationError(
+            f"{name}: an array of shape {shape} is one image; give batches (N, H, W, 3)"
+        )
     if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
         return "NHW"
     if len(shape) == 4 and shape[3] == 3:
@@ -274,14 +279,17 @@ def image_layout(shape: tuple[int, ...], name: str) -> str:
     if len(shape) == 4 and shape[1] == 3:
         return "NCHW"
     if len(shape) == 4 and 4 in (shape[1], shape[3]):
-        raise EvaluationError(f"{name}: 4 channels {shape}: flatten the transparency first")
+        raise EvaluationError(
+            f"{name}: shape {shape} has 4 channels; flatten the transparency first"
+        )
     raise EvaluationError(
-        f"{name}: an array of shape {shape}; images are (N, H, W, 3), (N, 3, H, W) or "
-        "grey (N, H, W)"
+        f"{name}: an array of shape {shape} does not hold images; give (N, H, W, 3), "
+        "(N, 3, H, W) or grey (N, H, W)"
     )
 
 
 def to_nhwc(images: np.ndarray, layout: str) -> np.ndarray:
+    """Convert images of ``layout`` to RGB (N, H, W, 3)."""
     if images.ndim == 4 and images.shape[3] == 1:
         images = images[..., 0]
     if images.ndim == 3:
@@ -290,6 +298,7 @@ def to_nhwc(images: np.ndarray, layout: str) -> np.ndarray:
 
 
 def check_labels(labels: Any, count: int, name: str) -> np.ndarray | None:
+    """Return labels as int64 (count,); raise if their number differs from ``count``."""
     if labels is None:
         return None
     labels = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)

@@ -1,4 +1,4 @@
-"""Sets stored as arrays: .npz of images or statistics, .safetensors of features or statistics."""
+"""Open sets stored as arrays: images, features or statistics in .npz or .safetensors."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import EvaluationError
 from .decoding import Preprocess
-from .image_set import STATISTICS, ImageSet
+from .image_set import STATISTICS, STATISTICS_OF_LAYER, ImageSet
 from .npz import NpzFile
 from .readers import ArrayReader
 
@@ -17,6 +17,7 @@ FEATURES = ("pool", "spatial", "labels", "logits")
 
 
 def open_npz(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
+    """Open an .npz of images, of statistics in ADM's layout, or of both."""
     file = NpzFile(path)
     opened = ImageSet(name, "npz", path=path)
     opened.statistics = {key: file[key].read() for key in STATISTICS if key in file}
@@ -28,29 +29,36 @@ def open_npz(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
         if "arr_1" in file:
             labels = file["arr_1"].read()
             if labels.dtype.kind not in "iu":
-                raise EvaluationError(f"{name}: arr_1 is {labels.dtype}, labels are integers")
+                raise EvaluationError(f"{name}: arr_1 is {labels.dtype}; labels must be integers")
         opened.images = ArrayReader(file["arr_0"], name, preprocess, labels)
     if opened.images is None and not opened.statistics:
         raise EvaluationError(
-            f"{name}: holds {sorted(file.members) or 'nothing'}; needed are images arr_0 (uint8) "
-            "or statistics mu, sigma"
+            f"{name}: holds {sorted(file.members) or 'nothing'}; it needs images arr_0 (uint8) or "
+            "statistics mu, sigma"
         )
     return opened
 
 
 def check_statistics(statistics: dict[str, Any], name: str) -> None:
-    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+    """Raise unless each mean (d,) has a covariance (d, d) and all values are finite."""
+    for mean, covariance in STATISTICS_OF_LAYER.values():
         if (mean in statistics) != (covariance in statistics):
             raise EvaluationError(f"{name}: has only one of {mean} and {covariance}")
         if mean in statistics:
             shape = np.shape(statistics[mean]), np.shape(statistics[covariance])
             if len(shape[0]) != 1 or shape[1] != shape[0] * 2:
-                raise EvaluationError(f"{name}: {mean} {shape[0]}, {covariance} {shape[1]}")
+                raise EvaluationError(
+                    f"{name}: {mean} has shape {shape[0]} and {covariance} has shape {shape[1]}; "
+                    "(d,) and (d, d) are needed"
+                )
             if not all(np.isfinite(statistics[key]).all() for key in (mean, covariance)):
-                raise EvaluationError(f"{name}: {mean} or {covariance} holds NaN or infinity")
+                raise EvaluationError(
+                    f"{name}: {mean} or {covariance} holds NaN or infinite values"
+                )
 
 
 def open_safetensors(path: Path, name: str) -> ImageSet:
+    """Open a .safetensors file of features or of statistics."""
     try:
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())
@@ -64,8 +72,8 @@ def open_safetensors(path: Path, name: str) -> ImageSet:
     opened.features = {key: tensors[key] for key in FEATURES if key in tensors}
     if not opened.statistics and "pool" not in opened.features:
         raise EvaluationError(
-            f"{name}: holds {sorted(keys) or 'nothing'}; needed are features pool (N, d), with "
-            "spatial, labels and logits if there are any, or statistics mu, sigma"
+            f"{name}: holds {sorted(keys) or 'nothing'}; it needs features pool (N, d), or "
+            "statistics mu, sigma"
         )
     for key, value in opened.features.items():
         if len(value) != len(opened.features["pool"]):
@@ -74,8 +82,8 @@ def open_safetensors(path: Path, name: str) -> ImageSet:
             bad = (~value.isfinite()).reshape(len(value), -1).any(1)
             if bad.any():
                 raise EvaluationError(
-                    f"{name}: {int(bad.sum())} of {len(value)} rows of {key} hold NaN or infinity "
-                    f"(first: row {int(bad.nonzero()[0])})"
+                    f"{name}: {int(bad.sum())} of {len(value)} rows of {key} hold NaN or infinite "
+                    f"values (first: row {int(bad.nonzero()[0])})"
                 )
     if "fid_eval" in metadata:
         opened.metadata = json.loads(metadata["fid_eval"])

@@ -19,6 +19,7 @@ from fid_eval.errors import EvaluationError
 from fid_eval.sets import readers
 from fid_eval.sets.decoding import AS_IS, Preprocess, decode
 from fid_eval.sets.hashing import path_hash
+from fid_eval.sets.hugging_face import HubUrl, is_hub_url, parse_hub_url
 from fid_eval.sets.loading import CHUNK, batch_spans, load_spans
 from fid_eval.sets.npz import NpzFile
 from fid_eval.sets.opening import open_set
@@ -189,7 +190,7 @@ def test_datasets_are_read_from_disk_and_by_name(images, labels, tmp_path):
     assert saved.content_hash() == named.content_hash()
     with pytest.raises(EvaluationError, match="no column 'photo' among"):
         open_set(f"hf://{tmp_path / 'hub'}?image=photo")
-    with pytest.raises(EvaluationError, match=r"unknown \['splitt'\]"):
+    with pytest.raises(EvaluationError, match=r"unknown option 'splitt'"):
         open_set(f"hf://{tmp_path / 'hub'}?splitt=train")
 
 
@@ -198,7 +199,7 @@ def test_resize_and_crop_only_when_asked(tmp_path):
     wide[:, 10:30] = 255
     (tmp_path / "a.png").write_bytes(png(wide))
     (tmp_path / "b.png").write_bytes(png(wide[:, :20]))
-    with pytest.raises(EvaluationError, match=r"mixed image sizes: 1 of 40×20 \(as a.png\), 1 of"):
+    with pytest.raises(EvaluationError, match=r"different sizes: 1 of 40×20 \(as a.png\), 1 of"):
         open_set(tmp_path)
     cropped = open_set(tmp_path, Preprocess(8, crop=True)).images.read(0, 1)
     assert cropped.shape == (1, 8, 8, 3)
@@ -240,7 +241,10 @@ def test_truncated_images_are_named_and_counted(format, images, tmp_path):
         open_set(tmp_path)
 
 
-def test_damage_inside_an_image_is_found_when_it_is_decoded(images, tmp_path):
+@pytest.mark.parametrize("with_pyspng", [True, False])
+def test_damage_inside_an_image_is_found_when_it_is_decoded(with_pyspng, tmp_path, monkeypatch):
+    if not with_pyspng:
+        monkeypatch.setattr("fid_eval.sets.decoding.pyspng", None)
     data = bytearray(png(np.random.default_rng(2).integers(0, 256, (64, 64, 3), np.uint8)))
     data[2000:2100] = bytes(100)
     (tmp_path / "a.png").write_bytes(data)
@@ -263,7 +267,7 @@ def test_npz_whose_member_is_short_is_refused(images, tmp_path):
     np.lib.format.write_array(header, images)
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue()[:-100])
-    with pytest.raises(EvaluationError, match=r"arr_0.npy is \(11, 12, 12, 3\) uint8 .* truncated"):
+    with pytest.raises(EvaluationError, match=r"arr_0.npy is \(11, 12, 12, 3\) uint8 .*truncated"):
         open_set(tmp_path / "a.npz")
 
 
@@ -281,7 +285,7 @@ def test_compressed_npz_with_a_wrong_checksum_is_refused(images, tmp_path):
     ("array", "reason"),
     [
         (np.zeros((0, 8, 8, 3), np.uint8), "no images"),
-        (np.zeros((4, 8, 8, 3), np.float32), "float32.*scale to 0..255"),
+        (np.zeros((4, 8, 8, 3), np.float32), "float32.*scale them to 0..255"),
         (np.zeros((4, 8, 8, 3), np.uint16), "uint16.*8 bits"),
         (np.zeros((4, 8, 8, 4), np.uint8), "4 channels"),
         (np.zeros((4, 8), np.uint8), r"shape \(4, 8\)"),
@@ -293,7 +297,7 @@ def test_arrays_that_are_no_uint8_rgb_images_are_refused(array, reason):
 
 
 def test_iterables_of_floats_or_of_two_sizes_are_refused():
-    with pytest.raises(EvaluationError, match=r"torch.float32, uint8 is needed"):
+    with pytest.raises(EvaluationError, match=r"torch.float32; uint8 is needed"):
         list(open_set([torch.zeros(2, 3, 8, 8)]).images.batches(4, lambda c: True, 1))
     two = [np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 9, 9, 3), np.uint8)]
     with pytest.raises(EvaluationError, match=r"\(8, 8\) and of \(9, 9\)"):
@@ -309,7 +313,7 @@ def test_missing_empty_and_unknown_paths_are_refused(tmp_path):
     with pytest.raises(EvaluationError, match="not a set of images"):
         open_set(tmp_path / "a.txt")
     np.savez(tmp_path / "b.npz", other=np.zeros(3))
-    with pytest.raises(EvaluationError, match=r"holds \['other'\]; needed are images arr_0"):
+    with pytest.raises(EvaluationError, match=r"holds \['other'\]; it needs images arr_0"):
         open_set(tmp_path / "b.npz")
 
 
@@ -330,6 +334,37 @@ def test_safetensors_of_features_with_nan_are_refused(tmp_path):
 def test_labels_of_the_wrong_number_are_refused(images):
     with pytest.raises(EvaluationError, match="11 images, but labels of shape"):
         open_set((images, np.zeros(3, np.int64)))
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("hf://a/b", HubUrl("a/b")),
+        ("hf://a/b/c?split=test&streaming=true", HubUrl("a/b", "c", "test", True)),
+        ("hf://mnist?image=x&label=y", HubUrl("mnist", image="x", label="y")),
+        ("hf://a/b?config=c&streaming=0", HubUrl("a/b", "c")),  # 0.1.0
+        ("hf:a/b/c@test", HubUrl("a/b", "c", "test")),  # 0.1.0
+        ("hf-stream:a/b", HubUrl("a/b", streaming=True)),  # 0.1.0
+        ("hf:///tmp/folder", HubUrl("/tmp/folder")),
+        ("hf:./some/folder", HubUrl("./some/folder")),
+    ],
+)
+def test_hub_urls_are_parsed_in_the_new_and_the_old_forms(url, expected):
+    assert is_hub_url(url)
+    assert parse_hub_url(url) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("hf://a/b?splitt=test", "unknown option 'splitt'; choose from split,"),
+        ("hf://a/b?streaming=yes", "streaming is 'yes'; give true or false"),
+        ("hf://?split=test", "no data set is named"),
+    ],
+)
+def test_wrong_hub_urls_are_refused(url, reason):
+    with pytest.raises(EvaluationError, match=reason):
+        parse_hub_url(url)
 
 
 def test_hugging_face_datasets_are_an_optional_package(monkeypatch):
@@ -399,8 +434,8 @@ def test_what_is_hashed_while_decoding_has_the_same_hash(
 
 
 def test_headers_are_read_by_processes_alike(tmp_path, monkeypatch):
-    monkeypatch.setattr("fid_eval.sets.opening.INSPECTED", 1)
-    monkeypatch.setattr("fid_eval.sets.opening.os.cpu_count", lambda: 2)
+    monkeypatch.setattr("fid_eval.sets.encoded.HEADERS_PER_TASK", 1)
+    monkeypatch.setattr("fid_eval.sets.encoded.os.cpu_count", lambda: 2)
     for name in "abcdefg":
         (tmp_path / f"{name}.png").write_bytes(png(np.zeros((4, 5, 3), np.uint8)))
     assert open_set(tmp_path).images.size == (4, 5)
@@ -409,10 +444,17 @@ def test_headers_are_read_by_processes_alike(tmp_path, monkeypatch):
         open_set(tmp_path)
 
 
+@pytest.mark.parametrize("with_pyspng", [True, False])
 @pytest.mark.parametrize(
     "options", [{}, {"compress_level": 0}, {"transparency": (1, 2, 3)}, {"optimize": True}]
 )
-def test_png_is_decoded_to_what_pillow_reads(options):
+def test_png_is_decoded_to_the_same_pixels_with_and_without_pyspng(
+    options, with_pyspng, monkeypatch
+):
+    if with_pyspng:
+        pytest.importorskip("pyspng")
+    else:
+        monkeypatch.setattr("fid_eval.sets.decoding.pyspng", None)
     pixels = np.random.default_rng(0).integers(0, 256, (33, 21, 3), np.uint8)
     pixels[:16] = np.arange(21)[None, :, None] * 5  # smooth and noisy: all of PNG's filters
     buffer = io.BytesIO()
@@ -457,11 +499,11 @@ def test_pictures_of_pillow_and_streamed_datasets_are_iterables(images, labels):
     ("batches", "reason"),
     [
         ([np.zeros((8, 8, 3), np.uint8)] * 4, "is one image; give batches"),
-        ([Image.new("RGBA", (8, 8))], "a picture has transparency"),
-        ([[Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))] * 2], "pictures of several sizes"),
+        ([Image.new("RGBA", (8, 8))], "an image has transparency"),
+        ([[Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))] * 2], "images of different sizes"),
         ([(np.zeros((2, 8, 8, 3), np.uint8), [0, 1]), np.zeros((2, 8, 8, 3), np.uint8)],
          "some batches have labels"),
-        (["a", "b"], "a batch is uint8 images"),
+        (["a", "b"], "a batch must be uint8 images"),
         ({"train": [], "test": []}, "a dictionary of train, test; choose one"),
     ],
 )  # fmt: skip
