@@ -271,12 +271,12 @@ def test_accuracy_counts_conditional_samples_recognised():
 
 
 def test_the_digit_classifier_reads_digits():
-    from sklearn.datasets import load_digits
+    from moh_dit.data.digits import load_digit_scans
 
-    scans = load_digits()
-    grey = torch.from_numpy(scans.images / 16 * 255)[:, None]
+    scans, labels = load_digit_scans()
+    grey = torch.from_numpy(scans / 16 * 255)[:, None]
     images = torch.nn.functional.interpolate(grey, (32, 32), mode="bicubic").round().clamp(0, 255)
-    images, labels = images.byte().expand(-1, 3, -1, -1)[:600], scans.target[:600]
+    images, labels = images.byte().expand(-1, 3, -1, -1)[:600], labels[:600]
     result = evaluate(images[300:], (images[:300], labels[:300]), extractor="digits", quiet=True)
     assert result["accuracy_digits"] > 0.98
     noise = torch.randint(0, 256, images.shape, dtype=torch.uint8)
