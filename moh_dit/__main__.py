@@ -38,7 +38,7 @@ COMMANDS = {
     ),
     "sample": Command(
         "sampling.config:SampleConfig",
-        "sampling.program:sample",
+        "sampling.sample:sample",
         "Sample from a trained model: a labelled grid, or an exact set for evaluation.",
         "--checkpoint runs/digits --guidance_scale 2 --output grid.png",
         "checkpoint",
@@ -103,7 +103,7 @@ COMMANDS = {
     ),
     "demo": Command(
         "web.config:DemoConfig",
-        "web.program:serve",
+        "web.serve:serve",
         "Serve a page that makes images, for a browser on this machine.",
         "runs/digits --guidance_scale 2",
         "checkpoint",
@@ -119,7 +119,8 @@ def load(name: str) -> Any:
 
 def program_name() -> str:
     """Name this program as the user called it."""
-    return "python -m moh_dit" if Path(sys.argv[0]).name == "__main__.py" else "moh-dit"
+    as_module = Path(sys.argv[0]).parts[-2:] == ("moh_dit", "__main__.py")
+    return "python -m moh_dit" if as_module else "moh-dit"
 
 
 def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> None:

@@ -1,6 +1,6 @@
-"""One way to configure a program: typed dataclasses, a YAML file, dotted overrides, generated help.
+"""Configure a program by typed dataclasses, a YAML file and dotted options.
 
-The docstring under each field of a configuration dataclass is its help text. A wrong key or type,
+The docstring under a field of a configuration dataclass is its help text. A wrong option or value,
 and any ``UserError`` raised later, end the program with one line on stderr and exit code 2.
 """
 
@@ -13,14 +13,16 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_origin
+from types import NoneType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
-from PIL import Image
 
 from .atomic_write import atomic_write
 from .errors import UserError
+from .renamed import SETTINGS
+from .version import __version__
 
 Config = TypeVar("Config")
 
@@ -28,19 +30,12 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class _Parser(ArgumentParser):
-    """Says what is wrong in one line and names the nearest valid key."""
+    """Reports a mistake in one line, in the words of the configuration."""
 
     config_class: type
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(str(message).split())
-        if re.search("not accept|nrecognized", text):
-            for word in re.findall(r"--([\w.]+)|'([\w.]+)'", text)[::-1]:
-                key = next(filter(None, word))
-                if nearest := nearest_key(key, list(_dotted_fields(self.config_class))):
-                    text += f" (did you mean {nearest}?)"
-                    break
-        raise UserError(text)
+        raise UserError(_explain(" ".join(str(message).split()), self.config_class))
 
 
 def run_program(
@@ -55,19 +50,38 @@ def run_program(
 ) -> None:
     """Parse ``argv`` into ``config_class`` and call ``main`` with it.
 
-    ``positional`` is the field that may be given without its name: ``PROG RUN`` for
-    ``PROG --checkpoint RUN``; a field that is a list takes several.
+    Before ``main``, which imports torch, the method ``check_paths`` of the configuration runs, if
+    there is one.
 
-    Exit codes: 2 for the user's mistakes (one line on stderr, no traceback), 130 after Ctrl-C.
+    Args:
+        main: takes the configuration.
+        config_class: the dataclass of the settings.
+        prog: name of the program in help and errors.
+        description: first paragraph of the help.
+        example: a command, shown at the end of the help.
+        positional: the field that may be given without its name: ``PROG RUN`` for
+            ``PROG --checkpoint RUN``. A field that is a list takes several values.
+        argv: arguments without the program; ``None`` for those of this process.
+
+    Raises:
+        SystemExit: code 2 after a mistake of the user (one line on stderr, no traceback), 130 after
+            Ctrl-C, 0 after ``--help`` and ``--version``.
     """
     parser = _make_parser(config_class, prog=prog, description=description, example=example)
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--version" in arguments:
+        print(f"{prog} {__version__}")
+        raise SystemExit(0)
     try:
-        arguments = _complete_flags(_resolve_config_names(arguments), config_class)
+        arguments = [_normalize_option(argument, config_class) for argument in arguments]
+        arguments = _complete_flags(_insert_config_files(arguments, config_class), config_class)
         if positional is not None:
             several = get_origin(_dotted_fields(config_class)[positional]) is list
             arguments = _name_positional(arguments, positional, several)
-        main(_instantiate(parser, parser.parse_args(arguments)))
+        config = _instantiate(parser, parser.parse_args(arguments))
+        if hasattr(config, "check_paths"):
+            config.check_paths()
+        main(config)
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -75,8 +89,8 @@ def run_program(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(
-            f"{prog}: error: the disk is full ({error}); what is finished stays: free space, then "
-            "go on",
+            f"{prog}: error: the disk is full ({error}); finished files are kept: free some space, "
+            "then run the command again with --resume",
             file=sys.stderr,
         )
         raise SystemExit(2) from None
@@ -86,28 +100,29 @@ def run_program(
 
 
 def load_config(config_class: type[Config], path: Path) -> Config:
-    """Read a YAML file, as strict about keys and types as the command line.
+    """Read a YAML file and check its keys and types as strictly as the command line does.
 
     Raises:
-        UserError: when the file is missing, or a key or type in it is wrong.
+        UserError: the file is missing, or a key or type in it is wrong.
     """
-    if not path.is_file():
-        raise UserError(f"configuration {path} does not exist")
     parser = _make_parser(config_class, prog="", description="", example="")
     try:
-        return _instantiate(parser, parser.parse_path(str(path)))
+        return _instantiate(parser, parser.parse_string(_config_text(str(path), config_class)))
     except UserError as error:
-        raise UserError(f"configuration {path}: {error}") from None
+        text = str(error)
+        raise UserError(
+            text if text.startswith("configuration ") else f"configuration {path}: {text}"
+        ) from None
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Write the resolved configuration as YAML; ``load_config`` and ``--config`` read it back."""
+    """Write the resolved configuration as YAML, for ``load_config`` and ``--config``."""
     text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
     atomic_write(path, text.encode())
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str | None:
-    """The known key most like ``key``: the whole dotted key or its last part."""
+    """Return the known key most similar to ``key``, by the whole key or by its last part."""
     if matches := difflib.get_close_matches(key, known, n=1, cutoff=0.6):
         return matches[0]
     by_last_part = {name.rpartition(".")[2]: name for name in reversed(known)}
@@ -115,14 +130,28 @@ def nearest_key(key: str, known: Sequence[str]) -> str | None:
     return by_last_part[last[0]] if last else None
 
 
-def find_config(name: str) -> Path | None:
-    """A configuration that ships with the package: ``digits`` is ``configs/digits.yaml``."""
+def shipped_configs() -> dict[str, Path]:
+    """Return the configurations that ship with the package, by name."""
     package = Path(__file__).parents[1]
-    for folder in (package / "configs", package.parent / "configs"):
-        path = folder / f"{name}.yaml"
-        if path.is_file():
-            return path
-    return None
+    folders = (package.parent / "configs", package / "configs")  # a checkout; an installed wheel
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+def settings_in(picture: Path) -> str:
+    """Return the YAML that a sampling program stored in a PNG (text chunk ``settings``)."""
+    from PIL import Image
+
+    try:
+        with Image.open(picture) as image:
+            text = getattr(image, "text", {}).get("settings")
+    except OSError as error:
+        raise UserError(f"configuration {picture} is not a readable picture: {error}") from None
+    if text is None:
+        raise UserError(
+            f"configuration {picture} contains no settings; give a picture as the sampling program "
+            "wrote it, or a YAML file"
+        )
+    return text
 
 
 def _make_parser(config_class: type, *, prog: str, description: str, example: str) -> _Parser:
@@ -143,6 +172,7 @@ def _make_parser(config_class: type, *, prog: str, description: str, example: st
         action=ActionConfigFile,
         help="YAML file, the name of one in configs/, or a PNG with its settings inside.",
     )
+    parser.add_argument("--version", action="store_true", help="Print the version and exit.")
     parser.add_class_arguments(config_class, None)
     parser.config_class = config_class
     return parser
@@ -154,40 +184,57 @@ def _instantiate(parser: _Parser, namespace: Any) -> Any:
     return parser.config_class(**{field.name: values[field.name] for field in fields})
 
 
-def _resolve_config_names(arguments: Sequence[str]) -> list[str]:
-    """Replace ``--config NAME`` by the shipped file of that name where no such path exists, and
-    ``--config SHEET.png`` by the settings inside the picture."""
-    resolved = list(arguments)
-    for i, argument in enumerate(resolved):
-        if i and resolved[i - 1] == "--config":
-            prefix, name = "", argument
+def _normalize_option(argument: str, config_class: type) -> str:
+    """Write an option with underscores, and by its present name."""
+    if not (match := re.fullmatch(r"--([\w.-]+)(=.*)?", argument, re.DOTALL)):
+        return argument
+    key = match[1].replace("-", "_")
+    renamed = SETTINGS.get(config_class.__name__, {})
+    return f"--{renamed.get(key, key)}{match[2] or ''}"
+
+
+def _insert_config_files(arguments: Sequence[str], config_class: type) -> list[str]:
+    """Replace the value of each ``--config`` by the YAML that it names."""
+    inserted = list(arguments)
+    for i, argument in enumerate(inserted):
+        if i and inserted[i - 1] == "--config":
+            inserted[i] = _config_text(argument, config_class)
         elif argument.startswith("--config="):
-            prefix, name = "--config=", argument.removeprefix("--config=")
-        else:
-            continue
-        if not Path(name).exists() and (path := find_config(name)):
-            resolved[i] = f"{prefix}{path}"
-        elif name.endswith(".png") and Path(name).is_file():
-            resolved[i] = f"{prefix}{settings_in(Path(name))}"
-    return resolved
+            text = _config_text(argument.removeprefix("--config="), config_class)
+            inserted[i] = f"--config={text}"
+    return inserted
 
 
-def settings_in(picture: Path) -> str:
-    """The YAML that a sampling program left in a PNG (chunk ``settings``)."""
+def _config_text(name: str, config_class: type) -> str:
+    """Return the YAML of a file, of a shipped configuration, or of the settings in a PNG."""
+    path, shipped = Path(name), shipped_configs()
+    if not path.exists() and name not in shipped:
+        nearest = difflib.get_close_matches(name, shipped, n=1)
+        known = f"give a YAML file or one of {', '.join(shipped)}"
+        hint = f"did you mean {nearest[0]}?" if nearest else known
+        raise UserError(f"configuration {name} does not exist; {hint}")
+    if path.suffix == ".png":
+        return str(settings_in(path))  # yaml takes no subclass of str
+    path = path if path.exists() else shipped[name]
     try:
-        with Image.open(picture) as image:
-            text = getattr(image, "text", {}).get("settings")
-    except OSError as error:
-        raise UserError(f"config {picture} cannot be read as a picture: {error}") from None
-    if text is None:
-        raise UserError(f"config {picture} has no settings inside; give a sheet as it was made")
-    return text
+        text = path.read_text(encoding="utf-8")
+        if not isinstance(yaml.safe_load(text) or {}, dict):
+            raise UserError(f"configuration {name} must contain settings as KEY: VALUE lines")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration {name} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"configuration {name} is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
+    for old, new in SETTINGS.get(config_class.__name__, {}).items():
+        text = re.sub(rf"^{re.escape(old)}\s*:", f"{new}:", text, flags=re.MULTILINE)
+    return text or "{}"
 
 
 def _name_positional(arguments: Sequence[str], name: str, several: bool = False) -> list[str]:
-    """Put ``--name`` before the first argument that is neither a flag nor a flag's value.
+    """Put ``--name`` before the first argument that is neither an option nor its value.
 
-    ``several``: it takes that argument and those that follow, up to the next flag, as a list.
+    ``several``: the option takes that argument and all up to the next option, as a list.
     """
     named = list(arguments)
     for i, argument in enumerate(named):
@@ -201,7 +248,7 @@ def _name_positional(arguments: Sequence[str], name: str, several: bool = False)
 
 
 def _complete_flags(arguments: Sequence[str], config_class: type) -> list[str]:
-    """``--resume`` alone means ``--resume=true``."""
+    """Read ``--resume`` without a value as ``--resume=true``."""
     flags = {f"--{key}" for key, kind in _dotted_fields(config_class).items() if kind is bool}
     following = [*arguments, "--"][1:]
     return [
@@ -211,13 +258,59 @@ def _complete_flags(arguments: Sequence[str], config_class: type) -> list[str]:
 
 
 def _dotted_fields(config_class: type, prefix: str = "") -> dict[str, Any]:
-    """Type of every field, by dotted key."""
+    """Return the type of every field, by dotted key."""
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
         fields[prefix + field.name] = field.type
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             fields |= _dotted_fields(field.type, f"{prefix}{field.name}.")
     return fields
+
+
+def _explain(message: str, config_class: type) -> str:
+    """Turn a message of the parsing library into one about the user's options."""
+    fields = _dotted_fields(config_class)
+    if match := re.match(r'Parser key "([\w.]+)": (.*)', message):
+        key, rest = match.groups()
+        kind = fields.get(key)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            return f"{key} is a group of settings; set one of them as {key}.NAME"
+        value = re.search(r"(?:Got value|Given value): (.*)", rest)
+        if kind is not None and value:
+            return f"{key} is {value[1]}; it must be {_in_words(kind)}"
+        return f"{key}: {rest}"
+    if match := re.match(r"the following arguments are required: (.*)", message):
+        return f"missing {', '.join(f'--{name}' for name in match[1].split(', '))}"
+    if match := re.match(r"argument (\S+): expected one argument", message):
+        return f"{match[1]} needs a value"
+    unknown_setting = (
+        r"unrecognized arguments: (?P<argument>[^\s=]+)|Option '(?P<key>[\w.]+)' is not accepted|"
+        r"Group '(?P<group>[\w.]+)' does not accept option '(?P<member>[\w.]+)'"
+    )
+    if match := re.match(unknown_setting, message):
+        unknown = ".".join(filter(None, match.group("argument", "key", "group", "member")))
+        nearest = nearest_key(unknown.lstrip("-"), list(fields))
+        hint = f"; did you mean {nearest}?" if nearest else "; --help lists all"
+        return f"there is no setting {unknown}{hint}"
+    return message
+
+
+def _in_words(kind: Any) -> str:
+    """Describe the values that a type allows: ``list[int]`` is "a list of whole numbers"."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
+             NoneType: "null"}  # fmt: skip
+    if kind in names:
+        return names[kind]
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is list:
+        return f"a list [A, B, ...], each {_in_words(arguments[0])}"
+    if origin is tuple:
+        return f"a list of {len(arguments)}, each {_in_words(arguments[0])}"
+    if origin is dict:
+        return "pairs {NAME: VALUE, ...}"
+    return " or ".join(map(_in_words, arguments)) if arguments else str(kind)
 
 
 def _plain(value: Any) -> Any:

@@ -23,8 +23,9 @@ from moh_dit.model.transformer import Mlp, MoHDiTTransformer2DModel
 
 @pytest.fixture(scope="module")
 def interpreted():
-    program = Path(__file__).parents[1] / "helpers" / "interpreted_kernels.py"
-    run = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
+    program = [sys.executable, "-m", "helpers.interpreted_kernels"]
+    tests = Path(__file__).parents[1]
+    run = subprocess.run(program, cwd=tests, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout)
 
