@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from moh_dit.autoencoder import latent_scaling, load_autoencoder, sample_posterior
 from moh_dit.checkpoints.opening import load_pretrained
-from moh_dit.common.cli import find_config, load_config
+from moh_dit.common.cli import load_config, shipped_configs
 from moh_dit.data.images import open_images
 from moh_dit.data.latents import encode_images
 from moh_dit.diffusion.objectives import NoiseObjective
@@ -46,7 +46,7 @@ def main():
     if args.run:
         model = load_pretrained(args.run, weights="raw")
     else:
-        config = load_config(TrainConfig, find_config("digits"))
+        config = load_config(TrainConfig, shipped_configs()["digits"])
         model = build_model(config, objective, (4, 8, 8), 10)
     model.train()
     active = [layer.num_active_routed_heads for layer in model.routed_layers.values()]

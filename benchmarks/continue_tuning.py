@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 
 from moh_dit.autoencoder import latent_scaling, load_autoencoder, sample_posterior
-from moh_dit.checkpoints.opening import checkpoint_name, load_pretrained
-from moh_dit.common.cli import find_config, load_config
+from moh_dit.checkpoints.opening import load_pretrained
+from moh_dit.checkpoints.runs import checkpoint_name
+from moh_dit.common.cli import load_config, shipped_configs
 from moh_dit.continue_tuning.model import MoHSettings, dense_to_moh, noisy_batches
 from moh_dit.data.digits import load_digit_images
 from moh_dit.data.images import open_images
@@ -88,7 +89,7 @@ def split(folder: Path) -> tuple[Path, Path]:
 
 
 def configure(work: Path, name: str, data: Path, num_steps: int) -> TrainConfig:
-    config = load_config(TrainConfig, find_config("digits"))
+    config = load_config(TrainConfig, shipped_configs()["digits"])
     config.run_dir, config.resume, config.data.source = str(work / name), True, str(data)
     config.num_steps, config.keep_checkpoints = num_steps, 0
     config.checkpoint_every = min(config.checkpoint_every, num_steps // 2)

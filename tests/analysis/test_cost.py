@@ -8,7 +8,7 @@ from helpers.models import PUBLISHED, ROUTED, tiny_pipeline
 from moh_dit.analysis import config as commands
 from moh_dit.analysis.config import CostConfig
 from moh_dit.analysis.cost import account
-from moh_dit.common.cli import find_config, load_config, save_config
+from moh_dit.common.cli import load_config, save_config, shipped_configs
 from moh_dit.common.errors import UserError
 from moh_dit.training.config import ModelConfig, TrainConfig
 
@@ -114,10 +114,10 @@ def test_mistakes_are_named(settings, message):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(p.stem for p in find_config("digits").parent.glob("*.yaml"))
+    "name", shipped_configs()
 )
 def test_every_shipped_configuration_is_accounted(name):
-    config = load_config(CostConfig, find_config(name))
+    config = load_config(CostConfig, shipped_configs()[name])
     config.model.num_classes = config.model.num_classes or 10
     found = account(config)
     assert found["training"]["batch_size"] == config.batch_size

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from helpers.training_runs import images
 
 from moh_dit.checkpoints.opening import load_pipeline
-from moh_dit.common.cli import find_config, load_config
+from moh_dit.common.cli import load_config, shipped_configs
 from moh_dit.data.config import EncodeConfig
 from moh_dit.data.encoding import encode_data
 from moh_dit.model.presets import MOH_PLANS, PRESETS
@@ -48,7 +48,7 @@ def tiny_data(tmp_path_factory):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_trains(name, tiny_data, tmp_path):
-    config = load_config(TrainConfig, find_config(name))
+    config = load_config(TrainConfig, shipped_configs()[name])
     config.run_dir = str(tmp_path / "run")
     config.data.image_size, config.data.autoencoder = 32, "digits"
     if config.data.latents is not None:

@@ -19,7 +19,7 @@ from helpers.documented_commands import ROOT, Block, blocks, commands
 from PIL import Image
 
 from fid_eval.networks import extractors
-from moh_dit.common.cli import find_config, load_config
+from moh_dit.common.cli import load_config, shipped_configs
 from moh_dit.data.digits import load_digit_images
 from moh_dit.model import attention, presets, routing
 from moh_dit.training.config import ModelConfig, TrainConfig
@@ -126,7 +126,7 @@ def things(tmp_path_factory):
 def train_small_run(run_dir, **changes):
     from moh_dit.training.trainer import Trainer
 
-    config = documented.smaller(load_config(TrainConfig, find_config("digits")))
+    config = documented.smaller(load_config(TrainConfig, shipped_configs()["digits"]))
     Trainer(dataclasses.replace(config, run_dir=run_dir, num_steps=4, **changes)).train()
 
 

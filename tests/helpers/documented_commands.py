@@ -7,29 +7,27 @@ what they launch runs in this one process.
 
 import dataclasses
 import glob
-import importlib
 import itertools
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from markdown_it import MarkdownIt
 
+from fid_eval.__main__ import evaluation_parser as fid_eval_parser
+from fid_eval.__main__ import main as fid_eval_main
+from moh_dit.__main__ import main as moh_dit_main
 from moh_dit.common import cli
-from moh_dit.data import config as data_commands
 
 ROOT = Path(__file__).parents[2]
 SKIP = re.compile(r"<!-- test: skip, .+ -->")
 # Commands of the shell, or of a server's clients.
 NOT_RUN = {"source", "git", "cd", "pip", "curl"}
-SCRIPT = re.compile(r'^([\w-]+) = "([\w.]+):(\w+)"$', re.MULTILINE)
-PROGRAM = re.compile(r"(python|torchrun|accelerate|make|sbatch|fid-eval|moh-dit[\w-]*)\s")
+PROGRAM = re.compile(r"(python|torchrun|accelerate|make|sbatch|fid-eval|moh-dit)\s")
 PYTHON = re.compile(r"(from|import|with) ")
 
 # Words of the pages, and what stands for them here.
@@ -100,8 +98,14 @@ def commands(block: Block) -> Iterator[list[str]]:
 
 
 def run(words: list[str], monkeypatch: Any, parse_only: bool = False) -> None:
-    """Run one command in this process, small; ``parse_only``: its arguments are checked alone."""
-    program, arguments = words[0], words[1:]
+    """Run one command in this process with small sizes.
+
+    Args:
+        words: the command.
+        monkeypatch: pytest's fixture.
+        parse_only: only parse the arguments.
+    """
+    program, *arguments = words
     if program == "make":
         subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)
     elif program == "sbatch":
@@ -120,37 +124,44 @@ def run(words: list[str], monkeypatch: Any, parse_only: bool = False) -> None:
         run(launched(launch.module, launch), monkeypatch, parse_only)
     elif program == "python" and arguments[0].startswith("benchmarks/"):
         assert (ROOT / arguments[0]).is_file()
-    elif program == "python" and arguments[0] == "-m":
-        call(arguments[1], arguments[2:], monkeypatch, parse_only)
-    elif program == "python":
-        assert (ROOT / arguments[0]).is_file()
-        call(arguments[0].removesuffix(".py"), arguments[1:], monkeypatch, parse_only)
+    elif program == "python" and arguments[0] in ("train_dit.py", "sample_dit.py"):
+        name = arguments[0].removesuffix("_dit.py")
+        call(moh_dit_main, [name, *arguments[1:]], monkeypatch, parse_only)
+    elif words[:3] in (["python", "-m", "moh_dit"], ["python", "-m", "fid_eval"]):
+        run([words[2].replace("_", "-"), *words[3:]], monkeypatch, parse_only)
+    elif program == "moh-dit":
+        call(moh_dit_main, arguments, monkeypatch, parse_only)
+    elif program == "fid-eval":
+        fid_eval(arguments, monkeypatch, parse_only)
     else:
-        found = SCRIPT.findall((ROOT / "pyproject.toml").read_text())
-        scripts = {name: (module, function) for name, module, function in found}
-        assert program in scripts, f"no program is called {program}; a figure? fence it as text"
-        module, function = scripts[program]
-        call(module, arguments, monkeypatch, parse_only, function)
+        raise AssertionError(f"no program is called {program}; a figure? fence it as text")
 
 
 def launched(module: bool, launch: Any) -> list[str]:
+    """Return the command that a launcher starts in each process."""
     flag = ["-m"] if module else []
     return ["python", *flag, launch.training_script, *launch.training_script_args]
 
 
-def call(
-    name: str, arguments: list[str], monkeypatch: Any, parse_only: bool, function: str = "main"
-) -> None:
-    """The ``main`` of a module, or its other ``function``, its ``run_program`` made small."""
-    name = "fid_eval.__main__" if name == "fid_eval" else name
-    if name.startswith("fid_eval"):
-        arguments = [path for word in arguments for path in sorted(glob.glob(word)) or [word]]
-        arguments += ["--epochs", "1"] if name == "fid_eval.networks.classifier" else []
-    make_room(arguments)
-    module = importlib.import_module(name)
-    if parse_only and name == "fid_eval.__main__":
-        module.evaluation_parser().parse_args(arguments)
+def fid_eval(arguments: list[str], monkeypatch: Any, parse_only: bool) -> None:
+    """Run ``fid-eval``, or only parse its arguments."""
+    arguments = [path for word in arguments for path in sorted(glob.glob(word)) or [word]]
+    if arguments[0] == "classifier":
+        arguments += ["--epochs", "1"]
+    if parse_only:
+        fid_eval_parser().parse_args(arguments)
         return
+    call(fid_eval_main, arguments, monkeypatch)
+
+
+def call(
+    main: Callable[[list[str]], int | None],
+    arguments: list[str],
+    monkeypatch: Any,
+    parse_only: bool = False,
+) -> None:
+    """Call the main function of a program, with ``run_program`` made small."""
+    make_room(arguments)
     original = cli.run_program
 
     def small_program(main, config_class, **options):
@@ -161,16 +172,13 @@ def call(
                 remove(Path(config.run_dir))
             main(smaller(config))
 
+        # The small command reads other paths than the one that is written.
+        patch.setattr(config_class, "check_paths", lambda self: None, raising=False)
         original(run_small, config_class, **options)
 
     with monkeypatch.context() as patch:
-        for each in (module, cli, data_commands):  # whose programs modules of data/ stand for
-            patch.setattr(each, "run_program", small_program, raising=False)
-        patch.setattr(sys, "argv", [name, *arguments])
-        if hasattr(module, function):
-            code = getattr(module, function)()
-        else:
-            code = runpy.run_module(name, run_name="__main__") and 0
+        patch.setattr(cli, "run_program", small_program)
+        code = main(arguments)
     if code:
         raise SystemExit(code)
 
