@@ -1,6 +1,6 @@
 """The documentation site, for Sphinx: `make docs`.
 
-Nothing is fetched when it is built or read: formulas become MathML, fonts are the reader's own.
+Building and reading load nothing from the network: formulas become MathML, fonts are local.
 """
 
 import re
@@ -12,7 +12,7 @@ from docutils import nodes
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # the API pages document this very tree
+sys.path.insert(0, str(ROOT))  # document this checkout
 
 from moh_dit.common.version import __version__  # noqa: E402
 
@@ -23,7 +23,7 @@ needs_sphinx = "8.2"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["dollarmath"]
-myst_heading_anchors = 3  # so that training.md#averages works here as it does in a repository
+myst_heading_anchors = 3  # links such as training.md#averages
 default_role = "code"  # docstrings use `code` and ``code`` alike
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

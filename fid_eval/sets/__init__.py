@@ -1,0 +1,1 @@
+"""Open sets of images, statistics and features."""

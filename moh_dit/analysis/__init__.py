@@ -1,1 +1,1 @@
-"""Looking inside: head load, what a model costs, a report of runs."""
+"""Measure head load, estimate the cost of a configuration, and report on runs."""

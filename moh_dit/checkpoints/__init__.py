@@ -1,0 +1,1 @@
+"""Open, convert and write checkpoints of this and other projects."""

@@ -1,0 +1,1 @@
+"""Command line, errors, atomic files and other helpers without knowledge of models."""

@@ -1,4 +1,4 @@
-"""Files and folders that a kill leaves as they were or as they shall be."""
+"""Atomic writes of files and folders: a kill leaves the old content or the new, never a part."""
 
 import os
 import shutil
@@ -10,43 +10,49 @@ from safetensors import SafetensorError
 
 from .errors import UserError
 
-PARTIAL_SUFFIX = ".partial"  # of a file until it is whole
+PARTIAL_SUFFIX = ".partial"  # of the temporary file
 
 
 def atomic_write(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole or not at all; a kill may leave ``.{name}.{process}.partial`` beside."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    """Write a file atomically. A kill may leave the temporary file ``.NAME.PID.partial``."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
-        with aside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # else a power cut could leave a name and no content
-        aside.replace(path)
+            os.fsync(file.fileno())  # Without it, a power loss could leave an empty file.
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_output(output: Path, advice: str = "") -> Iterator[Path]:
-    """A path for a file or folder, renamed to ``output`` when whole; a failure leaves nothing.
+    """Yield a temporary path for a file or folder, and rename it to ``output`` at the end.
+
+    A failure inside the block leaves neither the temporary path nor new parent folders.
+
+    Args:
+        output: file or folder to write; must not exist.
+        advice: end of the error message.
 
     Raises:
-        UserError: it cannot be written, for want of space or rights; ends with ``advice``.
+        UserError: no space or no permission to write.
     """
-    aside = output.with_name(f".writing-{output.name}")
+    temporary = output.with_name(f".writing-{output.name}")
     made = next((p for p in [*output.absolute().parents][::-1] if not p.exists()), None)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        remove(aside)  # of a process that was killed
-        yield aside
-        for file in filter(Path.is_file, [aside, *aside.rglob("*")]):
+        remove(temporary)  # left by a killed process
+        yield temporary
+        for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-        aside.rename(output)
+        temporary.rename(output)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output} could not be written ({error}){advice}") from None
     finally:
-        remove(aside)
+        remove(temporary)
         if made is not None and not output.exists():
             remove(made)
 

@@ -1,4 +1,4 @@
-"""What one of several processes does for all of them."""
+"""Run a function on rank 0 and broadcast the result or the exception."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,15 +14,19 @@ Result = TypeVar("Result")
 def run_on_main_process(
     state: Accelerator | PartialState, function: Callable[[], Result]
 ) -> Result:
-    """``function()`` on the main process alone; its result, or its ``UserError``, on all."""
-    heard: list[Any] = [None]
+    """Call ``function`` on the main process only, and return its result on all processes.
+
+    Raises:
+        UserError: ``function`` raised it; all processes raise it.
+    """
+    outcome: list[Any] = [None]
     if state.is_main_process:
         try:
-            heard = [function()]
+            outcome = [function()]
         except UserError as error:
-            heard = [error]
+            outcome = [error]
     if state.num_processes > 1:
-        broadcast_object_list(heard)
-    if isinstance(heard[0], UserError):
-        raise heard[0]
-    return heard[0]
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]

@@ -1,5 +1,5 @@
-"""The one exception that means: the user can mend this. Programs print one line and exit 2."""
+"""Define the exception for mistakes of the user: programs print one line and exit with code 2."""
 
 
 class UserError(ValueError):
-    """Bad input. The message names the input, what is wrong with it and what to do."""
+    """Signals bad input. The message names the input, what is wrong with it and what to do."""

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then in a log file."""
+"""Show progress: a bar on a terminal, a line every few seconds in a log file."""
 
 import sys
 from typing import Any
@@ -9,10 +9,10 @@ SECONDS_BETWEEN_LINES = 15
 
 
 class _Lines:
-    """A text stream that turns tqdm's redrawn bar into lines."""
+    """Text stream that prints each state of a tqdm bar as a line of its own."""
 
     def write(self, text: str) -> None:
-        # tqdm moves the cursor between bars; a log file has none.
+        # tqdm writes codes that move the cursor up, which a log file cannot do.
         if line := text.replace("\x1b[A", "").strip("\r\n "):
             sys.stderr.write(line + "\n")
 
@@ -23,7 +23,15 @@ class _Lines:
 def progress_bar(
     total: int | None, *, desc: str, unit: str, enabled: bool = True, initial: int = 0
 ) -> tqdm:
-    """A tqdm bar with rate and remaining time."""
+    """Return a tqdm bar that shows the rate and the time left.
+
+    Args:
+        total: number of units, ``None`` if unknown.
+        desc: what the program is doing, as shown before the numbers.
+        unit: name of one unit.
+        enabled: show nothing if false.
+        initial: units already done.
+    """
     options: dict[str, Any] = {"dynamic_ncols": True}
     if not sys.stderr.isatty():
         options = {

@@ -1,0 +1,1 @@
+"""Turn a dense model into MoH and continue its training."""

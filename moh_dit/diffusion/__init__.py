@@ -1,0 +1,1 @@
+"""Diffusion processes: losses, samplers and reproducible noise."""

@@ -1,1 +1,1 @@
-"""Fast implementations of attention and adaLN, which ``moh_dit.model`` defines."""
+"""Fast implementations of attention, adaLN and the MLP, which ``moh_dit.model`` defines."""

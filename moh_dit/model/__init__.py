@@ -1,0 +1,1 @@
+"""The model: attention, routing, transformer and presets. These files define the mathematics."""

@@ -1,0 +1,1 @@
+"""MoHDiTPipeline, model cards, and pipelines saved with their code."""

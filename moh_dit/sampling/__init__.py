@@ -1,1 +1,1 @@
-"""Grids for people, exact sets for evaluation."""
+"""Sample labelled grids to look at and exact sets for evaluation."""

@@ -1,1 +1,1 @@
-"""A page to make images with: a queue in front of one model, served to a browser."""
+"""Serve a web page that samples images from one model."""
