@@ -2,7 +2,7 @@
 
     python benchmarks/tune.py [--kernels attend query_gradient key_value_gradient] [--json out.json]
 
-What it finds is entered by hand into ``moh_dit/kernels/table.py``.
+What it finds is entered by hand into ``moh_dit/kernels/launch_table.py``.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from common import environment, make_projected, relative_error, time_graph, write_json
 
-from moh_dit.kernels import ops
+from moh_dit.kernels import attention_operators as ops
 
 CASES = {  # (batch, tokens, heads, shared, active)
     256: (64, 256, 24, 14, 2),

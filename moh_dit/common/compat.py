@@ -2,3 +2,165 @@
 
 Each function says why it is needed and since which version the interface exists.
 """
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def addmm_gelu(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``gelu(x @ weight + bias)``, with the GELU in the epilogue of the matrix product.
+
+    No public function of torch exposes this epilogue of cuBLASLt. ``torch._addmm_activation``
+    exists since torch 1.12. On CUDA it computes the tanh GELU, on a CPU the exact one.
+    """
+    return torch._addmm_activation(bias, x, weight, use_gelu=True)
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Return whether ``layer`` is an ``nn.Linear`` with a bias that nothing wraps or hooks into.
+
+    Adapters, quantizers and sharding replace the class of the layer or of its weight. Offloading
+    replaces ``forward``: accelerate (since 0.8) marks such a layer with ``_hf_hook``, diffusers
+    (since 0.33) with ``_diffusers_hook``. torch.compile recompiles when one of these two names
+    appears, but not when ``forward`` alone changes. torch lists registered hooks only in
+    ``_forward_hooks`` and ``_forward_pre_hooks`` (since 1.0).
+    """
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and layer.bias is not None
+        and "forward" not in layer.__dict__
+        and not (hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook"))
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+    )
+
+
+def register_cacheable_block(block: type[nn.Module]) -> None:
+    """Declare that the first output of this transformer block is its hidden states.
+
+    First-block cache and MagCache look every block up in this registry of diffusers. It has no
+    public entry point; it exists since diffusers 0.35.
+    """
+    from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+    TransformerBlockRegistry.register(block, TransformerBlockMetadata(return_hidden_states_index=0))
+
+
+def reset_cache(model: Any) -> None:
+    """Empty the diffusers cache of ``model`` (such as a first-block cache) before new images.
+
+    diffusers' own pipelines keep one cache per prompt instead, through ``cache_context``.
+    ``CacheMixin._reset_stateful_cache`` exists since diffusers 0.33.
+    """
+    model._reset_stateful_cache()
+
+
+def silence_empty_float32_warning() -> None:
+    """Suppress diffusers' warning about "modules … that should be kept in float32: []".
+
+    Since diffusers 0.40, ``ModelMixin.to`` prints it at every change of dtype, even if the model
+    keeps no module in float32. Warnings that name a module are still printed.
+    """
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_a_module)
+
+
+def _names_a_module(record: logging.LogRecord) -> bool:
+    return "should be kept in float32: []" not in record.getMessage()
+
+
+def norm_each(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the L2 norm of each tensor, computed by few kernels.
+
+    ``torch.nn.utils.get_total_norm`` returns only the total. ``torch._foreach_norm`` exists since
+    torch 1.13.
+    """
+    return torch._foreach_norm(tensors)
+
+
+def scale_all_(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply all tensors in place by a scalar tensor, without waiting for the GPU.
+
+    ``torch.nn.utils.clip_grads_with_norm_`` computes its own factor and takes no DTensor shards.
+    ``torch._foreach_mul_`` accepts a scalar tensor since torch 2.1.
+    """
+    torch._foreach_mul_(tensors, factor)
+
+
+def lerp_all_(tensors: list[Tensor], targets: list[Tensor], weight: float) -> None:
+    """Interpolate all tensors in place towards ``targets``, computed by few kernels.
+
+    ``torch.optim.swa_utils`` has this only for a constant decay. ``torch._foreach_lerp_`` exists
+    since torch 2.0.
+    """
+    torch._foreach_lerp_(tensors, targets, weight)
+
+
+def skip_update_if(optimizer: Any, condition: Tensor) -> None:
+    """Let the next step of a fused optimizer leave weights and state unchanged if the flag is set.
+
+    Fused optimizers read the flag from their attribute ``found_inf`` on the device, so the host
+    need not wait for it. ``torch.amp.GradScaler`` sets this attribute since torch 2.0.
+
+    Args:
+        condition: a scalar bool tensor on the device of the weights.
+    """
+    optimizer.found_inf = condition.float()
+
+
+def shut_down_workers(batches: Any) -> None:
+    """End the worker processes of a ``DataLoader`` iterator now.
+
+    Otherwise they end when the iterator is deleted, which a stored exception traceback can delay.
+    ``_MultiProcessingDataLoaderIter._shutdown_workers`` exists since torch 1.2.
+    """
+    batches._shutdown_workers()
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return all tensors in nested tuples, lists, dictionaries and model outputs.
+
+    torch has no public function for this. ``torch.utils._pytree.tree_leaves`` exists since torch
+    2.2.
+    """
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def execution_device(pipeline: Any) -> torch.device:
+    """Return the device on which a diffusers pipeline computes, also while models are offloaded.
+
+    The public ``pipeline.device`` is where the weights are, which offloading changes.
+    ``DiffusionPipeline._execution_device`` exists since diffusers 0.12.
+    """
+    return pipeline._execution_device
+
+
+def change_model_config(model: Any, **changes: Any) -> None:
+    """Change arguments in the configuration of a diffusers model.
+
+    ``from_config`` ignores arguments listed in ``_use_default_values`` (since diffusers 0.22), and
+    the public ``register_to_config`` does not remove changed ones from this list.
+    """
+    defaults = set(model.config.get("_use_default_values", [])) - changes.keys()
+    model.register_to_config(**changes, _use_default_values=sorted(defaults))
+
+
+class UploadHook:
+    """Base of a diffusers model or pipeline that changes its folder before it is uploaded.
+
+    diffusers (since 0.19) uploads in ``push_to_hub`` and in ``save_pretrained(push_to_hub=True)``.
+    Both call ``_upload_folder``, and there is no public method to prepare the folder.
+    """
+
+    def before_upload(self, folder: Path) -> None:
+        """Prepare the saved folder for the upload."""
+
+    def _upload_folder(self, working_dir: str | os.PathLike, *args: Any, **options: Any) -> Any:
+        self.before_upload(Path(working_dir))
+        return super()._upload_folder(working_dir, *args, **options)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""CPU: shared heads in one dense attention, routed heads over the queries that selected them."""
+"""Attention for CPUs that computes routed heads only for the tokens that selected them."""
 
 import torch
 import torch.nn.functional as F
@@ -14,25 +14,28 @@ def attend_gathered(
     mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """Gated attention output (B, N, h·d) that leaves unselected queries uncomputed.
+    """Compute the gated attention output (B, N, h·d) without the unselected queries.
+
+    Shared heads are computed by dense attention. For each routed head of an image, the selected
+    queries are gathered, attended and scattered back. All routed heads of an image are padded to
+    the longest list, so the time depends on the most selected head.
 
     Args:
-        query, key, value: (B, h, N, d), of keys and values (B, h, M, d).
+        query: (B, h, N, d).
+        key, value: (B, h, M, d).
         gates: (B, N, h), zero where a head is not selected.
-        shared: heads 0 … shared-1 are computed for every token.
-        mask, is_causal: one of torch's masks, broadcastable to (B, h, N, M), or its flag (N = M).
-
-    The lists of an image's routed heads are padded to the longest among them, so time follows the
-    busiest head.
+        shared: number of shared heads; they come first.
+        mask: attention mask of torch, broadcastable to (B, h, N, M).
+        is_causal: torch's flag of causal attention; requires N = M.
     """
     batch, heads, tokens, width = query.shape
     gates = gates.transpose(1, 2).to(query.dtype)  # (B, h, N)
-    # Split, not sliced: the gradient of a split is one concatenation.
+    # Split instead of slicing: the gradient of a split is a single concatenation.
     (query0, query), (key0, key), (value0, value), (gates0, gates) = (
         tensor.split([shared, heads - shared], dim=1) for tensor in (query, key, value, gates)
     )
     mask0 = None
-    if is_causal:  # the shared heads keep the flag, which is faster than a mask
+    if is_causal:  # shared heads keep the flag, which is faster than a mask
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
         mask = mask.expand(batch, heads - shared, -1, -1)
     elif mask is not None:
@@ -45,13 +48,13 @@ def attend_gathered(
     if shared < heads:
         chosen = gates.detach() != 0
         longest = max(1, int(chosen.sum(-1).max()))
-        # Selected tokens first, in token order (stable), each list cut at the longest.
+        # A stable sort puts the selected tokens first and keeps their order.
         slots = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :longest]
         rows = slots.unsqueeze(-1).expand(-1, -1, -1, width)
         if mask is not None:
             mask = mask.gather(2, slots.unsqueeze(-1).expand(-1, -1, -1, key.shape[2]))
         some = F.scaled_dot_product_attention(query.gather(2, rows), key, value, mask)
-        # Beyond a head's own list stand unselected tokens, whose gate makes them write zeros.
+        # Shorter lists are padded with unselected tokens. Their gate is 0, so they write zeros.
         some = some * gates.gather(2, slots).unsqueeze(-1)
         output[:, :, shared:].scatter_(1, rows.transpose(1, 2), some.transpose(1, 2))
     return output.flatten(2)

@@ -1,7 +1,8 @@
-"""Triton kernels: adaLN (DiT §3.2), each direction in one pass over the tokens.
+"""Triton kernels for adaLN (DiT §3.2) that pass over the tokens once per direction.
 
-``moh_dit.model.modulation`` defines the function in plain torch. torch.compile reads a row several
-times if it does not fit in registers, and once more for each gradient that is a sum over tokens.
+``moh_dit.model.modulation`` defines the function in plain torch. The code of torch.compile reads a
+row several times if it does not fit in registers, and once more for each gradient that is a sum
+over tokens.
 """
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .backends import LAYER_NORM_EPSILON, NAMESPACE
-from .sizes import cdiv, power_of_2, power_of_2_up_to
+from .block_sizes import cdiv, next_power_of_2, previous_power_of_2
 
 
 @triton.jit
@@ -23,7 +24,7 @@ def adaln_forward(
     x, gate, branch, shift, scale, residual, out, statistics, N, modulation_stride, epsilon,
     C: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """residual, out (B, N, C); statistics (2, B, N): mean and 1/σ. Grid (N, B)."""
+    """Compute residual and out (B, N, C), and mean and 1/σ in statistics (2, B, N). Grid (N, B)."""
     b = tl.program_id(1)
     columns = tl.arange(0, BLOCK)
     inside = columns < C
@@ -55,12 +56,12 @@ def _read(
     x, branch, grad_residual, grad_out, gate, factor, mean, inverse, offsets, mask,
     RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """A part of a row: n, dy, the stream's gradient and the branch; sums of dn and dn·n over it."""
+    """Load a part of a row: normalized n, dy, stream gradient, branch; and sum dn and dn·n."""
     values = _load(x + offsets, mask)
     dy = _load(grad_out + offsets, mask)
     dx = _load(grad_residual + offsets, mask)
     added = dx
-    if RESIDUAL:  # r again, as the forward pass had it: the branch is read anyway
+    if RESIDUAL:  # compute r again: the branch must be read anyway
         added = _load(branch + offsets, mask)
         values = (values + gate * added).to(x.dtype.element_ty).to(tl.float32)
     normal = tl.where(mask, (values - mean) * inverse, 0.0)
@@ -74,7 +75,7 @@ def _write(
     grad_x, grad_branch, normal, dy, dx, factor, gate, mean_dn, mean_dn_n, inverse,
     offsets, mask, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x, which is returned, and branch of a part of a row."""
+    """Store the gradients of x and branch for a part of a row; return the gradient of x."""
     dx += (dy * factor - mean_dn - normal * mean_dn_n) * inverse
     tl.store(grad_x + offsets, dx.to(grad_x.dtype.element_ty), mask=mask)
     if RESIDUAL:
@@ -105,11 +106,13 @@ def adaln_backward(
     C: tl.constexpr, RESIDUAL: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
     TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """grad_x, grad_branch (B, N, C); sums (B, ⌈N/TOKENS⌉, 3 or 2, C): this program's part of the
-    gradients of shift, scale and, where there is a branch, gate. Grid (⌈N/TOKENS⌉, B).
+    """Compute the gradients of adaLN for TOKENS tokens of an image. Grid (⌈N/TOKENS⌉, B).
 
-    A row is C0 columns, a power of two, and the rest in C1: padded as a whole it would be kept in
-    nearly twice the registers at a width of 1152.
+    Results are grad_x and grad_branch (B, N, C), and sums (B, ⌈N/TOKENS⌉, 3 or 2, C). The latter
+    are this program's part of the gradients of shift, scale and, if there is a branch, gate.
+
+    A row is split into C0 columns, a power of two, and the rest in C1. Padded to one power of two,
+    a row of 1152 columns would need almost twice the registers.
     """
     b = tl.program_id(1)
     of_image = b.to(tl.int64) * modulation_stride
@@ -170,39 +173,40 @@ def adaln_backward(
         _store_sums(part, columns1, every1, shift_sum1, scale_sum1, gate_sum1, C, RESIDUAL)
 
 
-# Columns of a warp; tokens of a program and stages of its loop in the backward pass. The fastest
-# found at 1152 columns (H200, torch 2.11, triton 3.6; ``benchmarks/adaln.py --tune``).
+# Columns per warp in the forward pass. Tokens per program, columns per warp and pipeline stages in
+# the backward pass. The fastest measured for 1152 columns (H200, torch 2.11, triton 3.6;
+# ``benchmarks/adaln.py --tune``).
 FORWARD = 512
 BACKWARD = (16, 512, 3)
 
 
 def run_forward(x, gate, branch, shift, scale, columns_each=FORWARD):
-    """As :func:`adaln_op`."""
+    """Run the forward kernel; arguments and results are those of :func:`adaln_op`."""
     batch, tokens, width = x.shape
-    gate, shift, scale = _strided_alike(gate, shift, scale)
+    gate, shift, scale = _with_equal_strides(gate, shift, scale)
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
-    residual, out, statistics = _results(x, branch, shift)
+    residual, out, statistics = _new_results(x, branch, shift)
     adaln_forward[(tokens, batch)](
         x, gate, branch, shift, scale, residual, out, statistics, tokens, scale.stride(0),
-        LAYER_NORM_EPSILON, C=width, RESIDUAL=branch is not None, BLOCK=power_of_2(width),
+        LAYER_NORM_EPSILON, C=width, RESIDUAL=branch is not None, BLOCK=next_power_of_2(width),
         num_warps=_warps(width, columns_each),
     )  # fmt: skip
     return residual, out, statistics
 
 
 def run_backward(grad_residual, grad_out, x, statistics, gate, branch, scale, config=BACKWARD):
-    """As :func:`adaln_backward_op`."""
+    """Run the backward kernel; arguments and results are those of :func:`adaln_backward_op`."""
     batch, tokens, width = x.shape
     tokens_each, columns_each, stages = config
-    gate, scale = _strided_alike(gate, scale)
+    gate, scale = _with_equal_strides(gate, scale)
     x, grad_residual, grad_out = (t.contiguous() for t in (x, grad_residual, grad_out))
     branch = None if branch is None else branch.contiguous()
-    grad_x, grad_branch, grad_modulation = _gradients(x, branch, scale)
+    grad_x, grad_branch, grad_modulation = _new_gradients(x, branch, scale)
     tiles = cdiv(tokens, tokens_each)
-    # Added up afterwards, in a fixed order: the same bits in every run.
+    # Partial sums are added afterwards, in a fixed order, so every run gives the same bits.
     sums = x.new_empty(batch, tiles, grad_modulation.shape[1], width, dtype=torch.float32)
-    main = power_of_2_up_to(width)
-    rest = power_of_2(width - main) if width > main else 0
+    main = previous_power_of_2(width)
+    rest = next_power_of_2(width - main) if width > main else 0
     adaln_backward[(tiles, batch)](
         x, gate, branch, scale, statistics, grad_residual, grad_out, grad_x, grad_branch, sums,
         tokens, scale.stride(0), C=width, RESIDUAL=branch is not None, C0=main, C1=rest,
@@ -212,18 +216,21 @@ def run_backward(grad_residual, grad_out, x, statistics, gate, branch, scale, co
 
 
 def _warps(width: int, columns_each: int) -> int:
-    return min(16, max(1, power_of_2_up_to(width) // columns_each))
+    return min(16, max(1, previous_power_of_2(width) // columns_each))
 
 
-def _strided_alike(*modulation: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Rows (B, 1, C), dense, at one distance from image to image: parts of one product are."""
+def _with_equal_strides(*modulation: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the modulation as dense rows (B, 1, C) with equal strides between images.
+
+    Chunks of one modulation tensor are returned as they are; others are copied.
+    """
     strides = {(part.stride(0), part.stride(-1)) for part in modulation if part is not None}
     if len(strides) == 1 and next(iter(strides))[1] == 1:
         return modulation
     return tuple(None if part is None else part.contiguous() for part in modulation)
 
 
-def _results(x: Tensor, branch: Tensor | None, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _new_results(x: Tensor, branch: Tensor | None, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(0 if branch is None else x.shape),
         x.new_empty(x.shape, dtype=shift.dtype),
@@ -231,7 +238,9 @@ def _results(x: Tensor, branch: Tensor | None, shift: Tensor) -> tuple[Tensor, T
     )
 
 
-def _gradients(x: Tensor, branch: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _new_gradients(
+    x: Tensor, branch: Tensor | None, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape),
         x.new_empty(0) if branch is None else branch.new_empty(branch.shape),
@@ -243,18 +252,19 @@ def _gradients(x: Tensor, branch: Tensor | None, scale: Tensor) -> tuple[Tensor,
 def adaln_op(
     x: Tensor, gate: Tensor | None, branch: Tensor | None, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``r = x + gate·branch`` in the dtype of x; ``LN(r)·(1 + scale) + shift`` in that of shift.
+    """Compute adaLN.
 
-    Without ``branch`` r is x, and the first result empty. Third: mean and 1/σ of the rows
-    (2, B, N) float32, for the backward pass.
+    Returns ``r = x + gate·branch`` in the dtype of x, ``LN(r)·(1 + scale) + shift`` in the dtype of
+    shift, and mean and 1/σ of the rows (2, B, N) in float32 for the backward pass. Without
+    ``branch``, r is x and the first result is empty.
     """
-    with torch.cuda.device_of(x):  # Triton launches on the current one
+    with torch.cuda.device_of(x):  # Triton launches on the current device
         return run_forward(x, gate, branch, shift, scale)
 
 
 @adaln_op.register_fake
 def _(x, gate, branch, shift, scale):
-    return _results(x, branch, shift)
+    return _new_results(x, branch, shift)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::adaln_backward", mutates_args=())
@@ -267,9 +277,9 @@ def adaln_backward_op(
     branch: Tensor | None,
     scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and branch, and of shift, scale and gate together: (B, 3, C).
+    """Compute the gradients of x, of branch, and of shift, scale and gate together (B, 3, C).
 
-    Without ``branch`` the second is empty, and the third (B, 2, C).
+    Without ``branch``, the second result is empty and the third is (B, 2, C).
     """
     with torch.cuda.device_of(x):
         return run_backward(grad_residual, grad_out, x, statistics, gate, branch, scale)
@@ -277,13 +287,16 @@ def adaln_backward_op(
 
 @adaln_backward_op.register_fake
 def _(grad_residual, grad_out, x, statistics, gate, branch, scale):
-    return _gradients(x, branch, scale)
+    return _new_gradients(x, branch, scale)
 
 
 class AdaLN(torch.autograd.Function):
-    """Both operators. Not joined by torch.library's own rule: x goes on as a result, so that its
-    two gradients meet in the kernel instead of in another pass, and operators may not return what
-    they were given."""
+    """Connect both operators for autograd.
+
+    Without a branch, x is also returned, so that its two gradients are added inside the backward
+    kernel instead of in a pass of their own. ``torch.library.register_autograd`` does not allow
+    this, because an operator must not return one of its inputs.
+    """
 
     @staticmethod
     def forward(ctx, x, gate, branch, shift, scale):

@@ -1,13 +1,14 @@
-"""Triton kernels: gradients of queries, keys, values and gates, as in :mod:`.triton_forward`.
+"""Triton kernels for the gradients of queries, keys, values and gates.
 
-Two passes (queries over keys, keys over queries) instead of one with atomic additions: a little
-more arithmetic, the same bits in every run.
+Conventions are those of :mod:`.triton_forward`. There are two passes, one over tiles of queries and
+one over tiles of keys, instead of a single pass with atomic additions. This costs a little more
+arithmetic and gives the same bits in every run.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_forward import load_block, load_rows, store_rows, zero_unselected
+from .triton_forward import load_head_rows, load_rows, store_rows, zero_unselected
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _query_gradient_tile(
         y1 = load_rows(upstream, rows, valid, H * D, D0, D1, D, MASKED)
     row_of = (b * H + head).to(tl.int64) * N
     norm = tl.load(lse + row_of + rows, mask=valid, other=float("inf"))[:, None]
-    # δ = Σ dy·o, the row sum of flash attention's backward pass; ``out`` holds g·o.
+    # δ = Σ dy·o is the row sum of FlashAttention's backward pass. ``out`` holds g·o.
     result = out + b.to(tl.int64) * N * (H * D) + head * D
     o0 = load_rows(result, rows, valid, H * D, 0, D0, D, MASKED)
     sums = tl.sum(o0.to(tl.float32) * y0.to(tl.float32), 1)
@@ -74,28 +75,28 @@ def _query_gradient_tile(
     value = key + H * D
     for start in tl.range(0, N, BN):
         inside = start + keys < N
-        k0 = load_block(
+        k0 = load_head_rows(
             kv0, key, b, start, H + head, keys, inside, STRIDE, 0, D0, D, BN, not EVEN_KEYS, TMA
         )
-        v0 = load_block(
+        v0 = load_head_rows(
             kv0, value, b, start, 2 * H + head, keys, inside, STRIDE, 0, D0, D, BN, not EVEN_KEYS,
             TMA,
         )  # fmt: skip
         s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         dp = tl.dot(y0, tl.trans(v0), input_precision=PRECISION)
         if D1 > 0:
-            k1 = load_block(
+            k1 = load_head_rows(
                 kv1, key, b, start, H + head, keys, inside, STRIDE, D0, D1, D, BN, not EVEN_KEYS,
                 TMA,
             )  # fmt: skip
-            v1 = load_block(
+            v1 = load_head_rows(
                 kv1, value, b, start, 2 * H + head, keys, inside, STRIDE, D0, D1, D, BN,
                 not EVEN_KEYS, TMA,
             )  # fmt: skip
             s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
             dp = tl.dot(y1, tl.trans(v1), dp, input_precision=PRECISION)
         p = tl.exp2(s * scale_log2 - norm)
-        if not EVEN_KEYS:  # k is zero beyond N, but p may be infinite there
+        if not EVEN_KEYS:  # beyond N, k is zero but p may be infinite
             p = tl.where(inside[None, :], p, 0.0)
         ds = (p * (dp - shift)).to(projected.dtype.element_ty)
         dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
@@ -138,7 +139,7 @@ def query_gradient(
     BM_ROUTED: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """δ (B, h, N) of the selected queries and dq, zero for the others. Grid as :func:`attend`."""
+    """Compute dq and δ (B, h, N) of selected queries; dq of others is zero. Grid as `attend`."""
     pid = tl.program_id(0)
     b = tl.program_id(1)
     tiles = tl.cdiv(N, BM)
@@ -227,16 +228,16 @@ def _key_value_gradient_tile(
         else:
             rows = offsets
             origin = start
-        q0 = load_block(
+        q0 = load_head_rows(
             q0_blocks, query, b, origin, head, rows, valid, STRIDE, 0, D0, D, BM, MASKED, BLOCKS
         )  # fmt: skip
-        y0 = load_block(
+        y0 = load_head_rows(
             y0_blocks, upstream, b, origin, head, rows, valid, H * D, 0, D0, D, BM, MASKED, BLOCKS
         )  # fmt: skip
-        if BLOCKS:  # beyond N all of q, dy, lse and δ are zero, and so is what they add
+        if BLOCKS:  # beyond N, q, dy, lse and δ are zero, so they add nothing
             norm = lse_blocks.load([b, head, start]).reshape(1, BM)
             shift = delta_blocks.load([b, head, start]).reshape(1, BM)
-        elif MASKED:  # a query beyond the list has p = exp2(-inf) = 0
+        elif MASKED:  # beyond the list, lse is infinite and p = exp2(-inf) = 0
             norm = tl.load(lse + row_of + origin + rows, mask=valid, other=float("inf"))[None, :]
             shift = tl.load(delta + row_of + origin + rows, mask=valid, other=0.0)[None, :]
         else:
@@ -245,11 +246,11 @@ def _key_value_gradient_tile(
         s = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
         dp = tl.dot(v0, tl.trans(y0), input_precision=PRECISION)
         if D1 > 0:
-            q1 = load_block(
+            q1 = load_head_rows(
                 q1_blocks, query, b, origin, head, rows, valid, STRIDE, D0, D1, D, BM, MASKED,
                 BLOCKS,
             )  # fmt: skip
-            y1 = load_block(
+            y1 = load_head_rows(
                 y1_blocks, upstream, b, origin, head, rows, valid, H * D, D0, D1, D, BM, MASKED,
                 BLOCKS,
             )  # fmt: skip
@@ -305,7 +306,7 @@ def key_value_gradient(
     BM_ROUTED: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dk and dv of every key, from the queries that selected its head. Grid (H·⌈N/BN⌉, B)."""
+    """Compute dk and dv of every key from the selected queries. Grid (H·⌈N/BN⌉, B)."""
     pid = tl.program_id(0)
     b = tl.program_id(1)
     tiles = tl.cdiv(N, BN)

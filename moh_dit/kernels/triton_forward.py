@@ -1,16 +1,16 @@
-"""Triton kernels: softmax attention of the selected (token, head) queries alone.
+"""Triton kernels for softmax attention of the selected (token, head) pairs only.
 
-Tensors as in :mod:`.ops`. Queries, keys and values are read where the projection left them, rows
-``STRIDE`` apart; a head is ``D0 + D1`` columns, ``D0`` a power of two and ``D1`` the padded tail
-(72 = 64 + 8, not 128). Every stride is a compile-time constant: 72 is no multiple of 16, so as
-run-time arguments they would lose 16-byte loads. Exponentials are base 2,
-``scale_log2 = log2(e)/√d``.
+Tensors are described in :mod:`.attention_operators`. Queries, keys and values are read directly
+from the output of the projection, in rows that are ``STRIDE`` apart. The columns of a head are
+split into ``D0``, a power of two, and ``D1``, the padded tail (72 = 64 + 8, instead of padding to
+128). All strides are compile-time constants: 72 is not a multiple of 16, so with run-time strides
+the compiler could not use 16-byte loads. Exponentials are base 2, ``scale_log2 = log2(e)/√d``.
 
-Shared heads take their queries in order, routed heads through the list that routing made. Nothing
-is added atomically: results are the same in every run. ``TMA`` loads consecutive rows through the
-copy engine (descriptors ``kv0`` … of the two column parts) instead of by pointers. ``EARLY``
-kernels start while the one before them runs (programmatic dependent launch), do what they can
-without it, and wait for its end.
+Shared heads read their queries in order, routed heads through the list of selected tokens. There
+are no atomic additions, so results are the same in every run. With ``TMA``, consecutive rows are
+loaded by the copy engine (descriptors ``kv0`` and ``kv1`` for the two column parts) instead of
+through pointers. With ``EARLY``, a kernel starts while the previous one runs (programmatic
+dependent launch) and waits for it before it reads its results.
 """
 
 import triton
@@ -18,15 +18,15 @@ import triton.language as tl
 
 
 @triton.jit
-def wait_for_previous(EARLY: tl.constexpr):
-    """The end of the kernel before, and with it all that it wrote."""
+def wait_for_previous_kernel(EARLY: tl.constexpr):
+    """Wait until the previous kernel has finished and its writes are visible."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
-def let_next_start(EARLY: tl.constexpr):
-    """Say that the next kernel may start, once every program of this one has come here."""
+def allow_next_kernel(EARLY: tl.constexpr):
+    """Allow the next kernel to start once every program of this kernel has reached this call."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -42,7 +42,7 @@ def load_rows(
     D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Columns FIRST … FIRST+WIDTH-1 of some rows; zero beyond column D and where not valid."""
+    """Load columns FIRST … FIRST+WIDTH-1 of rows; zero beyond column D and in invalid rows."""
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = base + rows[:, None] * STRIDE + columns[None, :]
     if FIRST + WIDTH > D:
@@ -81,7 +81,7 @@ def store_rows(
 
 
 @triton.jit
-def load_block(
+def load_head_rows(
     descriptor,
     base,
     b,
@@ -97,7 +97,7 @@ def load_block(
     MASKED: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Rows of one head, through the copy engine (zeros out of bounds) or by pointers."""
+    """Load rows of one head, by the copy engine (zeros out of bounds) or through pointers."""
     if TMA:
         return descriptor.load([b, start, head, FIRST]).reshape(BLOCK, WIDTH)
     return load_rows(base + start * STRIDE, rows, valid, STRIDE, FIRST, WIDTH, D, MASKED)
@@ -115,7 +115,7 @@ def zero_unselected(
     D1: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Zeros for the tokens tile·BM … of one head that did not select it."""
+    """Store zeros for those of BM tokens, from tile·BM on, that did not select this head."""
     tokens = tile * BM + tl.arange(0, BM)
     empty = tl.load(gates + tokens, mask=tokens < N, other=1.0) == 0.0
     store_rows(target, tokens, empty, tl.zeros([BM, D0], tl.float32), STRIDE, 0, D0, D, True)
@@ -153,13 +153,13 @@ def _attend_tile(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One tile of BM queries of one head over all keys: online softmax, gate, store."""
+    """Attend with BM queries of one head to all keys (online softmax), apply the gate, store."""
     slots = tile * BM + tl.arange(0, BM)
     valid = slots < limit
     rows = tl.load(index + slots, mask=valid, other=0) if GATHER else slots
     query = projected + b.to(tl.int64) * N * STRIDE + head * D
     q0 = load_rows(query, rows, valid, STRIDE, 0, D0, D, MASKED)
-    q1 = q0  # not read where there is no tail
+    q1 = q0  # a placeholder: not used if the head has no tail
     if D1 > 0:
         q1 = load_rows(query, rows, valid, STRIDE, D0, D1, D, MASKED)
     m = tl.full([BM], float("-inf"), tl.float32)
@@ -171,12 +171,12 @@ def _attend_tile(
     value = key + H * D
     for start in tl.range(0, N, BN):
         inside = start + keys < N
-        k0 = load_block(
+        k0 = load_head_rows(
             kv0, key, b, start, H + head, keys, inside, STRIDE, 0, D0, D, BN, not EVEN_KEYS, TMA
         )  # fmt: skip
         s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         if D1 > 0:
-            k1 = load_block(
+            k1 = load_head_rows(
                 kv1, key, b, start, H + head, keys, inside, STRIDE, D0, D1, D, BN,
                 not EVEN_KEYS, TMA,
             )  # fmt: skip
@@ -189,22 +189,22 @@ def _attend_tile(
         total = total * rescale + tl.sum(p, 1)
         m = m_new
         p = p.to(projected.dtype.element_ty)
-        v0 = load_block(
+        v0 = load_head_rows(
             kv0, value, b, start, 2 * H + head, keys, inside, STRIDE, 0, D0, D, BN,
             not EVEN_KEYS, TMA,
         )  # fmt: skip
         acc0 = tl.dot(p, v0, acc0 * rescale[:, None], input_precision=PRECISION)
         if D1 > 0:
-            v1 = load_block(
+            v1 = load_head_rows(
                 kv1, value, b, start, 2 * H + head, keys, inside, STRIDE, D0, V1, D, BN,
                 not EVEN_KEYS, TMA,
             )  # fmt: skip
             acc1 = tl.dot(p, v1, acc1 * rescale[:, None], input_precision=PRECISION)
 
-    wait_for_previous(EARLY)  # shared heads have not needed routing until here
+    wait_for_previous_kernel(EARLY)  # shared heads do not need the router until here
     row_of = (b * H + head).to(tl.int64) * N
     gate = tl.load(gates + row_of + rows, mask=valid, other=0.0)
-    # The gate joins the normaliser: exp2(s - lse) is g·p, all that the backward pass needs.
+    # The gate is part of lse: exp2(s - lse) is g·p, which is all that the backward pass needs.
     tl.store(lse + row_of + rows, m + tl.log2(total) - tl.log2(gate), mask=valid)
     gate = gate / total
     target = out + b.to(tl.int64) * N * (H * D) + head * D
@@ -244,9 +244,9 @@ def attend(
     BM_ROUTED: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Gated attention. Grid (S·⌈N/BM⌉ + E·⌈N/BM_ROUTED⌉, B).
+    """Compute gated attention. Grid (S·⌈N/BM⌉ + E·⌈N/BM_ROUTED⌉, B).
 
-    One program also averages the routing statistics over the batch, which spares a launch.
+    The first program also averages the router statistics over the batch, which saves a launch.
     """
     pid = tl.program_id(0)
     b = tl.program_id(1)
@@ -259,7 +259,7 @@ def attend(
             BM, BN,
         )  # fmt: skip
     elif S < H:
-        wait_for_previous(EARLY)
+        wait_for_previous_kernel(EARLY)
         routed_tiles = tl.cdiv(N, BM_ROUTED)
         routed = (pid - S * tiles) // routed_tiles
         tile = (pid - S * tiles) % routed_tiles
@@ -277,7 +277,7 @@ def attend(
                 H, D, D0, D1, V1, STRIDE, EVEN_KEYS, True, True, PRECISION, TMA, False,
                 BM_ROUTED, BN,
             )  # fmt: skip
-    if S < H and pid + b == 0:  # it has waited
+    if S < H and pid + b == 0:  # this program has waited for the router above
         columns = tl.arange(0, E_PAD)
         inside = columns < 2 * (H - S)
         sums = tl.zeros([E_PAD], tl.float32)

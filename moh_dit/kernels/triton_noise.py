@@ -1,6 +1,7 @@
-"""Triton kernel: per-image normal noise in one launch, the numbers of ``moh_dit.diffusion.noise``.
+"""Triton kernel that draws per-image normal noise in one launch.
 
-The plain tensor operations there are some 170 small kernels, which a small model waits for.
+It computes the same numbers as ``moh_dit.diffusion.noise``. The plain tensor operations there
+launch about 170 small kernels, which would slow down sampling from a small model.
 """
 
 import math
@@ -11,14 +12,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from .sizes import cdiv
+from .block_sizes import cdiv
 
-BLOCK = 256  # counters of one program, each of which gives four values
+BLOCK = 256  # counters per program; each gives four values
 
 
 @triton.jit
 def _normal_pair(radius_word, angle_word, TURN: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Box-Muller in float64, by libdevice: the compiler's own log and cos are float32's."""
+    """Box-Muller transform in float64. libdevice, because Triton's log and cos are float32 only."""
     uniform = (radius_word.to(tl.float64) + 0.5) * 2.0**-32
     angle = angle_word.to(tl.float64) * TURN
     if INTERPRETED:
@@ -39,7 +40,7 @@ def philox_normal_kernel(
     TURN: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """out float64 (draws, B, COUNT). Grid (⌈COUNT/4/BLOCK⌉, B, draws)."""
+    """Fill ``out`` float64 (draws, B, COUNT). Grid (⌈COUNT/4/BLOCK⌉, B, draws)."""
     counter = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row, draw = tl.program_id(1), tl.program_id(2)
     image = tl.load(indices + row)
@@ -63,7 +64,7 @@ def philox_normal_kernel(
 def philox_normal_triton(
     seed: int, indices: Tensor, first_draw: int, draws: int, count: int
 ) -> Tensor:
-    """As :func:`moh_dit.diffusion.noise.philox_normal`."""
+    """Compute :func:`moh_dit.diffusion.noise.philox_normal` by the kernel."""
     out = torch.empty(draws, len(indices), count, dtype=torch.float64, device=indices.device)
     grid = (cdiv(cdiv(count, 4), BLOCK), len(indices), draws)
     interpreted = triton.knobs.runtime.interpret

@@ -1,13 +1,13 @@
-"""Triton kernels: gates, lists of selected tokens and balance statistics, and their gradients.
+"""Triton kernels that compute gates, lists of selected tokens, router statistics and gradients.
 
-Tensors as in :mod:`.ops`. The router logits of a token stand behind its queries, keys and values:
-shared heads, routed heads, then the two of the two-stage weights.
+Tensors are described in :mod:`.attention_operators`. The router logits of a token follow its
+queries, keys and values: shared heads, routed heads, then two for the two-stage weights.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_forward import let_next_start, wait_for_previous
+from .triton_forward import allow_next_kernel, wait_for_previous_kernel
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def _router_logits(
     STRIDE: tl.constexpr,
     H_PAD: tl.constexpr,
 ):
-    """Logits (tokens, H_PAD) of shared and routed heads; zeros where there are none."""
+    """Load logits (tokens, H_PAD) of shared and routed heads; padded heads are zero."""
     heads = tl.arange(0, H_PAD)
     return tl.load(
         logits + tokens[:, None] * STRIDE + heads[None, :],
@@ -30,7 +30,7 @@ def _router_logits(
 
 @triton.jit
 def _group_softmax(raw, group):
-    """Softmax over the columns of a group, zero elsewhere."""
+    """Compute the softmax over the columns of a group; other columns are zero."""
     raw = tl.where(group, raw, float("-inf"))
     weights = tl.exp(raw - tl.max(raw, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
@@ -38,9 +38,10 @@ def _group_softmax(raw, group):
 
 @triton.jit
 def _centred(values, weights):
-    """``values - Σ weights·values`` along rows of weights that sum to 1.
+    """Compute ``values - Σ weights·values`` along rows of weights that sum to 1.
 
-    Taken relative to the heaviest column: where one weight is nearly 1 nothing cancels.
+    The value of the column with the largest weight is subtracted first. This avoids cancellation
+    if that weight is almost 1.
     """
     columns = tl.arange(0, weights.shape[1])[None, :]
     heaviest = columns == tl.argmax(weights, 1)[:, None]
@@ -50,7 +51,7 @@ def _centred(values, weights):
 
 @triton.jit
 def _stages(logits, tokens, valid, H: tl.constexpr, STRIDE: tl.constexpr):
-    """The two-stage softmax: α₀/2 and α₁/2."""
+    """Compute the two-stage softmax, α₁/2 and α₂/2."""
     l0 = tl.load(logits + tokens * STRIDE + H, mask=valid, other=0.0).to(tl.float32)
     l1 = tl.load(logits + tokens * STRIDE + H + 1, mask=valid, other=0.0).to(tl.float32)
     return 1.0 / (1.0 + tl.exp(l1 - l0)), 1.0 / (1.0 + tl.exp(l0 - l1))
@@ -71,8 +72,8 @@ def route(
     TOKENS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Gates of a tile of tokens (MoH eq. 5–7) and its ΣP. Grid (⌈N/TOKENS⌉, B)."""
-    let_next_start(EARLY)
+    """Compute gates (MoH eq. 5–7) and the sum of P for a tile of tokens. Grid (⌈N/TOKENS⌉, B)."""
+    allow_next_kernel(EARLY)
     E: tl.constexpr = H - S
     tile = tl.program_id(0)
     b = tl.program_id(1)
@@ -87,7 +88,7 @@ def route(
     if E > 0:
         is_routed = ((heads >= S) & (heads < H))[None, :]
         scores = _group_softmax(raw, is_routed)
-        # Top K by repeated maximum; of equal logits the lowest head wins.
+        # Top K by repeated maximum; among equal logits, the head with the lowest index is chosen.
         chosen = tl.zeros([TOKENS, H_PAD], tl.int1)
         left = tl.where(is_routed, raw, float("-inf"))
         for _ in tl.static_range(K):
@@ -100,7 +101,7 @@ def route(
             first, second = _stages(logits, tokens, valid, H, STRIDE)
             gate = gate * (2 * first)[:, None]
             routed_gate = routed_gate * (2 * second)[:, None]
-        # "Selected" is gate != 0 from here on: keep it so if a weight underflows.
+        # From here on, "selected" means gate != 0, so a selected gate must not underflow to 0.
         gate += tl.where(chosen, tl.maximum(routed_gate, 1e-37), 0.0)
         tl.store(
             score_sums + (b * tl.num_programs(0) + tile) * E + heads - S,
@@ -128,9 +129,12 @@ def list_tokens(
     CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Tokens that selected a routed head, in order, hence no atomics; f and P̄. Grid (E, B)."""
-    let_next_start(EARLY)
-    wait_for_previous(EARLY)
+    """List the tokens that selected a routed head, in order; sum f and P̄. Grid (E, B).
+
+    One program per head and image lists its tokens, so no atomic additions are needed.
+    """
+    allow_next_kernel(EARLY)
+    wait_for_previous_kernel(EARLY)
     E: tl.constexpr = H - S
     routed = tl.program_id(0)
     b = tl.program_id(1)
@@ -170,11 +174,12 @@ def route_backward(
     TAIL: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Gradients of the router logits from δ = ∂L/∂g. Grid (⌈N/TOKENS⌉, B).
+    """Compute the gradients of the router logits from δ = ∂L/∂g. Grid (⌈N/TOKENS⌉, B).
 
-    With w the weights of a softmax group (shared; selected routed) ``dl_i = g_i (δ_i - Σ w δ)``;
-    for the two stages ``dl_0 = a_1 Σ_shared g δ - a_0 Σ_routed g δ = -dl_1``. P̄ adds
-    ``P_i (c_i - Σ P c)/(B N)`` with c its upstream gradient.
+    Shared heads and selected routed heads are two softmax groups. With the weights w of a group,
+    ``dl_i = g_i (δ_i - Σ w δ)``. For the two stages with softmax a,
+    ``dl_0 = a_1 Σ_shared g δ - a_0 Σ_routed g δ = -dl_1``. The gradient c of P̄ adds
+    ``P_i (c_i - Σ P c)/(B N)``.
     """
     E: tl.constexpr = H - S
     b = tl.program_id(1)

@@ -7,8 +7,11 @@ from .presets import PRESETS
 from .transformer import MoHDiTTransformer2DModel, per_layer
 
 
-def preset_of(config: dict[str, Any]) -> str | None:
-    """The preset with this architecture, whatever its latent size, channels and classes."""
+def find_preset(config: dict[str, Any]) -> str | None:
+    """Return the preset of this architecture, or ``None`` if there is no such preset.
+
+    Latent size, latent channels and number of classes may differ from the preset's.
+    """
     config = full_config(config)
     if config["mlp_ratio"] != 4 or config["timestep_freq_shift"] or _is_parameter_free(config):
         return None
@@ -20,11 +23,11 @@ def preset_of(config: dict[str, Any]) -> str | None:
     return None
 
 
-def describe(config: dict[str, Any]) -> str:
-    """A model in words: its preset, or its sizes, then latents and classes."""
+def describe_architecture(config: dict[str, Any]) -> str:
+    """Describe a model in words: its preset, or else its sizes, then its latents and classes."""
     config = full_config(config)
     moh = any(plan[1] is not None for plan in head_plan(config))
-    name = preset_of(config) or (
+    name = find_preset(config) or (
         f"a {'MoH-' if moh else ''}DiT of no preset ({config['depth']} layers of width "
         f"{config['hidden_size']}, patch {config['patch_size']})"
     )
@@ -35,7 +38,7 @@ def describe(config: dict[str, Any]) -> str:
 
 
 def full_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with every argument of the model, defaults where it has none."""
+    """Return every argument of the model: the given ones, and the defaults of all others."""
     parameters = list(inspect.signature(MoHDiTTransformer2DModel.__init__).parameters.values())[1:]
     defaults = {parameter.name: parameter.default for parameter in parameters}
     full = {**defaults, **{key: config[key] for key in defaults.keys() & config.keys()}}
@@ -44,7 +47,7 @@ def full_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def head_plan(config: dict[str, Any]) -> list[tuple[int, int | None, int, int]]:
-    """Heads, shared heads, active routed heads and head width of every layer."""
+    """Return heads, shared heads, active routed heads and head width of every layer."""
     depth = config["depth"]
     heads = per_layer("num_heads", config["num_heads"], depth)
     shared = per_layer("num_shared_heads", config["num_shared_heads"], depth)

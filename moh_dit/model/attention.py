@@ -1,9 +1,9 @@
-"""Mixture-of-head attention: the mathematics, readable (MoH, arXiv 2410.11842, §3).
+"""Mixture-of-head attention in plain torch (MoH, arXiv 2410.11842, §3).
 
-``MoHAttention`` is the definition that every kernel is held against. Heads ``0 … s-1`` are shared
-(always active), the other ``E = h - s`` are routed; each token activates its top ``k`` of those.
-The layer stands alone, too: with masks, rotary embeddings, grouped keys and a cache it takes the
-place of attention in other transformers (``examples/``).
+``MoHAttention`` is the definition: a kernel is correct if it agrees with it. Heads ``0 … s-1`` are
+shared (always active), the other ``E = h - s`` are routed. Each token activates its top ``k``
+routed heads. With masks, rotary embeddings, grouped keys and a key-value cache, the layer also
+replaces attention in other transformers (``examples/``).
 """
 
 from collections.abc import Callable, Iterator
@@ -36,27 +36,28 @@ class MoHAttention(JointProjection):
 
     Args:
         dim: model width C.
-        num_heads: heads h of the layer.
-        num_shared_heads: shared heads s, ``0 ≤ s ≤ h``; ``None`` makes plain multi-head attention
-            without a router (dense DiT; ``num_active_routed_heads`` is then ignored).
-        num_active_routed_heads: routed heads k that each token activates, ``0 ≤ k ≤ h - s``.
-            ``k = 0`` needs ``s = h``: gated, but every head active.
+        num_heads: number of heads h.
+        num_shared_heads: number of shared heads s, ``0 ≤ s ≤ h``. ``None`` makes the layer plain
+            multi-head attention without a router, as in a dense DiT.
+        num_active_routed_heads: number of routed heads k that each token activates,
+            ``0 ≤ k ≤ h - s``. ``k = 0`` requires ``s = h``: every head is active and has a gate.
         head_dim: width d of a head; ``None`` means ``dim // num_heads``. ``h·d`` may differ from C.
         qkv_bias: whether the query/key/value projection has a bias.
-        attention_backend: how a layer with a router computes, see :func:`moh_attention`; can be
-            changed later through the attribute of that name.
-        router: "learned" (MoH §3), or "query_norm" (§4.4): no parameters, see
-            :func:`query_norm_gates`; computed by "reference" or "gathered", on a GPU by the former.
-        num_key_value_heads: keys and values that the heads share in groups (arXiv 2305.13245), a
-            divisor of h; ``None`` means one for each head.
+        attention_backend: backend of a layer with a router, see :func:`moh_attention`. The
+            attribute of the same name can be changed later.
+        router: "learned" (MoH §3), or "query_norm" (§4.4, without parameters, see
+            :func:`query_norm_gates`). The Triton kernels compute only "learned".
+        num_key_value_heads: number of key/value heads, a divisor of h. Each serves a group of
+            query heads (grouped-query attention, arXiv 2305.13245). ``None`` means h.
         proj_bias: whether the output projection has a bias.
 
     Raises:
-        UserError: when the head plan does not add up or the backend or router is unknown.
+        UserError: if the numbers of heads are inconsistent, or the backend or router is unknown.
 
-    Parameter names are those of the published checkpoints: ``wg`` is W_routed (E, C), ``wg_0``
-    W_stage (2, C) and ``wg_1`` W_shared (s, C). ``qkv`` holds the rows of all queries, then keys,
-    then values. With grouped keys the buffer ``key_value_head`` (h,) says whose keys a head asks.
+    Parameters are named as in the published checkpoints: ``wg`` is W_routed (E, C), ``wg_0``
+    W_stage (2, C) and ``wg_1`` W_shared (s, C). The rows of ``qkv`` are all queries, then all keys,
+    then all values. With grouped keys, the buffer ``key_value_head`` (h,) holds the key/value head
+    of each query head.
     """
 
     key_value_head: Tensor
@@ -113,7 +114,11 @@ class MoHAttention(JointProjection):
         )
 
     def route(self, hidden_states: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Gates (B, N, h) and router_stats (2, E) for inputs (B, N, C); ``None`` without router."""
+        """Return gates (B, N, h) and router_stats (2, E) for inputs (B, N, C).
+
+        Both are ``None`` for a layer without a router; router_stats are ``None`` without routed
+        heads.
+        """
         if not (routers := self.router_weights()):
             return self._gates(self.qkv(hidden_states))
         logits = F.linear(hidden_states, torch.cat(routers))
@@ -129,22 +134,28 @@ class MoHAttention(JointProjection):
         rotary: Callable[[Tensor, Tensor], Pair] | None = None,
         cache: Callable[[Tensor, Tensor], Pair] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend.
+        """Apply the layer.
 
         Args:
-            hidden_states: (B, N, C), any floating dtype.
-            attention_mask: broadcastable to (B, h, N, M) over M keys, those of the cache included:
-                true where a query may look, or a floating-point number to add to the scores.
-            is_causal: whether a token sees only itself and earlier ones; the N queries are the last
-                of the M tokens. Adds to ``attention_mask``.
-            rotary: hook for relative positions: takes queries (B, h, N, d) and keys
-                (B, key-value heads, N, d), returns both. The router reads the queries before it.
-            cache: hook for generation: takes the keys and values of these N tokens
-                (B, key-value heads, N, d), returns those of all M tokens.
+            hidden_states: (B, N, C), any floating-point dtype.
+            attention_mask: broadcastable to (B, h, N, M) over M keys, including cached ones. A
+                boolean mask is true where a query may attend; a floating-point mask is added to the
+                scores.
+            is_causal: whether a token attends only to itself and earlier tokens. The N queries are
+                the last N of the M tokens. Combined with ``attention_mask`` if both are given.
+            rotary: function for rotary embeddings. Takes queries (B, h, N, d) and keys
+                (B, key-value heads, N, d) and returns both. The query-norm router reads the queries
+                before it.
+            cache: function for a key-value cache. Takes the keys and values of these N tokens
+                (B, key-value heads, N, d) and returns the keys and values of all M tokens.
 
         Returns:
             ``(output, router_stats)``: output (B, N, C) in the input's dtype; router_stats as in
             :func:`moh_gates`, ``None`` for a layer without routed heads.
+
+        Raises:
+            UserError: if the backend cannot run on this device or dtype, or is "triton" where the
+                Triton kernels do not apply (masks, hooks, grouped keys, query-norm router).
         """
         projected = self._project(hidden_states)
         plan = self.num_heads, self.num_shared_heads or 0, self.num_active_routed_heads
@@ -194,7 +205,7 @@ class MoHAttention(JointProjection):
 def split_heads(
     projected: Tensor, num_heads: int, head_dim: int, num_key_value_heads: int | None = None
 ) -> tuple[Tensor, ...]:
-    """Queries, keys, values (B, their heads, N, d) from the first columns of (B, N, columns)."""
+    """Split the first columns of (B, N, columns) into queries, keys and values (B, heads, N, d)."""
     batch, tokens, _ = projected.shape
     if num_key_value_heads not in (None, num_heads):
         sizes = [num_heads, num_key_value_heads, num_key_value_heads]
@@ -212,26 +223,28 @@ def moh_attention(
     head_dim: int,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Mixture-of-head attention between its two projections (MoH §3).
+    """Compute gated attention from the projected inputs, without the output projection (MoH §3).
 
     Args:
-        projected: (B, N, 3·h·d + router columns): queries, keys, values (each h·d), then router
-            logits as in :func:`moh_gates`, then any padding.
+        projected: (B, N, 3·h·d + router columns): queries, keys, values (h·d columns each), then
+            router logits as in :func:`moh_gates`, then any padding.
         heads, shared, active, head_dim: h, s, k, d.
-        backend: "reference" (dense attention, then the gates), "triton" (GPU: only selected
+        backend: "reference" (dense attention, then the gates), "triton" (GPU; only selected
             queries, gates fused; float32, float16, bfloat16), "gathered" (only selected queries,
-            in plain torch, made for CPUs), or "auto", the fastest by measurement.
+            in plain torch, for CPUs), or "auto", the fastest by measurement.
 
     Returns:
-        ``(output, router_stats)``: Σ is left to the output projection, so output is
-        (B, N, h·d) with ``g_i o_i`` for each head; router_stats as in :func:`moh_gates`.
+        ``(output, router_stats)``: output (B, N, h·d) holds ``g_i o_i`` of every head, which the
+        output projection sums; router_stats as in :func:`moh_gates`.
 
     Raises:
-        UserError: when the backend is unknown or cannot run on this device or dtype.
+        UserError: if the backend is unknown or cannot run on this device or dtype.
     """
     backend = choose_backend(backend, projected, heads, shared, active, head_dim)
     if backend == "triton":
-        from ..kernels.ops import moh_attention_triton  # imports Triton
+        from ..kernels.attention_operators import (
+            moh_attention_triton,
+        )  # imports triton, which is optional
 
         return moh_attention_triton(projected, heads, shared, active, head_dim)
     query, key, value = split_heads(projected, heads, head_dim)
@@ -249,7 +262,10 @@ def attend(
     mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """``g_i o_i`` of every head (B, N, h·d) by "reference" or "gathered"; all g = 1 if ``None``."""
+    """Return ``g_i o_i`` of every head (B, N, h·d), by "reference" or "gathered".
+
+    Without gates (``None``), every g is 1.
+    """
     if gates is not None and backend == "gathered":
         return attend_gathered(query, key, value, gates, shared, mask, is_causal)
     output = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
@@ -276,16 +292,17 @@ def merge_masks(
 
 @contextmanager
 def recorded_router_stats(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect router_stats (2, E) of the routed layers in a model whose blocks drop them.
+    """Collect router_stats (2, E) of the routed layers of a model whose blocks discard them.
 
         with recorded_router_stats(model) as stats:
             loss = model(inputs).loss
         loss = loss + 0.01 * load_balance_loss(stats, [2] * len(stats))
 
-    In the order in which the layers run, each time one runs inside the block.
+    The list grows by one entry each time a routed layer runs inside the ``with`` block.
 
     Raises:
-        UserError: where activation checkpointing is re-entrant, which would cut the gradient.
+        UserError: if a layer runs under re-entrant activation checkpointing, which would cut the
+            gradient of the statistics.
     """
     stats: list[Tensor] = []
     learning = torch.is_grad_enabled()

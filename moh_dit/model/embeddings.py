@@ -1,11 +1,11 @@
-"""What a Diffusion Transformer reads (DiT §3.2): patches, timestep and class, as vectors."""
+"""Embed the three inputs of a Diffusion Transformer (DiT §3.2): patches, timestep and class."""
 
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 
 class PatchEmbedder(nn.Module):
-    """Latent → tokens, row by row: (B, C_in, H, W) → (B, N, C)."""
+    """Map a latent to tokens, row by row: (B, C_in, H, W) → (B, N, C)."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
@@ -16,7 +16,7 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """256 sinusoidal features (cos first) and an MLP: (B,) → (B, C)."""
+    """Map timesteps to vectors, (B,) → (B, C): 256 sinusoidal features (cos first), then an MLP."""
 
     num_features = 256
 
@@ -40,7 +40,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A vector per class and one for the null class: (B,) → (B, C)."""
+    """Look up one vector per class, and one for the null class: (B,) → (B, C)."""
 
     def __init__(self, num_classes: int, hidden_size: int):
         super().__init__()

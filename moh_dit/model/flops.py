@@ -1,14 +1,15 @@
-"""How much arithmetic a model is, and how much a GPU could do."""
+"""Count the FLOPs of a model, and look up the peak FLOP/s of a GPU."""
 
 from typing import cast
 
 import torch
 
 from .attention import MoHAttention
-from .transformer import DiTBlock, MoHDiTTransformer2DModel
+from .blocks import DiTBlock
+from .transformer import MoHDiTTransformer2DModel
 
-# Dense peaks of the data sheets in TFLOP/s, by what torch.cuda.get_device_name contains: matrix
-# products in bf16 or fp16, in TF32, and in float32. The first name that fits counts.
+# Dense peaks from the data sheets, in TFLOP/s: matrix products in bf16 or fp16, in TF32, and in
+# float32. A key is a part of torch.cuda.get_device_name(); the first key that matches is used.
 PEAKS = {
     "H100 PCIe": (756.0, 378.0, 51.0),
     "H100 NVL": (835.0, 417.5, 60.0),
@@ -21,10 +22,10 @@ PEAKS = {
 
 
 def count_flops(model: MoHDiTTransformer2DModel) -> dict[str, int]:
-    """FLOPs of one image's forward pass by part: two for each multiply-add of a matrix product.
+    """Return the FLOPs of one image's forward pass by part: two per multiply-add of a product.
 
-    Of a routed layer only the queries that a token's selected heads ask are counted in
-    ``"attention"`` (q kᵀ and p v): what the method needs, however it is computed.
+    In a routed layer, ``"attention"`` (q kᵀ and p v) counts only selected (token, head) pairs. This
+    is what the method needs; a backend may compute more.
     """
     config = model.config
     tokens, width = (config.sample_size // config.patch_size) ** 2, config.hidden_size
@@ -32,7 +33,7 @@ def count_flops(model: MoHDiTTransformer2DModel) -> dict[str, int]:
     timestep = model.t_embedder.num_features * width + width**2
     parts = {
         "patches, timestep": tokens * pixels * config.in_channels * width + timestep,
-        "adaLN": 2 * width**2,  # of the last layer
+        "adaLN": 2 * width**2,  # of the final layer
         "projections": 0,
         "routers": 0,
         "attention": 0,
@@ -52,22 +53,22 @@ def count_flops(model: MoHDiTTransformer2DModel) -> dict[str, int]:
 
 
 def flops_per_image(model: MoHDiTTransformer2DModel) -> int:
-    """FLOPs of one image's forward pass, see :func:`count_flops`.
+    """Return the FLOPs of one image's forward pass, see :func:`count_flops`.
 
-    A training step is three times as much; recomputed activations do not count.
+    A training step takes three times as many; recomputed activations are not counted.
     """
     return sum(count_flops(model).values())
 
 
 def skipped_flops(model: MoHDiTTransformer2DModel) -> int:
-    """FLOPs of one image's forward pass that the heads which tokens do not select would cost."""
+    """Return the FLOPs that unselected heads would add to one image's forward pass."""
     tokens = (model.config.sample_size // model.config.patch_size) ** 2
     layers = [cast(DiTBlock, block).attn for block in model.blocks]
     return sum(4 * tokens**2 * layer.head_dim * skipped_heads(layer) for layer in layers)
 
 
 def skipped_heads(attention: MoHAttention) -> int:
-    """How many heads of a layer a token leaves out."""
+    """Return the number of heads of a layer that are not active for a token."""
     if attention.num_shared_heads is None:
         return 0
     active = attention.num_shared_heads + attention.num_active_routed_heads
@@ -75,13 +76,13 @@ def skipped_heads(attention: MoHAttention) -> int:
 
 
 def peak_flops(mixed_precision: str, allow_tf32: bool) -> float | None:
-    """FLOP/s of the current GPU in the arithmetic of a run; ``None`` where no figure is known."""
+    """Return the peak FLOP/s of the current GPU at a run's precision, ``None`` if unknown."""
     if not torch.cuda.is_available():
         return None
     return peak_of(torch.cuda.get_device_name(), mixed_precision, allow_tf32)
 
 
 def peak_of(gpu: str, mixed_precision: str, allow_tf32: bool) -> float | None:
-    """FLOP/s of a GPU by name; ``None`` where no figure is known."""
+    """Return the peak FLOP/s of the GPU of this name, ``None`` if it is not in ``PEAKS``."""
     column = 0 if mixed_precision != "no" else 1 if allow_tf32 else 2
     return next((1e12 * peak[column] for part, peak in PEAKS.items() if part in gpu), None)

@@ -1,4 +1,4 @@
-"""adaLN-Zero (DiT §3.2): what lies between the residual stream and a block's attention and MLP."""
+"""Compute adaLN-Zero (DiT §3.2): modulated norms and gated residuals around attention and MLP."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,27 +15,29 @@ def adaln(
     branch: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Add a branch to the stream, and normalise and modulate what the next one reads of it.
+    """Add a gated branch to the residual stream, then normalize and modulate the sum.
 
     Args:
         x: the residual stream (B, N, C).
-        shift, scale: of the next branch, (B, 1, C).
-        gate, branch: (B, 1, C) and (B, N, C) of the branch before; ``None``: nothing is added.
-        backend: "reference" (takes whatever broadcasts), "triton" (GPU: one pass each way; float32,
-            float16, bfloat16), or "auto", the fastest by measurement.
+        shift, scale: modulation of the branch that follows, (B, 1, C).
+        gate, branch: gate (B, 1, C) and output (B, N, C) of the branch before. If both are
+            ``None``, nothing is added.
+        backend: "reference" (any shapes that broadcast), "triton" (GPU; one pass over the tokens
+            per direction; float32, float16, bfloat16), or "auto", the fastest by measurement.
 
     Returns:
-        ``r = x + gate·branch`` and ``LN(r)·(1 + scale) + shift``; the latter, from "triton", in the
-        dtype of ``shift``, as a linear layer under autocast would round it.
+        ``r = x + gate·branch`` in the dtype of ``x``, and ``LN(r)·(1 + scale) + shift``. The
+        "triton" backend returns the latter in the dtype of ``shift``, to which a linear layer under
+        autocast would round it anyway.
 
     Raises:
-        UserError: when the backend is unknown or cannot run on this device, dtype or shape, or a
-            gate comes without a branch.
+        UserError: if the backend is unknown or cannot run on this device, dtype or shape, or if
+            only one of ``gate`` and ``branch`` is given.
     """
     if (gate is None) != (branch is None):
-        raise UserError("adaln takes gate and branch together, or neither")
+        raise UserError("adaln takes gate and branch together, or neither of them")
     if choose_modulation_backend(backend, x, shift, scale, gate, branch) == "triton":
-        from ..kernels.triton_adaln import AdaLN  # imports Triton
+        from ..kernels.triton_adaln import AdaLN  # imports triton, which is optional
 
         return AdaLN.apply(x, gate, branch, shift, scale)
     if gate is not None and branch is not None:

@@ -1,4 +1,4 @@
-"""The published models, one line each (MoH §4.2, appendix; DiT table 1)."""
+"""The published models as data, one line each (MoH §4.2 and appendix; DiT table 1)."""
 
 import difflib
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,8 @@ def _moh(heads: Any, shared: list[int], routed: list[int], head_dim: int) -> dic
     return {**plan, "head_dim": head_dim}
 
 
-# Heads, shared heads and active routed heads of every layer; head width. The number in the name is
-# the share of active heads in percent, over the whole model.
+# Heads, shared heads and active routed heads of every layer, then the head width. The number in
+# the name is the percentage of active heads over the whole model.
 _L_HEADS = [8] * 8 + [16] * 8 + [24] * 8
 _XL_HEADS = [8] * 9 + [16] * 10 + [24] * 9
 # fmt: off
@@ -49,23 +49,34 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def build_model(preset: str, **overrides: Any) -> "MoHDiTTransformer2DModel":
-    """Build a model by name, e.g. ``build_model("MoH-DiT-XL/2-75", sample_size=64)``.
+    """Build a published model with random weights.
+
+        model = build_model("MoH-DiT-XL/2-75", sample_size=64, num_classes=10)
 
     Args:
-        preset: a key of ``PRESETS``.
-        overrides: any configuration of :class:`MoHDiTTransformer2DModel`; ``sample_size`` is 32
-            (256 px images through a factor-8 autoencoder) and ``num_classes`` 1000 unless given.
+        preset: name of the model, a key of ``PRESETS``: DiT-S/2 … DiT-XL/8 (dense) or
+            MoH-DiT-S/2-75 … MoH-DiT-XL/2-90.
+        overrides: arguments of :class:`MoHDiTTransformer2DModel` to change. By default,
+            ``sample_size`` is 32 (256 px images through a factor-8 autoencoder), ``in_channels`` 4
+            and ``num_classes`` 1000.
+
+    Returns:
+        The model in training mode, float32, on the current default device.
 
     Raises:
-        UserError: when there is no preset of that name.
+        UserError: if there is no preset of this name. The message lists similar names.
     """
-    from .transformer import MoHDiTTransformer2DModel  # imports torch; naming presets need not
+    from .transformer import MoHDiTTransformer2DModel  # imports torch, which preset names do not
 
     return MoHDiTTransformer2DModel(**{**preset_config(preset), **overrides})
 
 
 def preset_config(preset: str) -> dict[str, Any]:
-    """The configuration a preset stands for."""
+    """Return the model arguments that a preset sets.
+
+    Raises:
+        UserError: if there is no preset of this name. The message lists similar names.
+    """
     if preset not in PRESETS:
         nearest = difflib.get_close_matches(preset, PRESETS, n=3, cutoff=0.3) or list(PRESETS)
         raise UserError(f"no preset is named {preset!r}; the nearest are {', '.join(nearest)}")

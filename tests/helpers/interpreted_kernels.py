@@ -14,7 +14,7 @@ import torch
 from helpers.reference_arrays import relative_error
 
 from moh_dit.diffusion.noise import philox_normal
-from moh_dit.kernels import table
+from moh_dit.kernels import launch_table
 from moh_dit.model.attention import MoHAttention, moh_attention
 from moh_dit.model.modulation import adaln
 from moh_dit.model.transformer import MoHDiTTransformer2DModel
@@ -67,7 +67,7 @@ def outcome(projected, plan, backend, upstream, pull):
 
 
 def compare(batch, tokens, heads, shared, active, width, dtype, tma, mean=0.0):
-    table.PLAIN["TMA"] = tma
+    launch_table.PLAIN["TMA"] = tma
     plan = (heads, shared, active, width)
     projected = make_input(batch, tokens, *plan, dtype, mean)
     generator = torch.Generator().manual_seed(1)
@@ -111,10 +111,12 @@ def compiled():
 
 
 def operator_checks():
-    from moh_dit.kernels import ops
+    from moh_dit.kernels import attention_operators
 
     projected = make_input(1, 20, 4, 2, 1, 16, torch.float32).nan_to_num_().requires_grad_()
-    outcomes = torch.library.opcheck(ops.attention_op, (projected, 4, 2, 1, 16), test_utils=TESTS)
+    outcomes = torch.library.opcheck(
+        attention_operators.attention_op, (projected, 4, 2, 1, 16), test_utils=TESTS
+    )
     return sorted(set(outcomes.values()))
 
 

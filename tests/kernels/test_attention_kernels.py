@@ -13,12 +13,17 @@ from helpers.interpreted_kernels import ADALN_CASES, CASES, make_input, outcome
 from helpers.reference_arrays import relative_error
 
 from moh_dit.common.errors import UserError
-from moh_dit.kernels.backends import choose_backend
-from moh_dit.kernels.linear_gelu import linear_gelu, takes_linear_gelu
-from moh_dit.kernels.table import auto_backend, auto_cpu_backend, auto_modulation_backend
+from moh_dit.kernels.backends import (
+    auto_backend,
+    auto_cpu_backend,
+    auto_modulation_backend,
+    choose_backend,
+)
+from moh_dit.kernels.linear_gelu import can_fuse_gelu, linear_gelu
 from moh_dit.model.attention import MoHAttention, moh_attention
+from moh_dit.model.blocks import Mlp
 from moh_dit.model.modulation import adaln
-from moh_dit.model.transformer import Mlp, MoHDiTTransformer2DModel
+from moh_dit.model.transformer import MoHDiTTransformer2DModel
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +134,8 @@ def test_auto_leaves_what_only_broadcasts_to_plain_torch(monkeypatch):
     monkeypatch.setattr("moh_dit.kernels.backends.auto_modulation_backend", lambda *_: "triton")
     stream, out = adaln(x, part, part, part, torch.randn(3, 5, 8))
     assert stream.shape == out.shape == (3, 5, 8)
-    monkeypatch.setattr("moh_dit.kernels.backends._interpreted", lambda: True)
-    with pytest.raises(UserError, match=r"takes shift, scale and gate of \(B, 1, C\)"):
+    monkeypatch.setattr("moh_dit.kernels.backends._triton_interpreted", lambda: True)
+    with pytest.raises(UserError, match=r"takes shift, scale and gate of shape \(B, 1, C\)"):
         adaln(x, part, part, backend="triton")
     with pytest.raises(UserError, match="gate and branch together"):
         adaln(x, part, part, part)
@@ -144,7 +149,7 @@ def test_auto_takes_adaln_kernels_where_they_were_measured():
 
 
 def on_hopper(monkeypatch):
-    monkeypatch.setattr("moh_dit.kernels.linear_gelu.capability", lambda _: (9, 0))
+    monkeypatch.setattr("moh_dit.kernels.linear_gelu.compute_capability", lambda _: (9, 0))
 
 
 @torch.no_grad()
@@ -168,30 +173,30 @@ def test_the_mlp_takes_its_gelu_along_and_computes_the_same(monkeypatch):
 def test_a_layer_that_is_more_than_its_weights_is_called(monkeypatch):
     x = torch.randn(2, 5, 32, dtype=torch.bfloat16)
     layer = torch.nn.Linear(32, 64, dtype=torch.bfloat16).eval()
-    assert not takes_linear_gelu(x, layer)  # on a CPU
+    assert not can_fuse_gelu(x, layer)  # on a CPU
     on_hopper(monkeypatch)
-    assert takes_linear_gelu(x, layer)
+    assert can_fuse_gelu(x, layer)
     with torch.enable_grad():
-        assert not takes_linear_gelu(x, layer)
-    assert not takes_linear_gelu(x, layer.train())
-    assert not takes_linear_gelu(x.float(), layer.eval())
-    assert not takes_linear_gelu(x.float(), copy.deepcopy(layer).float())
-    assert not takes_linear_gelu(x, copy.deepcopy(layer).float())  # as under autocast
-    assert not takes_linear_gelu(x, copy.deepcopy(layer).to("meta"))  # offloaded
+        assert not can_fuse_gelu(x, layer)
+    assert not can_fuse_gelu(x, layer.train())
+    assert not can_fuse_gelu(x.float(), layer.eval())
+    assert not can_fuse_gelu(x.float(), copy.deepcopy(layer).float())
+    assert not can_fuse_gelu(x, copy.deepcopy(layer).float())  # as under autocast
+    assert not can_fuse_gelu(x, copy.deepcopy(layer).to("meta"))  # offloaded
     for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
         hook = register(lambda *_: None)
-        assert not takes_linear_gelu(x, layer)
+        assert not can_fuse_gelu(x, layer)
         hook.remove()
     layer.forward = layer.forward
-    assert not takes_linear_gelu(x, layer)
+    assert not can_fuse_gelu(x, layer)
     del layer.forward
-    assert takes_linear_gelu(x, layer)
+    assert can_fuse_gelu(x, layer)
     no_bias = torch.nn.Linear(32, 64, bias=False, dtype=torch.bfloat16).eval()
-    assert not takes_linear_gelu(x, no_bias)
+    assert not can_fuse_gelu(x, no_bias)
     adapted = type("Adapted", (torch.nn.Linear,), {})(32, 64, dtype=torch.bfloat16).eval()
-    assert not takes_linear_gelu(x, adapted)
+    assert not can_fuse_gelu(x, adapted)
     layer.weight = type("Quantised", (torch.nn.Parameter,), {})(layer.weight)
-    assert not takes_linear_gelu(x, layer)
+    assert not can_fuse_gelu(x, layer)
 
 
 @torch.no_grad()
