@@ -158,7 +158,7 @@ def throughput(weights: Path, precision: str, compiled: bool, batch: int, fused:
     extractor = get_extractor("inception", weights, file_sha256(weights))
     extractor.load(torch.device("cuda"), compiled)
     images = torch.from_numpy(make_images(7, batch)).cuda().permute(0, 3, 1, 2)
-    separate = patch.object(inception, "fuses", lambda x: fused)
+    separate = patch.object(inception, "has_cudnn", lambda x: fused)
     with torch.inference_mode(), network_precision(precision), separate:
         for _ in range(3):
             extractor(images)

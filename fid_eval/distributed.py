@@ -1,4 +1,8 @@
-"""The processes of ``torchrun`` or ``accelerate launch``, or just this one."""
+"""Collective operations of a run with several ranks, or of a single process.
+
+Ranks are those of ``torchrun`` or ``accelerate launch``, or of a process group that the caller has
+initialized.
+"""
 
 import os
 from collections.abc import Callable
@@ -11,45 +15,49 @@ import torch.distributed as dist
 from .errors import EvaluationError
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)  # one process may measure for hours while the others wait
+TIMEOUT = timedelta(days=1)  # rank 0 may compute metrics for hours while the other ranks wait
 _group: Any = None
-_joined = False
+_initialized_here = False
 
 
-def world() -> tuple[int, int]:
-    """(rank, number of processes); joins the launcher's group if that is not done yet."""
-    global _group, _joined
+def rank_and_world_size() -> tuple[int, int]:
+    """Return (rank, world size). Initialize the process group of the launcher if necessary."""
+    global _group, _initialized_here
     if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         if not (dist.is_available() and dist.is_initialized()):
             return 0, 1
     elif not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=PATIENCE)
-        _joined = True
-    if _group is None:  # features travel through the CPU, whatever the caller's own group uses
-        _group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+        _initialized_here = True
+    if _group is None:  # Features are gathered on the CPU, whatever backend the caller uses.
+        _group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return dist.get_rank(), dist.get_world_size()
 
 
-def local_processes() -> int:
-    """How many processes of the run share this machine's cores and memory."""
+def local_world_size() -> int:
+    """Return the number of ranks that share the cores and memory of this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def leave() -> None:
-    """Leave the group again, if ``world`` joined it."""
-    global _group, _joined
-    if _joined:
+def destroy_process_group() -> None:
+    """Destroy the process group if ``rank_and_world_size`` initialized it."""
+    global _group, _initialized_here
+    if _initialized_here:
         dist.destroy_process_group()
-        _group, _joined = None, False
+        _group, _initialized_here = None, False
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:
-    """The device called ``name``; unless given, this process's GPU, else the CPU."""
+    """Return the device called ``name``; by default the GPU of this rank, else the CPU.
+
+    Raises:
+        EvaluationError: the device is unknown or not available.
+    """
     if name is not None:
         try:
             device = torch.device(name)
             torch.empty(0, device=device)
-        except Exception as error:  # torch raises many kinds
+        except Exception as error:  # torch raises many types
             reason = " ".join(str(error).split()).split(". ")[0]
             raise EvaluationError(f"device {str(name)!r} cannot be used: {reason}") from None
         return device
@@ -58,9 +66,9 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
     return torch.device("cpu")
 
 
-def gather(item: T) -> list[T] | None:
-    """The items of all processes, in their order, on process 0; None on the others."""
-    rank, size = world()
+def gather_on_rank0(item: T) -> list[T] | None:
+    """Return the items of all ranks, in the order of ranks, on rank 0; None on other ranks."""
+    rank, size = rank_and_world_size()
     if size == 1:
         return [item]
     gathered: list[Any] | None = [None] * size if rank == 0 else None
@@ -68,50 +76,45 @@ def gather(item: T) -> list[T] | None:
     return gathered
 
 
-def broadcast(item: T) -> T:
-    """Process 0's item, on every process."""
-    if world()[1] == 1:
+def broadcast_from_rank0(item: T) -> T:
+    """Return the item of rank 0 on every rank."""
+    if rank_and_world_size()[1] == 1:
         return item
     box = [item]
     dist.broadcast_object_list(box, src=0, group=_group)
     return box[0]
 
 
-def together(function: Callable[[], T]) -> T:
-    """``function()`` on each process; if it fails on any, the same error on all.
+def run_on_all_ranks(function: Callable[[], T]) -> T:
+    """Call ``function`` on each rank; if it fails on one rank, raise that error on all ranks.
 
-    Without this, the others would wait for ever for the one that left.
+    Without this, the other ranks would wait forever for the rank that failed.
     """
-    if world()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         return function()
-    result: Any = None
-    failure: Any = None
-    try:
-        result = function()
-    except EvaluationError as error:
-        failure = str(error)
-    except Exception as error:
-        failure = error
-    failures = broadcast([f for f in gather(failure) or [] if f is not None])
-    if failures:
-        first = failures[0]
-        raise EvaluationError(first) if isinstance(first, str) else first
+    result, error = _call(function)
+    errors = [each for each in gather_on_rank0(error) or [] if each is not None]
+    first = broadcast_from_rank0(errors[0] if errors else None)
+    if first is not None:
+        raise first
     return result
 
 
-def on_first(function: Callable[[], T]) -> T:
-    """``function()`` on process 0 alone; its result, or its error, on all."""
-    if world()[1] == 1:
+def run_on_rank0(function: Callable[[], T]) -> T:
+    """Call ``function`` on rank 0 and return its result, or raise its error, on all ranks."""
+    rank, size = rank_and_world_size()
+    if size == 1:
         return function()
-    outcome: tuple[bool, Any] = (True, None)
-    if world()[0] == 0:
-        try:
-            outcome = (True, function())
-        except EvaluationError as error:
-            outcome = (False, str(error))
-        except Exception as error:
-            outcome = (False, error)
-    good, value = broadcast(outcome)
-    if good:
-        return value
-    raise EvaluationError(value) if isinstance(value, str) else value
+    outcome: tuple[Any, Exception | None] = _call(function) if rank == 0 else (None, None)
+    result, error = broadcast_from_rank0(outcome)
+    if error is not None:
+        raise error
+    return result
+
+
+def _call(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """Return (result, None) or (None, error)."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error

@@ -1,5 +1,14 @@
-"""The one exception that means: the user can mend this. Programs print it as one line, exit 2."""
+"""Errors that the user can correct, and hints for mistyped names."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class EvaluationError(ValueError):
-    """Bad input. The message names the input, what is wrong with it and what to do."""
+    """Input or settings are wrong; the message says what to change."""
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """Return "did you mean …?" with the known name that is most like ``name``."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f"did you mean {close[0]!r}?" if close else "no name is known"

@@ -1,68 +1,58 @@
-"""``evaluate``: metrics of a sample set against a reference, as a library and for the command."""
+"""Evaluate sample sets against a reference."""
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from . import metric_checks as planning
-from .distributed import choose_device, on_first, world
+from . import metric_checks
+from .choices import DEFAULT_METRICS, DistancePrecision, NetworkPrecision, ReferenceKind
+from .distributed import choose_device, rank_and_world_size, run_on_rank0
 from .errors import EvaluationError
-from .features import Features, Runtime, extract, reading_ahead
-from .metric_registry import DEFAULT_METRICS, METRICS, Pair
-from .metrics.neighbours import Precision
-from .networks.extractors import Extractor, NetworkPrecision, get_extractor, wrap_extractor
+from .features import Features, Runtime, extract, read_ahead
+from .metric_registry import METRICS, Comparison
+from .networks.extractors import Extractor, get_extractor, wrap_extractor
 from .references import check_reference, open_reference
+from .result import Result
 from .sets.decoding import Preprocess
-from .sets.image_set import ImageSet
+from .sets.image_set import STATISTICS_OF_LAYER, ImageSet
 from .sets.opening import open_set
-
-ReferenceKind = Literal["auto", "statistics", "images"]
-
-
-@dataclass
-class Result:
-    """The numbers of one sample set, with what a reader needs to trust them.
-
-    ``result["fid"]`` is the number; ``metrics`` all of them in the order asked for.
-    """
-
-    name: str
-    metrics: dict[str, float]
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 %
-    details: dict[str, dict[str, Any]] = field(default_factory=dict)
-    samples: dict[str, Any] = field(default_factory=dict)
-    reference: dict[str, Any] = field(default_factory=dict)
-    extractors: dict[str, dict[str, Any]] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    higher_is_better: dict[str, bool] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)  # by stage
-
-    def __getitem__(self, key: str) -> float:
-        return self.metrics[key]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dict(vars(self))
 
 
 class Evaluator:
-    """A reference, its features and the networks, kept for any number of sample sets.
+    """Evaluates any number of sample sets against one reference.
 
-    ``reference``: a path, a saved name, an array, a dataset or an iterable of batches.
-    ``metrics``: names of ``METRICS``; by default ADM's five, or those that the reference allows.
-    ``extractor``: a name, an import path, or a module uint8 (B, 3, H, W) → (B, d).
-    ``weights``: path, or {extractor name: path}; ``weights_sha256`` likewise.
-    ``distances``: ``adm-fp16`` (default with Inception, as in papers) or ``fp32``.
-    ``reference_kind``: take the Fréchet distance from stored ``statistics`` or from ``images``.
-    ``bootstrap``: number of resamples for 95 % intervals, 0 for none.
-    ``resize``, ``crop``: only if asked are images made one size.
-    ``cache``: a folder in which features are kept by content hash.
-    Raises EvaluationError, a ValueError, for anything the user can mend.
+    The features of the reference and the networks are kept in memory between sets.
+
+    Args:
+        reference: a path, the name of a saved reference, an array, a data set or an iterable of
+            batches.
+        metrics: names of metrics; by default ADM's five, or those that the reference allows.
+        extractor: a name, an import path, or a module uint8 (B, 3, H, W) → (B, d).
+        weights: path of the extractor's weights, or {extractor name: path}.
+        weights_sha256: expected hash of the weights, or {extractor name: hash}.
+        distances: for precision and recall, "adm-fp16" (default with Inception, as in papers) or
+            "fp32" (default with other extractors).
+        k: number of neighbours for precision and recall.
+        bootstrap: number of resamples for 95 % intervals; 0 for none.
+        reference_kind: compute the Fréchet distance from stored "statistics" or from "images" of
+            the reference; "auto" prefers statistics.
+        resize: resize images to this number of pixels, square; None keeps them.
+        crop: crop the centre when resizing, instead of stretching.
+        device: by default the GPU of this rank, else the CPU.
+        batch_size: images per batch; by default 128 on a GPU and 64 on a CPU.
+        workers: workers that load images; by default one per core, at most 16.
+        precision: of the network, "float32", "tf32" or "bf16".
+        compile: compile the network with torch.compile.
+        cache: folder in which features are kept, by content hash.
+        quiet: show no progress.
+
+    Raises:
+        EvaluationError: a ValueError with a message that says what to change.
     """
 
     def __init__(
@@ -72,7 +62,7 @@ class Evaluator:
         extractor: Any = "inception",
         weights: str | Path | dict[str, str] | None = None,
         weights_sha256: str | dict[str, str] | None = None,
-        distances: Precision | None = None,
+        distances: DistancePrecision | None = None,
         k: int = 3,
         bootstrap: int = 0,
         reference_kind: ReferenceKind = "auto",
@@ -87,11 +77,11 @@ class Evaluator:
         quiet: bool = False,
     ) -> None:
         if crop and resize is None:
-            raise EvaluationError("--crop needs --resize SIZE: to what size?")
-        world()
+            raise EvaluationError("--crop needs --resize SIZE")
+        rank_and_world_size()  # Initialize the process group on all ranks together.
         self.preprocess = Preprocess(resize, crop)
         self.explicit = metrics is not None
-        self.names = planning.check_metrics(metrics or DEFAULT_METRICS)
+        self.names = metric_checks.check_metrics(metrics or DEFAULT_METRICS)
         self.runtime = Runtime(
             choose_device(device),
             batch_size=batch_size or 0,
@@ -111,7 +101,8 @@ class Evaluator:
         )
         self.extractors: dict[str, Extractor] = {self.default.name: self.default}
         self.reference = open_reference(reference, self.preprocess)
-        self._reference_features: dict[str, Features] = {}
+        # By extractor: the inputs of metrics that the features provide, and the features.
+        self._reference_features: dict[str, tuple[frozenset[str], Features]] = {}
 
     def _weights_of(self, name: str, is_default: bool) -> tuple[Any, Any]:
         def of(option: Any) -> Any:
@@ -122,7 +113,7 @@ class Evaluator:
         return of(self.weights), of(self.weights_sha256)
 
     def extractor_of(self, metric: str) -> Extractor:
-        """The extractor that a metric is measured with."""
+        """Return the extractor that computes the features of a metric."""
         name = METRICS[metric].extractor
         if name is None or name == self.default.name:
             return self.default
@@ -131,63 +122,68 @@ class Evaluator:
         return self.extractors[name]
 
     def load(self) -> None:
-        """Build the networks now, fetching their weights, rather than at the first set."""
+        """Download the weights and build the networks now, instead of at the first set."""
         for extractor in map(self.extractor_of, self.names):
             build = partial(extractor.load, self.runtime.device, self.runtime.compile)
-            on_first(build)  # which fetches them
+            run_on_rank0(build)  # Only rank 0 downloads the weights.
             build()
 
     def open(self, samples: Any, name: str | None = None) -> ImageSet:
-        """Open a sample set and check that everything asked for can be measured on it."""
+        """Open a sample set and check that the requested metrics can be computed for it."""
         opened = open_set(samples, self.preprocess, name)
-        self.plan(opened, self.names, self.explicit)
+        self.select_metrics(opened, self.names, self.explicit)
         return opened
 
-    def plan(
+    def select_metrics(
         self, samples: ImageSet, names: Sequence[str], explicit: bool
     ) -> tuple[list[str], list[str]]:
-        """(metrics that can be measured, why others cannot); raises if one was asked for."""
+        """Select the metrics that can be computed for a sample set.
+
+        Args:
+            samples: the set.
+            names: the metrics to select from.
+            explicit: raise if one of them cannot be computed, instead of leaving it out.
+
+        Returns:
+            Names of the selected metrics, and reasons why others are left out.
+        """
         possible, missing = [], []
         names = list(names)
         for opened in (self.reference, samples):
-            planning.check_count(opened, self.k if {"precision", "recall"} & set(names) else None)
+            metric_checks.check_count(
+                opened, self.k if {"precision", "recall"} & set(names) else None
+            )
         if not explicit and self.default.knows_labels:
             names.append("accuracy")
         for name in names:
             extractor = self.extractor_of(name)
             check_reference(self.reference, samples, extractor, self.preprocess)
-            reason = self._obstacle(name, extractor, samples)
+            reason = metric_checks.missing_metric_input(name, extractor, self.reference, samples)
             if reason is None:
                 possible.append(name)
             elif explicit:
-                raise EvaluationError(f"{samples.name}: {name} cannot be measured: {reason}")
+                raise EvaluationError(f"{samples.name}: {name} cannot be computed: {reason}")
             elif name != "accuracy":
-                missing.append(f"{name} not measured: {reason}")
+                missing.append(f"{name} not computed: {reason}")
         if not possible:
-            raise EvaluationError(f"{samples.name}: nothing can be measured: {'; '.join(missing)}")
+            raise EvaluationError(
+                f"{samples.name}: no metric can be computed: {'; '.join(missing)}"
+            )
         return possible, missing
-
-    def _obstacle(self, name: str, extractor: Extractor, samples: ImageSet) -> str | None:
-        metric = METRICS[name]
-        if name == "accuracy" and not extractor.knows_labels:
-            return f"the classes of the extractor {extractor.name} are not the data's labels"
-        for side, opened, needs in (
-            ("reference", self.reference, metric.reference),
-            ("samples", samples, metric.samples),
-        ):
-            for need in sorted(needs):
-                reason = planning.obstacle(opened, need, extractor)
-                if reason is not None:
-                    return f"{side} {opened.name}: {reason}"
-        return None
 
     def __call__(
         self, samples: Any, name: str | None = None, metrics: Sequence[str] | None = None
     ) -> Result:
-        """Measure one sample set: anything that ``open_set`` takes."""
+        """Evaluate one sample set.
+
+        Args:
+            samples: a path, an array, a data set or an iterable of batches.
+            name: name of the set in the result.
+            metrics: metrics for this set; by default those of the evaluator.
+        """
         opened = open_set(samples, self.preprocess, name)
-        names = planning.check_metrics(metrics) if metrics is not None else self.names
-        names, missing = self.plan(opened, names, metrics is not None or self.explicit)
+        names = metric_checks.check_metrics(metrics) if metrics is not None else self.names
+        names, missing = self.select_metrics(opened, names, metrics is not None or self.explicit)
         started = time.monotonic()
         result = Result(opened.name, {}, warnings=missing)
         groups: dict[str, list[str]] = {}
@@ -198,22 +194,25 @@ class Evaluator:
         for extractor_name, group in groups.items():
             extractor = self.extractors[extractor_name]
             begun = time.monotonic()
-            with reading_ahead(opened, self.runtime):
+            with read_ahead(opened, self.runtime):
                 reference = self._features_of_reference(extractor, group)
             result.seconds[f"reference, {extractor_name}"] = time.monotonic() - begun
             features = self._features(opened, extractor, group, "samples")
-            # an iterable's size and labels are known only now
+            # The image size and labels of an iterable are known only now.
             check_reference(self.reference, opened, extractor, self.preprocess)
             count, computed = features.count, computed + features.computed
             seconds += features.seconds
             result.seconds[f"samples, {extractor_name}"] = features.seconds
-            if on_first(lambda: features.labels is None):  # noqa: B023
+            if run_on_rank0(lambda: features.labels is None):  # noqa: B023
                 unlabelled = [m for m in group if "labels" in METRICS[m].samples]
                 if unlabelled and (self.explicit or metrics is not None):
-                    raise EvaluationError(f"{opened.name}: {unlabelled[0]} needs labelled batches")
+                    raise EvaluationError(
+                        f"{opened.name}: {unlabelled[0]} needs batches with labels"
+                    )
                 group[:] = [m for m in group if m not in unlabelled]
-            on_first(lambda: self._measure(result, group, extractor, reference, features))  # noqa: B023
-        result = on_first(lambda: self._describe(result, opened, groups, count))
+            compute = partial(self._compute_metrics, result, group, extractor, reference, features)
+            run_on_rank0(compute)
+        result = run_on_rank0(lambda: self._describe(result, opened, groups, count))
         keys = [METRICS[metric].key(self.extractor_of(metric)) for metric in names]
         result.metrics = {key: result.metrics[key] for key in keys if key in result.metrics}
         result.seconds["all"] = time.monotonic() - started
@@ -226,30 +225,31 @@ class Evaluator:
             for name in dict.fromkeys([*self.names, *group])
             if self.extractor_of(name) is extractor
             and all(
-                planning.obstacle(self.reference, n, extractor) is None
+                metric_checks.missing_input(self.reference, n, extractor) is None
                 for n in METRICS[name].reference
             )
         ]
         needs = frozenset().union(*(METRICS[name].reference for name in wanted))
-        held = self._reference_features.get(extractor.name)
-        if held is None or not needs <= held.__dict__["needs"]:
-            held = self._features(self.reference, extractor, wanted, "reference")
-            held.__dict__["needs"] = needs
-            self._reference_features[extractor.name] = held
-        return held
+        available, features = self._reference_features.get(extractor.name, (frozenset(), None))
+        if features is None or not needs <= available:
+            features = self._features(self.reference, extractor, wanted, "reference")
+            self._reference_features[extractor.name] = needs, features
+        return features
 
     def _features(
         self, opened: ImageSet, extractor: Extractor, names: Iterable[str], side: str
     ) -> Features:
-        """What the metrics ``names`` need of a set: stored, or by a pass over its images."""
+        """Return the inputs of metrics from stored features or a pass over the images."""
         needs = frozenset().union(*(getattr(METRICS[name], side) for name in names))
+        is_reference = side == "reference"
+        use_statistics = self.reference_kind != "images" if is_reference else opened.images is None
         stored = {
             layer: (
                 torch.from_numpy(opened.statistics[m]).double(),
                 torch.from_numpy(opened.statistics[c]).double(),
             )
-            for layer, m, c in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s"))
-            if m in opened.statistics and self._uses_statistics(opened, side)
+            for layer, (m, c) in STATISTICS_OF_LAYER.items()
+            if m in opened.statistics and use_statistics
         }
         if opened.features:
             rows = {k: v.float() for k, v in opened.features.items() if k in ("pool", "spatial")}
@@ -267,12 +267,7 @@ class Evaluator:
             features = extract(opened, extractor, keep, moments, self.runtime)
         return replace(features, stored=stored)
 
-    def _uses_statistics(self, opened: ImageSet, side: str) -> bool:
-        if side == "reference" and self.reference_kind == "images":
-            return False
-        return opened.images is None or side == "reference"
-
-    def _measure(
+    def _compute_metrics(
         self,
         result: Result,
         group: list[str],
@@ -280,22 +275,22 @@ class Evaluator:
         reference: Features,
         features: Features,
     ) -> None:
-        mode = self.distances or ("adm-fp16" if extractor.label is None else "fp32")
-        pair = Pair(
-            reference, features, extractor, self.runtime.device, mode, self.k, self.bootstrap
+        distances = self.distances or ("adm-fp16" if extractor.label is None else "fp32")
+        comparison = Comparison(
+            reference, features, extractor, self.runtime.device, distances, self.k, self.bootstrap
         )
         for name in group:
             metric = METRICS[name]
             key = metric.key(extractor)
-            pair.details, pair.interval = {}, None
+            comparison.details, comparison.interval = {}, None
             started = time.monotonic()
-            result.metrics[key] = metric.measure(pair)
+            result.metrics[key] = metric.compute(comparison)
             result.seconds[key] = time.monotonic() - started
             result.higher_is_better[key] = metric.higher_is_better
-            if pair.details:
-                result.details[key] = pair.details
-            if pair.interval is not None:
-                result.intervals[key] = pair.interval
+            if comparison.details:
+                result.details[key] = comparison.details
+            if comparison.interval is not None:
+                result.intervals[key] = comparison.interval
         result.extractors[extractor.name] = {
             **extractor.identity(),
             "network_precision": self.runtime.precision,
@@ -331,22 +326,24 @@ class Evaluator:
             image_count=images or features,
         )
         if self.default.label is None:
-            result.warnings += planning.convention_warnings(names, count, used, images or features)
-        result.warnings += planning.identity_warnings((ref, opened), self.runtime.precision)
-        if planning.looks_swapped(ref, opened):
+            result.warnings += metric_checks.convention_warnings(
+                names, count, used, images or features
+            )
+        result.warnings += metric_checks.identity_warnings((ref, opened), self.runtime.precision)
+        if metric_checks.sets_seem_swapped(ref, opened):
             result.warnings.append(
-                f"{ref.name} looks like samples and {opened.name} like a reference: swapped? The "
-                "reference comes first"
+                f"are the sets swapped? {opened.name} holds statistics, as references do, and "
+                f"{ref.name} does not; the reference comes first"
             )
         return result
 
 
 def evaluate(reference: Any, samples: Any, **options: Any) -> Result:
-    """Measure ``samples`` against ``reference``; options as in ``Evaluator``.
+    """Evaluate ``samples`` against ``reference``; ``options`` are those of ``Evaluator``.
 
-    Both may be a path (.npz, folder, zip, tar, .safetensors, hf://…), a saved reference's name, a
-    uint8 array or tensor (N, H, W, 3) or (N, 3, H, W), a pair (images, labels), a Hugging Face
-    dataset, or an iterable of such batches. In a distributed run every process calls it and gets
-    the same Result.
+    Both sets may be a path (.npz, folder, zip, tar, .safetensors, hf://…), a uint8 array or tensor
+    (N, H, W, 3) or (N, 3, H, W), a pair (images, labels), a Hugging Face data set, or an iterable
+    of batches. The reference may also be the name of a saved reference. In a distributed run every
+    rank calls this function and gets the same Result.
     """
     return Evaluator(reference, **options)(samples)

@@ -1,28 +1,34 @@
-"""From images to features: one pass over a set, shared among processes, kept in a cache.
+"""Extract the features of a set in one pass, divided among ranks and optionally cached.
 
-A set is cut into chunks of ``CHUNK`` images. Each is one process's turn, one part of the streamed
-moments and one file of the cache, so neither the number of processes nor a kill changes a result.
+A set is divided into chunks of ``CHUNK`` images. A chunk belongs to one rank, is one part of the
+streamed moments and one file of the cache. Results therefore depend neither on the number of ranks
+nor on interruptions.
 """
 
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .distributed import gather, local_processes, on_first, together, world
+from .choices import NetworkPrecision
+from .distributed import (
+    gather_on_rank0,
+    local_world_size,
+    rank_and_world_size,
+    run_on_all_ranks,
+    run_on_rank0,
+)
 from .errors import EvaluationError
-from .metrics.adm import covariance_factor, feature_factor, mean_and_covariance
+from .feature_cache import cache_folder, load_chunk, save_chunk
+from .metrics.adm import Gaussian, covariance_factor, gaussian_of, mean_and_covariance
 from .metrics.moments import Moments
-from .networks.extractors import Extractor, NetworkPrecision, network_precision
+from .networks.extractors import Extractor, network_precision
 from .progress import progress
 from .sets.image_set import ImageSet
 from .sets.loading import CHUNK
@@ -32,43 +38,55 @@ LAYERS = ("pool", "spatial")
 
 @dataclass
 class Runtime:
-    """How the network is run; none of it changes what is computed beyond rounding."""
+    """How the network runs. These settings change results only by rounding."""
 
     device: torch.device
-    batch_size: int = 0  # 0: 64, 128 on a GPU
-    workers: int = 0  # that load; 0: one for each core that is this process's share, 16 at most
+    batch_size: int = 0  # 0 means 128 on a GPU and 64 on a CPU
+    workers: int = 0  # loading workers; 0 means one per core of this rank's share, at most 16
     precision: NetworkPrecision = "float32"
     compile: bool = False
     cache: Path | None = None
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        self.workers = self.workers or min(16, max(1, (os.cpu_count() or 1) // local_processes()))
+        self.workers = self.workers or min(16, max(1, (os.cpu_count() or 1) // local_world_size()))
         self.batch_size = self.batch_size or (128 if self.device.type == "cuda" else 64)
 
 
 @dataclass
 class Features:
-    """What the metrics read of one set. Rows are float32 on the CPU, in file order."""
+    """Features of one set, from which the metrics are computed.
+
+    Attributes:
+        count: number of images.
+        rows: features (n, d) by layer, float32 on the CPU, in file order.
+        moments: streamed sums by layer.
+        stored: mean (d,) and covariance (d, d) by layer, read from a file.
+        labels: int64 (n,).
+        logits: class logits (n, classes), read from a file.
+        seconds: duration of the pass over the images.
+        computed: number of images that the network processed; the others were cached.
+    """
 
     count: int
-    rows: dict[str, Tensor] = field(default_factory=dict)  # layer → (n, d)
-    moments: dict[str, Moments] = field(default_factory=dict)  # layer → streamed sums
-    stored: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer → (μ, Σ)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
+    stored: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     labels: Tensor | None = None
     logits: Tensor | None = None
     seconds: float = 0.0
-    computed: int = 0  # images that went through the network, not the cache
+    computed: int = 0
 
-    def gaussian(self, layer: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean (d,) and F (d, k) with Σ = F Fᵀ, for the Fréchet distance; on ``device``."""
+    def gaussian(self, layer: str, device: torch.device) -> Gaussian:
+        """Return mean (d,) and covariance factor (d, k) of a layer on ``device``."""
         few = layer in self.rows and len(self.rows[layer]) <= self.rows[layer].shape[1]
         if few and layer not in self.stored:
-            return feature_factor(self.rows[layer].to(device))
+            return gaussian_of(self.rows[layer], device)
         mean, covariance = self.mean_and_covariance(layer)
         return mean.to(device), covariance_factor(covariance.to(device))
 
     def mean_and_covariance(self, layer: str) -> tuple[Tensor, Tensor]:
+        """Return mean (d,) and covariance (d, d) of a layer in float64."""
         if layer in self.stored:
             return self.stored[layer]
         if layer in self.moments:
@@ -77,37 +95,51 @@ class Features:
 
 
 def extract(
-    images: ImageSet,
+    image_set: ImageSet,
     extractor: Extractor,
     keep: set[str],
     moments: set[str],
     runtime: Runtime,
-    tap: Any = None,
+    on_batch: Callable[[int, Tensor], None] | None = None,
 ) -> Features:
-    """Run all images of a set through the extractor; the result is on process 0.
+    """Extract the features of all images of a set.
 
-    ``keep``: layers whose rows are kept; ``moments``: layers whose mean and covariance are
-    streamed. Rows are kept too as long as there are no more of them than dimensions, where the
-    covariance is singular and the rows give the exact answer. ``tap(start, images)`` sees each
-    batch (uint8 NCHW, on the CPU or the device).
+    Args:
+        image_set: a set with images.
+        extractor: the network.
+        keep: layers of which all rows are kept.
+        moments: layers of which mean and covariance are streamed. Their rows are kept only while
+            there are at most as many rows as dimensions: the covariance is then singular, and the
+            rows give the exact distance.
+        runtime: how the network runs.
+        on_batch: called with the index of the first image and the images, uint8 (n, 3, H, W).
+
+    Returns:
+        The features on rank 0, empty features on the other ranks.
     """
-    assert images.images is not None
+    assert image_set.images is not None
     started = time.monotonic()
     if runtime.cache is not None:
-        images.adopt_hash(on_first(images.content_hash))
-    elif world()[0] == 0:
-        images.hash_ahead()
-    part = together(lambda: _extract_own(images, extractor, keep, moments, runtime, tap))
-    parts = gather(part)
+        image_set.adopt_hash(run_on_rank0(image_set.content_hash))
+    elif rank_and_world_size()[0] == 0:
+        image_set.hash_ahead()
+    part = run_on_all_ranks(
+        lambda: _extract_on_this_rank(image_set, extractor, keep, moments, runtime, on_batch)
+    )
+    parts = gather_on_rank0(part)
     if parts is None:
         return Features(0)
-    return _join(parts, keep, moments, images.name, time.monotonic() - started)
+    return _merge_ranks(parts, keep, moments, image_set.name, time.monotonic() - started)
 
 
 @contextlib.contextmanager
-def reading_ahead(images: ImageSet, runtime: Runtime) -> Iterator[None]:
-    """Processes decode a set that is due, while the network is built or another set measured."""
-    reader, (rank, size) = images.images, world()
+def read_ahead(image_set: ImageSet, runtime: Runtime) -> Iterator[None]:
+    """Decode ``image_set`` in worker processes while the block prepares its extraction.
+
+    The block may build the network or extract another set. Sets that need no decoding, and sets
+    whose features may be cached, are not read ahead.
+    """
+    reader, (rank, size) = image_set.images, rank_and_world_size()
     if reader is None or not reader.decodes or runtime.cache is not None:
         yield
         return
@@ -122,41 +154,41 @@ def reading_ahead(images: ImageSet, runtime: Runtime) -> Iterator[None]:
 
 
 @dataclass
-class _Part:
-    """One process's chunks."""
+class _RankFeatures:
+    """Features of the chunks that one rank has extracted."""
 
-    chunks: dict[tuple[int, int], dict[str, Tensor]]  # (share, chunk) → rows, labels
+    chunks: dict[tuple[int, int], dict[str, Tensor]]  # (owner, chunk) → rows and labels
     moments: dict[str, Moments]
     count: int = 0
     computed: int = 0
 
 
-def _extract_own(
-    images: ImageSet,
+def _extract_on_this_rank(
+    image_set: ImageSet,
     extractor: Extractor,
     keep: set[str],
     moments: set[str],
     runtime: Runtime,
-    tap: Any,
-) -> _Part:
-    reader = images.images
+    on_batch: Callable[[int, Tensor], None] | None,
+) -> _RankFeatures:
+    reader = image_set.images
     assert reader is not None
-    rank, size = world()
-    share = rank if reader.is_share else 0
-    cache = _cache_folder(images, extractor, runtime)
-    part = _Part({}, {})
+    rank, size = rank_and_world_size()
+    owner = rank if reader.is_share else 0
+    cache = cache_folder(runtime.cache, image_set, extractor, runtime.precision)
+    part = _RankFeatures({}, {})
     wanted = keep | moments
 
-    def mine(chunk: int) -> bool:
+    def is_own(chunk: int) -> bool:
         return reader.is_share or chunk % size == rank
 
-    def finish(chunk: int, values: dict[str, Tensor]) -> None:
+    def add_chunk(chunk: int, values: dict[str, Tensor]) -> None:
         for layer in LAYERS:
             if layer in values and not values[layer].isfinite().all():
                 bad = int((~values[layer].isfinite()).any(1).nonzero()[0]) + chunk * CHUNK
                 raise EvaluationError(
-                    f"{images.name}: the features of image {bad} (counted from 0) hold NaN or "
-                    f"infinite values (extractor {extractor.name}, {runtime.precision})"
+                    f"{image_set.name}: the features of image {bad} (counted from 0) hold NaN or "
+                    f"infinity (extractor {extractor.name}, {runtime.precision})"
                 )
         for layer in moments & values.keys():
             if layer not in part.moments:
@@ -169,11 +201,11 @@ def _extract_own(
             for key, value in values.items()
             if key in keep or key == "labels" or (key in moments and part.count <= value.shape[1])
         }
-        for layer in moments - keep:  # more rows than dimensions: the moments suffice
+        for layer in moments - keep:  # With more rows than dimensions, the moments are exact.
             if layer in values and layer not in kept:
                 for held in part.chunks.values():
                     held.pop(layer, None)
-        part.chunks[share, chunk] = kept
+        part.chunks[owner, chunk] = kept
 
     known: dict[int, Path] = {}
     total = reader.count
@@ -181,44 +213,49 @@ def _extract_own(
         known = {
             chunk: path
             for chunk in range(-(-total // CHUNK))
-            if mine(chunk) and (path := cache / f"chunk-{chunk:06d}.safetensors").exists()
+            if is_own(chunk) and (path := cache / f"chunk-{chunk:06d}.safetensors").exists()
         }
-    with progress(total, images.name, quiet=runtime.quiet or rank > 0) as bar:
+    with progress(total, image_set.name, quiet=runtime.quiet or rank > 0) as bar:
         step = 1 if reader.is_share else size
         pending: dict[int, dict[str, Tensor]] = {}
         for chunk, path in known.items():
             assert total is not None
-            values = _load_chunk(path, min(CHUNK, total - chunk * CHUNK))
-            if values is None or tap is not None or not wanted <= values.keys():
+            values = load_chunk(path, min(CHUNK, total - chunk * CHUNK))
+            if values is None or on_batch is not None or not wanted <= values.keys():
                 continue
             pending[chunk] = values
         due = sorted(pending)
         computed = _computed_chunks(
-            images,
+            image_set,
             extractor,
             runtime,
-            lambda c: mine(c) and c not in pending,
-            tap,
+            lambda c: is_own(c) and c not in pending,
+            on_batch,
             lambda n: bar.update(n * step),
         )
         for chunk, values in computed:
-            while due and due[0] < chunk:  # in order, so that rows are dropped in order
-                finish(due[0], pending[due.pop(0)])
+            while due and due[0] < chunk:  # Add chunks in order: rows are dropped in order.
+                add_chunk(due[0], pending[due.pop(0)])
             part.computed += len(values["pool"])
             if cache is not None:
-                _save_chunk(cache / f"chunk-{chunk:06d}.safetensors", values)
-            finish(chunk, {k: v for k, v in values.items() if k in wanted | {"pool", "labels"}})
+                save_chunk(cache / f"chunk-{chunk:06d}.safetensors", values)
+            add_chunk(chunk, {k: v for k, v in values.items() if k in wanted | {"pool", "labels"}})
         for chunk in due:
-            finish(chunk, pending[chunk])
+            add_chunk(chunk, pending[chunk])
     part.moments = {layer: value.cpu() for layer, value in part.moments.items()}
     return part
 
 
 def _computed_chunks(
-    images: ImageSet, extractor: Extractor, runtime: Runtime, owned: Any, tap: Any, update: Any
+    image_set: ImageSet,
+    extractor: Extractor,
+    runtime: Runtime,
+    owned: Callable[[int], bool],
+    on_batch: Callable[[int, Tensor], None] | None,
+    update: Callable[[int], object],
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """(chunk, {pool, spatial, labels}) for the chunks ``owned``, computed on the device."""
-    reader = images.images
+    """Yield (chunk, {pool, spatial, labels}) for the chunks where ``owned(chunk)`` is true."""
+    reader = image_set.images
     assert reader is not None
     held: list[dict[str, Tensor]] = []
     current = -1
@@ -228,7 +265,7 @@ def _computed_chunks(
 
     batches = reader.batches(runtime.batch_size, owned, runtime.workers, runtime.device)
     if reader.decodes and any(map(owned, range(-(-(reader.count or 0) // CHUNK)))):
-        extractor.load(runtime.device, runtime.compile)  # while the first images are decoded
+        extractor.load(runtime.device, runtime.compile)  # Workers decode at the same time.
     for start, batch, labels in batches:
         chunk = start // CHUNK
         if held and chunk != current:
@@ -236,21 +273,21 @@ def _computed_chunks(
             held = []
         current = chunk
         extractor.load(runtime.device, runtime.compile)
-        if tap is not None:
-            tap(start, batch)
+        if on_batch is not None:
+            on_batch(start, batch)
         with (
             torch.inference_mode(),
             network_precision(runtime.precision, runtime.device.type),
         ):
             images_in = batch.to(runtime.device, non_blocking=True)
-            if runtime.compile:  # one shape: a short last batch would be compiled anew
+            if runtime.compile:  # Pad a short last batch: another shape would be compiled again.
                 missing = runtime.batch_size - len(batch)
                 images_in = F.pad(images_in, (0, 0, 0, 0, 0, 0, 0, missing))
             values = {key: value[: len(batch)] for key, value in extractor(images_in).items()}
         if len(values["pool"]) != len(batch):
             raise EvaluationError(
-                f"extractor {extractor.name}: {len(values['pool'])} features for a batch of "
-                f"{len(batch)} images"
+                f"extractor {extractor.name} returned {len(values['pool'])} features for a batch "
+                f"of {len(batch)} images"
             )
         if labels is not None:
             values["labels"] = labels
@@ -260,40 +297,12 @@ def _computed_chunks(
         yield current, joined()
 
 
-def _cache_folder(images: ImageSet, extractor: Extractor, runtime: Runtime) -> Path | None:
-    reader = images.images
-    if runtime.cache is None or reader is None or reader.count is None:
-        return None
-    content, weights = images.content_hash(), extractor.sha256
-    if content is None or weights is None:
-        return None
-    preprocess = str(getattr(reader, "preprocess", "none")).replace(" ", "-")
-    run = f"{extractor.name}-{weights[:16]}-{runtime.precision}"
-    folder = runtime.cache / run / f"{content[:32]}-{preprocess}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _save_chunk(path: Path, values: dict[str, Tensor]) -> None:
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    save_file({key: value.cpu().contiguous() for key, value in values.items()}, partial)
-    partial.replace(path)  # whole or not there
-
-
-def _load_chunk(path: Path, count: int) -> dict[str, Tensor] | None:
-    try:
-        values = load_file(path)
-    except (SafetensorError, OSError):
-        return None  # damaged: computed again
-    return values if len(values.get("pool", ())) == count else None
-
-
-def _join(
-    parts: list[_Part], keep: set[str], moments: set[str], name: str, seconds: float
+def _merge_ranks(
+    parts: list[_RankFeatures], keep: set[str], moments: set[str], name: str, seconds: float
 ) -> Features:
     count = sum(part.count for part in parts)
     if count < 2:
-        raise EvaluationError(f"{name}: {count} image; a distribution needs at least 2")
+        raise EvaluationError(f"{name}: holds {count} image; at least 2 are needed")
     chunks = {key: value for part in parts for key, value in part.chunks.items()}
     ordered = [chunks[key] for key in sorted(chunks)]
     features = Features(count, seconds=seconds, computed=sum(part.computed for part in parts))

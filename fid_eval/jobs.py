@@ -1,92 +1,43 @@
-"""Many sample sets against one reference: past a broken one, and on after a kill."""
+"""Evaluate many sample sets against one reference, continue after errors, resume after a kill."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from .distributed import on_first, together, world
+from .distributed import rank_and_world_size, run_on_all_ranks, run_on_rank0
 from .errors import EvaluationError
 from .evaluator import Evaluator
+from .jobs_file import Job
 from .report import Document, versions, write_json
 from .sets.image_set import ImageSet
-from .text import nearest_name
-
-SET_KEYS = ("path", "name", "metrics", "x")
-
-
-@dataclass
-class Job:
-    """One sample set: where, what it is called, its own metrics, its place on a plot."""
-
-    path: str
-    name: str
-    metrics: list[str] | None = None
-    x: float | None = None
-
-
-def read_jobs(path: Path, options: Iterable[str]) -> tuple[dict[str, Any], list[Job]]:
-    """(settings, sets) of a jobs YAML: ``reference``, ``sets`` and any option of the command."""
-    try:
-        document = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise EvaluationError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise EvaluationError(f"{path}: a jobs file holds `reference:` and `sets:`")
-    document = {str(key).replace("-", "_"): value for key, value in document.items()}
-    known = ("reference", "sets", *options)
-    for key in document:
-        if key not in known:
-            raise EvaluationError(f"{path}: unknown key {key!r}; {nearest_name(key, known)}")
-    for key in ("reference", "sets"):
-        if not document.get(key):
-            raise EvaluationError(f"{path}: {key!r} is missing")
-    sets = document.pop("sets")
-    if isinstance(sets, dict):
-        sets = [
-            {"name": str(name), **(value if isinstance(value, dict) else {"path": value})}
-            for name, value in sets.items()
-        ]
-    if not isinstance(sets, list):
-        raise EvaluationError(f"{path}: 'sets' is a list of paths, or names with paths")
-    return document, [_job(item, path) for item in sets]
-
-
-def _job(item: Any, path: Path) -> Job:
-    if isinstance(item, str):
-        return Job(item, item)
-    if not isinstance(item, dict):
-        raise EvaluationError(f"{path}: a set is a path or a mapping, not {item!r}")
-    for key in item:
-        if key not in SET_KEYS:
-            raise EvaluationError(
-                f"{path}: unknown key {key!r} of a set; {nearest_name(str(key), SET_KEYS)}"
-            )
-    if not isinstance(item.get("path"), str):
-        raise EvaluationError(f"{path}: a set has no 'path': {item!r}")
-    metrics = item.get("metrics")
-    if isinstance(metrics, str):
-        metrics = [name.strip() for name in metrics.split(",")]
-    return Job(item["path"], str(item.get("name", item["path"])), metrics, item.get("x"))
 
 
 def run_jobs(
-    evaluator: Evaluator, jobs: list[Job], output: Path | None = None, overwrite: bool = False
+    evaluator: Evaluator,
+    jobs: list[Job],
+    output: Path | None = None,
+    resume: bool = False,
 ) -> Document:
-    """Measure every set; the document holds a result or an error for each.
+    """Evaluate sample sets.
 
-    With ``output``, the document is written after every set, and sets that it already holds
-    (same settings, same content) are not measured again. A file of other settings is an error
-    unless ``overwrite``.
+    Args:
+        evaluator: the reference, metrics and settings.
+        jobs: the sample sets.
+        output: JSON file that is written after every set.
+        resume: keep the results of an existing ``output`` whose settings are the same, and
+            evaluate only sets that are missing, failed or changed.
+
+    Returns:
+        A document with a result or an error for each set.
+
+    Raises:
+        EvaluationError: ``output`` has results of other settings, or two sets have the same name.
     """
     names = [job.name for job in jobs]
     for name in names:
         if names.count(name) > 1:
-            raise EvaluationError(f"two sets are called {name!r}; give each a name of its own")
-    earlier = on_first(lambda: _earlier(output, evaluator, overwrite))
+            raise EvaluationError(f"two sets are called {name!r}; give them different names")
+    earlier = run_on_rank0(lambda: _earlier_results(output, evaluator)) if resume else None
     document: Document = {
         "versions": versions(),
         "settings": {},
@@ -94,36 +45,36 @@ def run_jobs(
         "extractors": {},
         "sets": [],
     }
-    # every set is looked at before the first network is built
-    opened = [_attempt(lambda: evaluator.open(job.path, job.name)) for job in jobs]  # noqa: B023
+    # Open all sets before the first network is built, to find mistakes early.
+    opened = [_result_or_error(lambda: evaluator.open(job.path, job.name)) for job in jobs]  # noqa: B023
     for job, found in zip(jobs, opened, strict=True):
         entry = None
         if isinstance(found, ImageSet):
-            entry = on_first(lambda: _reusable(earlier, job, found))  # noqa: B023
+            entry = run_on_rank0(lambda: _earlier_entry(earlier, job, found))  # noqa: B023
         if earlier is not None and entry is not None:
             document["reference"] = document["reference"] or earlier["reference"]
             document["extractors"] = {**earlier["extractors"], **document["extractors"]}
         else:
-            entry = _measured(evaluator, job, found, document)
+            entry = _evaluate(evaluator, job, found, document)
         if job.x is not None:
             entry["x"] = job.x
         document["sets"].append(entry)
-        if not document["settings"]:  # now that the reference has been read and hashed
-            document["settings"] = on_first(lambda: fingerprint(evaluator))
-        if output is not None and world()[0] == 0:
+        if not document["settings"]:  # The hash of the reference is known by now.
+            document["settings"] = run_on_rank0(lambda: fingerprint(evaluator))
+        if output is not None and rank_and_world_size()[0] == 0:
             write_json(document, output)
     return document
 
 
-def _attempt(function: Any) -> Any:
-    """The result, or the EvaluationError as a value."""
+def _result_or_error(function: Any) -> Any:
+    """Return the result of ``function``, or the error that it raised."""
     try:
-        return together(function)
+        return run_on_all_ranks(function)
     except (EvaluationError, OSError) as error:
         return error
 
 
-def _measured(evaluator: Evaluator, job: Job, found: Any, document: Document) -> dict[str, Any]:
+def _evaluate(evaluator: Evaluator, job: Job, found: Any, document: Document) -> dict[str, Any]:
     if isinstance(found, ImageSet):
         try:
             result = evaluator(found, metrics=job.metrics)
@@ -138,7 +89,7 @@ def _measured(evaluator: Evaluator, job: Job, found: Any, document: Document) ->
 
 
 def fingerprint(evaluator: Evaluator) -> dict[str, Any]:
-    """What decides the numbers of a run; a results file is continued only if it agrees."""
+    """Return the settings that determine the results; resuming requires the same settings."""
     extractors = {evaluator.extractor_of(name).name for name in evaluator.names}
     settings = {
         "metrics": evaluator.names,
@@ -161,8 +112,9 @@ def fingerprint(evaluator: Evaluator) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def _earlier(output: Path | None, evaluator: Evaluator, overwrite: bool) -> Document | None:
-    if output is None or overwrite or not output.exists():
+def _earlier_results(output: Path | None, evaluator: Evaluator) -> Document | None:
+    """Load the results to resume from, or None if there are none; raise if settings differ."""
+    if output is None or not output.exists():
         return None
     settings = fingerprint(evaluator)
     try:
@@ -170,18 +122,20 @@ def _earlier(output: Path | None, evaluator: Evaluator, overwrite: bool) -> Docu
         before = document["settings"]
     except (ValueError, KeyError, TypeError):
         raise EvaluationError(
-            f"{output}: exists and is no results file of fid-eval; choose another --output"
+            f"{output}: not a results file of fid-eval; choose another --output or add --overwrite"
         ) from None
     changed = [key for key in settings if before.get(key) != settings[key]]
     if changed:
         raise EvaluationError(
-            f"{output}: holds results of another {changed[0]} ({before.get(changed[0])!r}, now "
-            f"{settings[changed[0]]!r}); choose another --output, or say --overwrite"
+            f"{output}: has results with {changed[0]} {before.get(changed[0])!r}, but this run has "
+            f"{settings[changed[0]]!r}; choose another --output, or replace --resume by "
+            "--overwrite"
         )
     return document
 
 
-def _reusable(earlier: Document | None, job: Job, found: ImageSet) -> dict[str, Any] | None:
+def _earlier_entry(earlier: Document | None, job: Job, found: ImageSet) -> dict[str, Any] | None:
+    """Return the earlier result of a set with the same name, metrics and content, or None."""
     for entry in earlier["sets"] if earlier else []:
         if entry["name"] != job.name or "error" in entry or entry["asked"] != job.metrics:
             continue

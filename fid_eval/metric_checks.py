@@ -1,27 +1,29 @@
-"""What can be measured on which sets, and what to know about the numbers."""
+"""Check which metrics can be computed for given sets, and warn about departures from papers."""
 
 from collections.abc import Sequence
 
-from .errors import EvaluationError
+from .errors import EvaluationError, nearest_name
 from .metric_registry import METRICS
 from .networks.extractors import Extractor
-from .sets.image_set import ImageSet
-from .text import nearest_name
+from .sets.image_set import STATISTICS_OF_LAYER, ImageSet
 
-PUBLISHED_SAMPLES, PUBLISHED_REFERENCE = 50_000, 10_000  # ADM's convention
+# Numbers of images in published results that use ADM's evaluator.
+PUBLISHED_SAMPLES, PUBLISHED_REFERENCE = 50_000, 10_000
 
 
 def check_metrics(names: Sequence[str]) -> list[str]:
+    """Return ``names`` without duplicates; raise for an unknown metric."""
     for name in names:
         if name not in METRICS:
             raise EvaluationError(
-                f"metric {name!r}: {nearest_name(name, METRICS)}; known: {', '.join(METRICS)}"
+                f"metric {name!r} is unknown; {nearest_name(name, METRICS)} Metrics: "
+                + ", ".join(METRICS)
             )
     return list(dict.fromkeys(names))
 
 
 def check_count(opened: ImageSet, k: int | None) -> None:
-    """Raise for a set of one image, or of too few for its k nearest neighbours."""
+    """Raise if a set has fewer than 2 images, or too few for k nearest neighbours each."""
     count = opened.images.count if opened.images is not None else None
     if "pool" in opened.features:
         count = len(opened.features["pool"])
@@ -29,23 +31,29 @@ def check_count(opened: ImageSet, k: int | None) -> None:
         return
     if count < 2:
         raise EvaluationError(
-            f"{opened.name}: {count} image; a distribution needs at least 2, papers use 50,000"
+            f"{opened.name}: holds {count} image; at least 2 are needed, papers use 50,000"
         )
     if k is not None and count < k + 1:
         raise EvaluationError(
-            f"{opened.name}: {count} images, but precision and recall look at the {k} nearest "
-            f"neighbours of each: at least {k + 1} are needed"
+            f"{opened.name}: holds {count} images, but precision and recall use the {k} nearest "
+            f"neighbours of each image; at least {k + 1} images are needed"
         )
 
 
-def obstacle(opened: ImageSet, need: str, extractor: Extractor) -> str | None:
-    """Why a set cannot give what a metric needs, None if it can."""
+def missing_input(opened: ImageSet, need: str, extractor: Extractor) -> str | None:
+    """Return why a set cannot provide an input of a metric, or None if it can.
+
+    Args:
+        opened: the set.
+        need: an input as in ``Metric.reference`` and ``Metric.samples``.
+        extractor: the extractor of the metric.
+    """
     layer = need.removeprefix("gaussian:")
     images, features = opened.images is not None, opened.features
     if layer == "spatial" and not extractor.has_spatial and "spatial" not in features:
         return f"the extractor {extractor.name} has no spatial features"
     if need.startswith("gaussian:"):
-        stored = {"pool": "mu", "spatial": "mu_s"}[layer] in opened.statistics
+        stored = STATISTICS_OF_LAYER[layer][0] in opened.statistics
         if stored or images or layer in features:
             return None
         return f"holds neither images nor statistics of {layer} features"
@@ -65,43 +73,61 @@ def obstacle(opened: ImageSet, need: str, extractor: Extractor) -> str | None:
     return None if images or layer in features else "holds no images or features"
 
 
+def missing_metric_input(
+    name: str, extractor: Extractor, reference: ImageSet, samples: ImageSet
+) -> str | None:
+    """Return why a metric cannot be computed for two sets, or None if it can."""
+    if name == "accuracy" and not extractor.knows_labels:
+        return f"the classes of the extractor {extractor.name} are not the labels of the data"
+    metric = METRICS[name]
+    for side, opened, needs in (
+        ("reference", reference, metric.reference),
+        ("samples", samples, metric.samples),
+    ):
+        for need in sorted(needs):
+            if reason := missing_input(opened, need, extractor):
+                return f"{side} {opened.name}: {reason}"
+    return None
+
+
 def convention_warnings(
     names: Sequence[str], count: int, used: str, reference_images: int | None
 ) -> list[str]:
-    """What to know before the numbers are put beside published ones."""
+    """Return warnings about settings that differ from those of published results."""
     warnings = []
     if count != PUBLISHED_SAMPLES:
         warnings.append(
-            f"{count:,} samples; papers use {PUBLISHED_SAMPLES:,}, and FID rises as they get fewer"
+            f"{count:,} samples; papers use {PUBLISHED_SAMPLES:,}. Fewer samples give a higher FID"
         )
     if used != "statistics" and {"fid", "sfid"} & set(names):
         warnings.append(
-            "FID and sFID are against the reference's images; papers use statistics of the whole "
-            "training set"
+            "FID and sFID use the reference's images; papers use statistics of the training set"
         )
     if {"precision", "recall"} & set(names) and reference_images != PUBLISHED_REFERENCE:
         warnings.append(
-            f"precision and recall are against {reference_images:,} reference images; papers use "
+            f"precision and recall use {reference_images:,} reference images; papers use "
             f"{PUBLISHED_REFERENCE:,}"
         )
     return warnings
 
 
 def identity_warnings(sets: Sequence[ImageSet], precision: str) -> list[str]:
-    """Stored features whose origin the file does not tell, or tells to be of other precision."""
+    """Return warnings about stored features of unknown origin or another network precision."""
     warnings = []
     for opened in sets:
         stored = bool(opened.features) or bool(opened.statistics)
         if stored and opened.kind == "safetensors" and "extractor" not in opened.metadata:
             warnings.append(
-                f"{opened.name} does not say which extractor made its features; taken on trust"
+                f"{opened.name} does not name the extractor of its features, so it was not checked"
             )
         made = opened.metadata.get("network_precision", precision)
         if stored and made != precision:
-            warnings.append(f"{opened.name} was made at {made}, this run is at {precision}")
+            warnings.append(
+                f"{opened.name} was computed with --precision {made}, this run uses {precision}"
+            )
     return warnings
 
 
-def looks_swapped(reference: ImageSet, samples: ImageSet) -> bool:
-    """A reference carries statistics of a training set; samples carry labels and no statistics."""
+def sets_seem_swapped(reference: ImageSet, samples: ImageSet) -> bool:
+    """Return whether only the samples hold statistics, which a reference usually holds."""
     return bool(samples.statistics) and not reference.statistics and reference.images is not None

@@ -1,8 +1,8 @@
-"""The metrics by name: what each needs of the two sets, how it is computed, what it is called.
+"""Register the metrics: their inputs, computation and names in results.
 
-Names that readers know from papers (fid, sfid, inception_score, precision, …) are given to numbers
-of the published Inception alone. With any other extractor the name carries the extractor:
-fd_digits, sfd_digits, class_score_digits, precision_digits, …
+The names of published papers (fid, sfid, inception_score, precision, …) are used only for the
+published Inception weights. With any other extractor, the name includes the extractor: fd_digits,
+sfd_digits, class_score_digits, precision_digits, …
 """
 
 from collections.abc import Callable
@@ -13,41 +13,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .choices import DistancePrecision
 from .errors import EvaluationError
 from .features import Features
 from .metrics import extras
-from .metrics.adm import frechet_from_factors, inception_score, precision_recall_flags
-from .metrics.neighbours import Precision
+from .metrics.adm import (
+    Gaussian,
+    frechet_from_factors,
+    gaussian_of,
+    inception_score,
+    precision_recall_flags,
+)
 from .networks.extractors import Extractor
 
 INCEPTION_SCORE_SPLIT = 5000
-BOOTSTRAP_SIGMAS = 1.96  # the resampled mean of a Fréchet distance is biased, its spread is not
+# A resampled Fréchet distance has a biased mean but an unbiased standard deviation. Intervals are
+# therefore this number of deviations around the distance of the whole set.
+BOOTSTRAP_SIGMAS = 1.96
 
 
 @dataclass
-class Pair:
-    """A reference and a sample set as features of one extractor, with what metrics share."""
+class Comparison:
+    """Features of a reference and of samples, with intermediate results that metrics share.
+
+    ``details`` and ``interval`` belong to the metric that is being computed.
+    """
 
     reference: Features
     samples: Features
     extractor: Extractor
     device: torch.device
-    mode: Precision
+    distances: DistancePrecision
     k: int = 3
     bootstrap: int = 0
-    details: dict[str, Any] = field(default_factory=dict)  # of the metric being measured
-    interval: tuple[float, float] | None = None  # likewise
+    details: dict[str, Any] = field(default_factory=dict)
+    interval: tuple[float, float] | None = None
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
+        """Pooled features (m, d) of the reference and (n, d) of the samples."""
         return tuple(f.rows["pool"].to(self.device) for f in (self.reference, self.samples))  # type: ignore[return-value]
 
     @cached_property
     def flags(self) -> tuple[Tensor, Tensor]:
-        return precision_recall_flags(*self.rows, self.mode, self.k)
+        """Which samples, and which reference images, lie in a ball of the other set."""
+        return precision_recall_flags(*self.rows, self.distances, self.k)
 
     @cached_property
     def logits(self) -> Tensor:
+        """Class logits (n, classes) of the samples."""
         if self.samples.logits is not None:
             return self.samples.logits
         return self.extractor.logits(self.samples.rows["pool"], self.device)
@@ -56,158 +70,169 @@ class Pair:
     def density_coverage(self) -> tuple[float, float]:
         return extras.density_coverage(*self.rows)
 
-    def gaussians(self, layer: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sets = (self.reference, self.samples)
-        return sum((one.gaussian(layer, self.device) for one in sets), ())  # type: ignore[return-value]
+    def reference_gaussian(self, layer: str) -> Gaussian:
+        return self.reference.gaussian(layer, self.device)
 
-    def spread(self, value: float, of_subset: Callable[[Tensor], float], count: int) -> float:
-        """Notes a 95 % interval by resampling, when asked, and returns the value."""
+    def add_interval(self, value: float, of_subset: Callable[[Tensor], float], count: int) -> float:
+        """Set ``interval`` to the 95 % bootstrap interval if requested, and return ``value``."""
         if self.bootstrap:
             deviation = extras.bootstrap_deviation(of_subset, count, self.bootstrap)
             half = BOOTSTRAP_SIGMAS * deviation
             self.interval = (value - half, value + half)
         return value
 
+    def mean_of_flags(self, flags: Tensor) -> float:
+        """Return the fraction of true flags, with its interval."""
+        flags = flags.double().cpu()
+        return self.add_interval(float(flags.mean()), lambda i: float(flags[i].mean()), len(flags))
 
-def _frechet(pair: Pair, layer: str) -> float:
-    gaussians = pair.gaussians(layer)
-    value = frechet_from_factors(*gaussians)
-    if pair.bootstrap and layer in pair.samples.rows:
-        rows = pair.samples.rows[layer]
+
+def _frechet(comparison: Comparison, layer: str) -> float:
+    reference = comparison.reference_gaussian(layer)
+    value = frechet_from_factors(*reference, *comparison.samples.gaussian(layer, comparison.device))
+    if comparison.bootstrap and layer in comparison.samples.rows:
+        rows = comparison.samples.rows[layer]
 
         def of_subset(index: Tensor) -> float:
-            return frechet_from_factors(
-                *gaussians[:2], *extras.gaussian_of(rows[index], pair.device)
-            )
+            return frechet_from_factors(*reference, *gaussian_of(rows[index], comparison.device))
 
-        return pair.spread(value, of_subset, len(rows))
+        return comparison.add_interval(value, of_subset, len(rows))
     return value
 
 
-def _score(pair: Pair) -> float:
-    logits = pair.logits
-    pair.details["split_size"] = INCEPTION_SCORE_SPLIT
-    value = inception_score(logits, INCEPTION_SCORE_SPLIT)
-    return pair.spread(
-        value, lambda i: inception_score(logits[i], INCEPTION_SCORE_SPLIT), len(logits)
+def _inception_score(comparison: Comparison) -> float:
+    logits = comparison.logits
+    comparison.details["split_size"] = INCEPTION_SCORE_SPLIT
+    return comparison.add_interval(
+        inception_score(logits, INCEPTION_SCORE_SPLIT),
+        lambda i: inception_score(logits[i], INCEPTION_SCORE_SPLIT),
+        len(logits),
     )
 
 
-def _share(pair: Pair, flags: Tensor) -> float:
-    flags = flags.double().cpu()
-    return pair.spread(float(flags.mean()), lambda i: float(flags[i].mean()), len(flags))
+def _precision_or_recall(comparison: Comparison, side: int) -> float:
+    comparison.details.update(distances=comparison.distances, k=comparison.k)
+    return comparison.mean_of_flags(comparison.flags[side])
 
 
-def _precision(pair: Pair) -> float:
-    pair.details.update(distances=pair.mode, k=pair.k)
-    return _share(pair, pair.flags[0])
-
-
-def _recall(pair: Pair) -> float:
-    pair.details.update(distances=pair.mode, k=pair.k)
-    return _share(pair, pair.flags[1])
-
-
-def _kid(pair: Pair) -> float:
-    value, deviation = extras.kid(*pair.rows)
-    smaller = min(len(rows) for rows in pair.rows)
-    pair.details.update(deviation=deviation, subsets=100, subset_size=min(1000, smaller))
+def _kid(comparison: Comparison) -> float:
+    value, deviation = extras.kid(*comparison.rows)
+    smaller = min(len(rows) for rows in comparison.rows)
+    comparison.details.update(deviation=deviation, subsets=100, subset_size=min(1000, smaller))
     return value
 
 
-def _infinity(pair: Pair) -> float:
-    gaussian = pair.gaussians("pool")[:2]
-    value, curve = extras.fid_infinity(gaussian, pair.samples.rows["pool"])
-    pair.details["curve"] = curve
+def _fid_infinity(comparison: Comparison) -> float:
+    value, curve = extras.fid_infinity(
+        comparison.reference_gaussian("pool"), comparison.samples.rows["pool"]
+    )
+    comparison.details["curve"] = curve
     return value
 
 
-def _class_frechet(pair: Pair) -> float:
-    labels = pair.reference.labels, pair.samples.labels
+def _class_fid(comparison: Comparison) -> float:
+    labels = comparison.reference.labels, comparison.samples.labels
     assert labels[0] is not None
     assert labels[1] is not None
     distances = extras.class_frechet_distances(
-        pair.rows[0], labels[0].numpy(), pair.rows[1], labels[1].numpy()
+        comparison.rows[0], labels[0].numpy(), comparison.rows[1], labels[1].numpy()
     )
-    pair.details["classes"] = {str(label): value for label, value in distances.items()}
+    comparison.details["classes"] = {str(label): value for label, value in distances.items()}
     return sum(distances.values()) / len(distances)
 
 
-def _memorised(pair: Pair) -> float:
-    value, pair.details["closest"] = extras.memorised_share(*pair.rows)
+def _memorised(comparison: Comparison) -> float:
+    value, comparison.details["closest"] = extras.memorised_share(*comparison.rows)
     return value
 
 
-def _accuracy(pair: Pair) -> float:
-    logits, labels = pair.logits, pair.samples.labels
+def _accuracy(comparison: Comparison) -> float:
+    logits, labels = comparison.logits, comparison.samples.labels
     assert labels is not None
     if int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0:
         raise EvaluationError(
-            f"accuracy: labels from {int(labels.min())} to {int(labels.max())}, but the extractor "
-            f"{pair.extractor.name} knows {logits.shape[1]} classes"
+            f"accuracy: labels range from {int(labels.min())} to {int(labels.max())}, but the "
+            f"extractor {comparison.extractor.name} has {logits.shape[1]} classes"
         )
     right = logits.argmax(1) == labels
-    pair.details["classes"] = {
+    comparison.details["classes"] = {
         str(label): float(right[labels == label].double().mean())
         for label in sorted(set(labels.tolist()))
     }
-    return _share(pair, right)
+    return comparison.mean_of_flags(right)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How one metric is named, what it needs and how it is measured."""
+    """Name, inputs and computation of a metric.
 
-    inception: str  # key with the published Inception
-    other: str  # with another extractor: this, then its label
-    measure: Callable[[Pair], float]
-    reference: frozenset[str]  # needs: "pool"/"spatial" rows, "gaussian:layer", "labels"
-    samples: frozenset[str]  # likewise, and "logits"
-    extractor: str | None = None  # the one it is defined with, where that is not a choice
+    Inputs are "pool" (rows of pooled features), "gaussian:pool" and "gaussian:spatial" (mean and
+    covariance of a layer), "labels", and for samples "logits".
+
+    Attributes:
+        name: key in results with the published Inception.
+        other_name: prefix of the key with another extractor.
+        compute: the function.
+        reference: inputs from the reference.
+        samples: inputs from the samples.
+        extractor: the extractor that the metric is defined with; None if it can be chosen.
+        higher_is_better: whether larger values are better.
+    """
+
+    name: str
+    other_name: str
+    compute: Callable[[Comparison], float]
+    reference: frozenset[str]
+    samples: frozenset[str]
+    extractor: str | None = None
     higher_is_better: bool = False
 
     def key(self, extractor: Extractor) -> str:
-        if extractor.label is None:
-            return self.inception
-        if self.extractor == extractor.label:
-            return self.inception
+        """Return the key in results for an extractor."""
+        if extractor.label is None or self.extractor == extractor.label:
+            return self.name
         if self.extractor is not None:
-            return f"{self.inception}_{extractor.label}"
-        return f"{self.other}_{extractor.label}"
+            return f"{self.name}_{extractor.label}"
+        return f"{self.other_name}_{extractor.label}"
 
 
 def _metric(
-    inception: str,
-    other: str,
-    measure: Callable[[Pair], float],
+    name: str,
+    compute: Callable[[Comparison], float],
     reference: str,
     samples: str,
+    other_name: str | None = None,
     extractor: str | None = None,
-    up: bool = False,
+    higher_is_better: bool = False,
 ) -> Metric:
-    needs = frozenset(reference.split()), frozenset(samples.split())
-    return Metric(inception, other, measure, *needs, extractor, up)
+    inputs = frozenset(reference.split()), frozenset(samples.split())
+    return Metric(name, other_name or name, compute, *inputs, extractor, higher_is_better)
 
 
 POOL, SPATIAL = "gaussian:pool", "gaussian:spatial"
 METRICS = {
-    "fid": _metric("fid", "fd", lambda p: _frechet(p, "pool"), POOL, POOL),
-    "sfid": _metric("sfid", "sfd", lambda p: _frechet(p, "spatial"), SPATIAL, SPATIAL),
-    "is": _metric("inception_score", "class_score", _score, "", "logits", up=True),
-    "precision": _metric("precision", "precision", _precision, "pool", "pool", up=True),
-    "recall": _metric("recall", "recall", _recall, "pool", "pool", up=True),
-    "kid": _metric("kid", "kd", _kid, "pool", "pool"),
-    "fid_infinity": _metric("fid_infinity", "fd_infinity", _infinity, POOL, "pool"),
+    "fid": _metric("fid", lambda c: _frechet(c, "pool"), POOL, POOL, "fd"),
+    "sfid": _metric("sfid", lambda c: _frechet(c, "spatial"), SPATIAL, SPATIAL, "sfd"),
+    "is": _metric(
+        "inception_score", _inception_score, "", "logits", "class_score", higher_is_better=True
+    ),
+    "precision": _metric(
+        "precision", lambda c: _precision_or_recall(c, 0), "pool", "pool", higher_is_better=True
+    ),
+    "recall": _metric(
+        "recall", lambda c: _precision_or_recall(c, 1), "pool", "pool", higher_is_better=True
+    ),
+    "kid": _metric("kid", _kid, "pool", "pool", "kd"),
+    "fid_infinity": _metric("fid_infinity", _fid_infinity, POOL, "pool", "fd_infinity"),
     "density": _metric(
-        "density", "density", lambda p: p.density_coverage[0], "pool", "pool", up=True
+        "density", lambda c: c.density_coverage[0], "pool", "pool", higher_is_better=True
     ),
     "coverage": _metric(
-        "coverage", "coverage", lambda p: p.density_coverage[1], "pool", "pool", up=True
+        "coverage", lambda c: c.density_coverage[1], "pool", "pool", higher_is_better=True
     ),
-    "class_fid": _metric("class_fid", "class_fd", _class_frechet, "pool labels", "pool labels"),
-    "memorised": _metric("memorised", "memorised", _memorised, "pool", "pool"),
-    "accuracy": _metric("accuracy", "accuracy", _accuracy, "", "logits labels", up=True),
-    "fd_dinov2": _metric("fd_dinov2", "", lambda p: _frechet(p, "pool"), POOL, POOL, "dinov2"),
-    "cmmd": _metric("cmmd", "", lambda p: extras.cmmd(*p.rows), "pool", "pool", "clip"),
+    "class_fid": _metric("class_fid", _class_fid, "pool labels", "pool labels", "class_fd"),
+    "memorised": _metric("memorised", _memorised, "pool", "pool"),
+    "accuracy": _metric("accuracy", _accuracy, "", "logits labels", higher_is_better=True),
+    "fd_dinov2": _metric("fd_dinov2", lambda c: _frechet(c, "pool"), POOL, POOL, "", "dinov2"),
+    "cmmd": _metric("cmmd", lambda c: extras.cmmd(*c.rows), "pool", "pool", "", "clip"),
 }
-DEFAULT_METRICS = ("fid", "sfid", "is", "precision", "recall")

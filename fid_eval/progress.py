@@ -1,4 +1,4 @@
-"""Progress with rate and time left: a bar on a terminal, a line now and then elsewhere."""
+"""Show progress with the rate and remaining time: a bar on a terminal, otherwise log lines."""
 
 import sys
 import time
@@ -8,14 +8,14 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-LINE_EVERY = 15.0  # seconds between lines where there is no terminal
+LOG_INTERVAL = 15.0  # seconds between log lines
 
 
-class Bar(Protocol):
+class ProgressBar(Protocol):
     def update(self, n: int) -> object: ...
 
 
-class _Lines:
+class _LogLines:
     def __init__(self, total: int | None, description: str, unit: str) -> None:
         self.total, self.description, self.unit = total, description, unit
         self.done, self.start = 0, time.monotonic()
@@ -24,7 +24,7 @@ class _Lines:
     def update(self, n: int) -> None:
         self.done += n
         now = time.monotonic()
-        if now - self.printed >= LINE_EVERY:
+        if now - self.printed >= LOG_INTERVAL:
             self.printed = now
             rate = self.done / (now - self.start)
             left = f", {(self.total - self.done) / rate:.0f} s left" if self.total else ""
@@ -36,20 +36,13 @@ class _Lines:
             )
 
 
-class _Silent:
-    def update(self, n: int) -> None:
-        pass
-
-
 @contextmanager
 def progress(
     total: int | None, description: str, unit: str = "images", quiet: bool = False
-) -> Iterator[Bar]:
-    """A bar to ``update(n)``; ``quiet`` shows nothing."""
-    if quiet:
-        yield _Silent()
-    elif sys.stderr.isatty():
-        with tqdm(total=total, desc=description, unit=f" {unit}") as bar:
+) -> Iterator[ProgressBar]:
+    """Yield an object whose ``update(n)`` reports ``n`` finished units; ``quiet`` shows nothing."""
+    if quiet or sys.stderr.isatty():
+        with tqdm(total=total, desc=description, unit=f" {unit}", disable=quiet) as bar:
             yield bar
     else:
-        yield _Lines(total, description, unit)
+        yield _LogLines(total, description, unit)

@@ -1,50 +1,34 @@
-"""References: opening them, checking that they fit a run, making them (``fid-eval stats``)."""
+"""Open references, check that they fit a run, and make them (``fid-eval stats``)."""
 
 import heapq
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .distributed import gather, on_first
+from .atomic_write import atomic_path
+from .distributed import gather_on_rank0, run_on_rank0
 from .errors import EvaluationError
-from .features import Runtime, extract
+from .features import Features, Runtime, extract
 from .networks.extractors import Extractor
+from .saved_references import REFERENCE_SUFFIX, check_reference_exists, saved_references
 from .sets.decoding import AS_IS, Preprocess
-from .sets.image_set import ImageSet
+from .sets.image_set import STATISTICS_OF_LAYER, ImageSet
 from .sets.loading import CHUNK
 from .sets.opening import open_set
-from .text import nearest_name
-
-NAME_SUFFIX = ".npz"
-
-
-def home() -> Path:
-    """Where saved references live: $FID_EVAL_HOME, by default ~/.cache/fid_eval."""
-    return Path(os.environ.get("FID_EVAL_HOME", "~/.cache/fid_eval")).expanduser()
-
-
-def saved_references() -> dict[str, Path]:
-    """Saved references by name."""
-    return {path.stem: path for path in sorted((home() / "references").glob("*" + NAME_SUFFIX))}
+from .version import __version__
 
 
 def open_reference(source: Any, preprocess: Preprocess) -> ImageSet:
-    """Open a reference: anything that ``open_set`` takes, or the name of a saved one."""
+    """Open a reference: any source that ``open_set`` accepts, or the name of a saved reference."""
     if isinstance(source, str) and not Path(source).expanduser().exists():
-        saved = saved_references()
-        if source in saved:
-            return open_set(str(saved[source]), AS_IS, source)
-        if not source.startswith("hf://") and not any(c in source for c in "*{"):
-            hint = nearest_name(source, saved) if saved else "none is saved yet"
-            raise EvaluationError(
-                f"{source}: no such file or folder, and no saved reference of that name ({hint})"
-            )
+        check_reference_exists(source)
+        if path := saved_references().get(source):
+            return open_set(str(path), AS_IS, source)
     opened = open_set(source, preprocess, None if isinstance(source, str | Path) else "reference")
-    if opened.metadata:  # made by fid-eval: its images are preprocessed already
+    if opened.metadata:  # The images of a fid-eval reference are already preprocessed.
         return open_set(source, AS_IS)
     return opened
 
@@ -52,15 +36,15 @@ def open_reference(source: Any, preprocess: Preprocess) -> ImageSet:
 def check_reference(
     reference: ImageSet, samples: ImageSet, extractor: Extractor, preprocess: Preprocess
 ) -> None:
-    """Raise unless both sets and the extractor fit each other."""
+    """Raise unless reference, samples and extractor fit each other."""
     for opened in (reference, samples):
         check_identity(opened, extractor)
         check_image_size(opened, extractor)
-    made = reference.metadata.get("resize", "none")
-    if reference.metadata and str(preprocess) not in ("none", made):
+    stored = reference.metadata.get("resize", "none")
+    if reference.metadata and str(preprocess) not in ("none", stored):
         raise EvaluationError(
-            f"{reference.name}: made with resize {made!r}, but this run asks for "
-            f"{str(preprocess)!r}; ask for the same, or make the reference again"
+            f"{reference.name}: made with resize {stored!r}, but this run has "
+            f"{str(preprocess)!r}; use the same --resize, or make the reference again"
         )
     sizes = [
         tuple(opened.images.size)
@@ -71,17 +55,18 @@ def check_reference(
     if None not in sizes and sizes[0] != sizes[1]:
         names = [f"{o.name} is {s[1]}×{s[0]}" for o, s in zip((reference, samples), sizes) if s]  # noqa: B905
         raise EvaluationError(
-            f"image sizes differ: {' and '.join(names)}; give both at one size, or ask for "
+            f"image sizes differ: {' and '.join(names)}; give images of one size, or add "
             "--resize SIZE"
         )
 
 
 def check_identity(opened: ImageSet, extractor: Extractor) -> None:
-    """Stored features or statistics must come from this extractor."""
+    """Raise unless stored features or statistics come from ``extractor``."""
     if not (opened.statistics or opened.features):
         return
-    made = opened.metadata.get("extractor")
-    if made is None and opened.kind == "npz":  # ADM's files say nothing and mean Inception
+    stored = opened.metadata.get("extractor")
+    # ADM's files hold Inception features and do not say so.
+    if stored is None and opened.kind == "npz":
         if extractor.name != "inception" and opened.images is None:
             raise EvaluationError(
                 f"{opened.name}: holds statistics of Inception features, but the extractor is "
@@ -89,47 +74,49 @@ def check_identity(opened: ImageSet, extractor: Extractor) -> None:
                 f"{extractor.name}"
             )
         if extractor.name != "inception":
-            opened.statistics = {}  # the images serve
-    if made is not None and made != extractor.identity():
+            opened.statistics = {}
+    elif stored is not None and stored != extractor.identity():
         raise EvaluationError(
-            f"{opened.name}: made with the extractor {describe(made)}, this run uses "
-            f"{describe(extractor.identity())}; use the same, or make it again"
+            f"{opened.name}: made with the extractor {_describe(stored)}, but this run uses "
+            f"{_describe(extractor.identity())}; use the same extractor, or make the file again"
         )
-    for mean, layer in (("mu", "pool"), ("mu_s", "spatial")):
+    for layer, (mean, _) in STATISTICS_OF_LAYER.items():
         expected = extractor.dimensions.get(layer)
         found = len(opened.statistics[mean]) if mean in opened.statistics else None
         if layer in opened.features:
             found = opened.features[layer].shape[1]
         if None not in (expected, found) and expected != found:
             raise EvaluationError(
-                f"{opened.name}: {layer} features of {found} dimensions, those of the extractor "
-                f"{extractor.name} have {expected}"
+                f"{opened.name}: {layer} features have {found} dimensions, but those of the "
+                f"extractor {extractor.name} have {expected}"
             )
 
 
-def describe(identity: dict[str, Any]) -> str:
+def _describe(identity: dict[str, Any]) -> str:
     sha256 = (identity.get("sha256") or "no hash")[:12]
     return f"{identity.get('name')} ({sha256}, {identity.get('preprocessing')})"
 
 
 def check_image_size(opened: ImageSet, extractor: Extractor) -> None:
+    """Raise if the images do not have the only size that the extractor accepts."""
     size = opened.images.size if opened.images is not None else None
     if size and extractor.image_size and tuple(size) != tuple(extractor.image_size):
         height, width = extractor.image_size
         raise EvaluationError(
-            f"{opened.name}: images of {size[1]}×{size[0]}, the extractor {extractor.name} takes "
-            f"{width}×{height}; ask for --resize {width}"
+            f"{opened.name}: images have {size[1]}×{size[0]} pixels, but the extractor "
+            f"{extractor.name} needs {width}×{height}; add --resize {width}"
         )
 
 
-class _Subset:
-    """The ``size`` images with the smallest random keys: a uniform subset of a stream."""
+class _RandomSubset:
+    """Keeps the ``size`` images with the smallest random keys: a uniform sample of a stream."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
         self.heap: list[tuple[float, int, np.ndarray]] = []  # (−key, index, image)
 
-    def tap(self, start: int, images: torch.Tensor) -> None:
+    def add(self, start: int, images: torch.Tensor) -> None:
+        """Add the images ``start``, ``start`` + 1, … of the set."""
         keys = np.random.default_rng((self.seed, start // CHUNK)).random(CHUNK)
         for offset in range(len(images)):
             key, index = keys[(start + offset) % CHUNK], start + offset
@@ -148,66 +135,72 @@ def save_reference(
     images: int = 10_000,
     seed: int = 0,
 ) -> Path:
-    """Write an ADM-compatible reference of all images of ``source``; refuses to overwrite.
+    """Write a reference file in ADM's layout from all images of ``source``.
 
-    mu, sigma, mu_s, sigma_s over all of them, arr_0 a random ``images`` of them (arr_1 their
-    labels), and ``fid_eval``: JSON with the count, extractor, preprocessing and content hash.
+    The .npz holds mean and covariance of all images (mu, sigma, mu_s, sigma_s), ``images`` random
+    images (arr_0) with their labels (arr_1), and ``fid_eval``, a JSON of the image count,
+    extractor, preprocessing and content hash.
+
+    Args:
+        source: any source with images that ``open_set`` accepts.
+        output: .npz file to write; it must not exist.
+        extractor: the network.
+        runtime: how the network runs.
+        preprocess: resizing and cropping of the images.
+        images: number of random images to store.
+        seed: seed of their choice.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        EvaluationError: ``output`` exists, or ``source`` has no images.
     """
     output = Path(output).expanduser()
-    if output.suffix != NAME_SUFFIX:
-        raise EvaluationError(f"{output}: a reference file ends in .npz")
+    if output.suffix != REFERENCE_SUFFIX:
+        raise EvaluationError(f"{output}: the name of a reference file must end in .npz")
     if output.exists():
         raise EvaluationError(f"{output}: exists and is not overwritten; choose another name")
-    output.parent.mkdir(parents=True, exist_ok=True)  # or find out now that it cannot be
+    output.parent.mkdir(parents=True, exist_ok=True)  # Fail now rather than after the work.
     opened = open_set(source, preprocess)
     if opened.images is None:
-        raise EvaluationError(f"{opened.name}: holds no images to make a reference of")
+        raise EvaluationError(f"{opened.name}: holds no images to make a reference from")
     check_image_size(opened, extractor)
     layers = {"pool", "spatial"} if extractor.has_spatial else {"pool"}
-    subset = _Subset(images, seed)
-    features = extract(opened, extractor, set(), layers, runtime, subset.tap)
-    parts = gather(subset.heap)
-    on_first(
-        lambda: _write(
-            output, opened, extractor, preprocess, features, parts or [], images, runtime.precision
-        )
-    )
+    subset = _RandomSubset(images, seed)
+    features = extract(opened, extractor, set(), layers, runtime, subset.add)
+    parts = gather_on_rank0(subset.heap)
+
+    def write() -> None:
+        kept = sorted((item for part in parts or [] for item in part), key=lambda i: (-i[0], i[1]))
+        chosen = sorted(kept[:images], key=lambda item: item[1])
+        arrays = _reference_arrays(chosen, features, layers)
+        metadata = {
+            "count": features.count,
+            "extractor": extractor.identity(),
+            "network_precision": runtime.precision,
+            "resize": str(preprocess),
+            "image_size": list(arrays["arr_0"].shape[1:3]),
+            "source": opened.name,
+            "source_sha256": opened.content_hash(),
+            "fid_eval": __version__,
+        }
+        arrays["fid_eval"] = np.array(json.dumps(metadata))
+        with atomic_path(output) as temporary:
+            np.savez(temporary, **arrays)  # type: ignore[arg-type]
+
+    run_on_rank0(write)
     return output
 
 
-def _write(
-    output: Path,
-    opened: ImageSet,
-    extractor: Extractor,
-    preprocess: Preprocess,
-    features: Any,
-    parts: list[list],
-    images: int,
-    precision: str,
-) -> None:
-    chosen = sorted((item for part in parts for item in part), key=lambda item: (-item[0], item[1]))
-    chosen = sorted(chosen[:images], key=lambda item: item[1])
-    arrays: dict[str, np.ndarray] = {"arr_0": np.stack([item[2] for item in chosen])}
+def _reference_arrays(
+    chosen: list[tuple[float, int, np.ndarray]], features: Features, layers: set[str]
+) -> dict[str, np.ndarray]:
+    arrays = {"arr_0": np.stack([image for _, _, image in chosen])}
     if features.labels is not None:
-        arrays["arr_1"] = features.labels[[item[1] for item in chosen]].numpy()
-    for layer, suffix in (("pool", ""), ("spatial", "_s")):
-        if layer == "spatial" and not extractor.has_spatial:
-            continue
-        mean, covariance = features.mean_and_covariance(layer)
-        arrays["mu" + suffix], arrays["sigma" + suffix] = mean.numpy(), covariance.numpy()
-    from .version import __version__
-
-    metadata = {
-        "count": features.count,
-        "extractor": extractor.identity(),
-        "network_precision": precision,
-        "resize": str(preprocess),
-        "image_size": list(arrays["arr_0"].shape[1:3]),
-        "source": opened.name,
-        "source_sha256": opened.content_hash(),
-        "fid_eval": __version__,
-    }
-    arrays["fid_eval"] = np.array(json.dumps(metadata))
-    partial = output.with_suffix(f".partial-{os.getpid()}.npz")
-    np.savez(partial, **arrays)  # type: ignore[arg-type]
-    partial.replace(output)
+        arrays["arr_1"] = features.labels[[index for _, index, _ in chosen]].numpy()
+    for layer, names in STATISTICS_OF_LAYER.items():
+        if layer in layers:
+            for name, value in zip(names, features.mean_and_covariance(layer), strict=True):
+                arrays[name] = value.numpy()
+    return arrays

@@ -1,8 +1,7 @@
-"""Results as a table, JSON, CSV and a plot."""
+"""Write results as a table, JSON, CSV and a plot."""
 
 import csv
 import json
-import os
 import platform
 import re
 from importlib.metadata import version
@@ -12,14 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from .atomic_write import atomic_path
 from .errors import EvaluationError
+from .version import __version__
 
-Document = dict[str, Any]  # versions, settings, reference, extractors, sets: see jobs.py
+Document = dict[str, Any]  # keys: versions, settings, reference, extractors, sets
 
 
 def versions() -> dict[str, str]:
-    from .version import __version__
-
+    """Return versions of the software, and the hardware, that a result depends on."""
     found = {
         "fid_eval": __version__,
         "python": platform.python_version(),
@@ -33,37 +33,32 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Whole or not at all, so that a kill leaves the last complete file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def write_json(document: Document, path: Path) -> None:
-    write_atomically(path, json.dumps(document, indent=1) + "\n")
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def metric_keys(document: Document) -> list[str]:
+    """Return the keys of all computed metrics, in order and without duplicates."""
     return list(
         dict.fromkeys(key for entry in document["sets"] for key in entry.get("metrics", {}))
     )
 
 
 def format_value(value: float | None, interval: list[float] | None = None) -> str:
+    """Format a value with 4 digits, or 2 from 100, and half the width of its interval."""
     if value is None:
         return "–"
     text = f"{value:.4f}" if abs(value) < 100 else f"{value:.2f}"
     if not float(text):
-        text = text.removeprefix("-")  # a distance of nothing, rounded
+        text = text.removeprefix("-")  # A distance of zero may be rounded to −0.0000.
     if interval:
         text += f" ± {(interval[1] - interval[0]) / 2:.2g}"
     return text
 
 
 def table(document: Document) -> str:
-    """A table of sets × metrics for people, with what qualifies the numbers below it."""
+    """Format a table of sets and metrics, followed by the conditions of the measurement."""
     keys = metric_keys(document)
     rows = [["set", "images", *keys]]
     for entry in document["sets"]:
@@ -87,22 +82,18 @@ def _notes(document: Document) -> list[str]:
     reference, lines = document["reference"], [""]
     if reference:
         images = f", {reference['image_count']:,} images" if reference.get("image_count") else ""
-        over = reference.get("statistics_count")
-        of = f" of {over:,} images" if over else ""
-        stored = f"stored statistics{of}" if reference["frechet_from"] == "statistics" else "them"
+        count = reference.get("statistics_count")
+        of = f" of {count:,} images" if count else ""
+        stored = reference["frechet_from"] == "statistics"
+        source = f"stored statistics{of}" if stored else f"its {reference['frechet_from']}"
         lines.append(
             f"reference: {reference['name']} ({reference['kind']}{images}; "
-            f"Fréchet distance from {stored})"
+            f"Fréchet distance from {source})"
         )
     for name, extractor in document["extractors"].items():
         digits = (extractor.get("sha256") or "unknown")[:12]
         lines.append(f"extractor: {name}, weights {digits}, {extractor['network_precision']}")
-    distances = {
-        detail["distances"]
-        for entry in document["sets"]
-        for detail in entry.get("details", {}).values()
-        if "distances" in detail
-    }
+    distances = {mode for entry in document["sets"] for mode in _distances(entry)}
     lines += [f"precision and recall: {mode} distances" for mode in sorted(distances)]
     found: dict[str, list[str]] = {}
     for entry in document["sets"]:
@@ -111,8 +102,14 @@ def _notes(document: Document) -> list[str]:
     return lines + [f"note: {warning}" for warning in found]
 
 
+def _distances(entry: dict[str, Any]) -> list[str]:
+    """Return the distance modes of the metrics of one set."""
+    details = entry.get("details", {}).values()
+    return sorted({detail["distances"] for detail in details if "distances" in detail})
+
+
 def write_csv(document: Document, path: Path) -> None:
-    """One row per set: name, images, metrics, interval bounds, qualifying columns, error."""
+    """Write one row per set: name, images, metrics, interval bounds, conditions and error."""
     keys = metric_keys(document)
     with_interval = [
         key for key in keys if any(key in e.get("intervals", {}) for e in document["sets"])
@@ -135,10 +132,8 @@ def write_csv(document: Document, path: Path) -> None:
         "torch",
         "error",
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     extractors = document["extractors"]
-    with partial.open("w", newline="") as file:
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         for entry in document["sets"]:
@@ -146,15 +141,7 @@ def write_csv(document: Document, path: Path) -> None:
                 "name": entry["name"],
                 "images": entry.get("samples", {}).get("count", ""),
                 **entry.get("metrics", {}),
-                "distances": " ".join(
-                    sorted(
-                        {
-                            d["distances"]
-                            for d in entry.get("details", {}).values()
-                            if "distances" in d
-                        }
-                    )
-                ),
+                "distances": " ".join(_distances(entry)),
                 "network_precision": " ".join(
                     sorted({e["network_precision"] for e in extractors.values()})
                 ),
@@ -171,11 +158,13 @@ def write_csv(document: Document, path: Path) -> None:
             for key, (low, high) in entry.get("intervals", {}).items():
                 row[f"{key}_low"], row[f"{key}_high"] = low, high
             writer.writerow(row)
-    partial.replace(path)
 
 
 def plot_positions(document: Document) -> tuple[list[float], bool]:
-    """x of each measured set: given, else the last number in its name, else its place in line."""
+    """Return the x position of each evaluated set, and whether positions are numbers.
+
+    A position is the ``x`` of the set, or the last number in its name, or its index.
+    """
     entries = [entry for entry in document["sets"] if "error" not in entry]
     given = [entry.get("x") for entry in entries]
     if all(value is not None for value in given):
@@ -189,7 +178,7 @@ def plot_positions(document: Document) -> tuple[list[float], bool]:
 
 
 def write_plot(document: Document, path: Path, metrics: list[str] | None = None) -> None:
-    """PNG of metrics over the sets: a run's checkpoints, a sweep of the guidance scale."""
+    """Plot metrics over the sets as PNG, for example over checkpoints or guidance scales."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -199,20 +188,20 @@ def write_plot(document: Document, path: Path, metrics: list[str] | None = None)
     wanted = metrics or keys
     unknown = [key for key in wanted if key not in keys]
     if unknown:
-        raise EvaluationError(f"plot: no results of {unknown[0]!r}; there are {', '.join(keys)}")
+        raise EvaluationError(f"--plot_metrics: no {unknown[0]!r} in the results {', '.join(keys)}")
     entries = [entry for entry in document["sets"] if "error" not in entry]
     if not entries:
-        raise EvaluationError("plot: no set was measured")
+        raise EvaluationError("--plot: no set could be evaluated")
     x, numeric = plot_positions(document)
     order = sorted(range(len(x)), key=x.__getitem__)
     figure, axes = plt.subplots(
         len(wanted), 1, figsize=(7, 2.4 * len(wanted) + 0.6), squeeze=False, sharex=True
     )
     for axis, key in zip(axes[:, 0], wanted, strict=True):
-        shown = [i for i in order if key in entries[i]["metrics"]]
-        values = [entries[i]["metrics"][key] for i in shown]
-        bounds = [entries[i].get("intervals", {}).get(key) for i in shown]
-        positions = [x[i] for i in shown]
+        present = [i for i in order if key in entries[i]["metrics"]]
+        values = [entries[i]["metrics"][key] for i in present]
+        bounds = [entries[i].get("intervals", {}).get(key) for i in present]
+        positions = [x[i] for i in present]
         if values and all(bounds):
             errors = [(high - low) / 2 for low, high in bounds]  # type: ignore[misc]
             axis.errorbar(positions, values, errors, marker="o", capsize=3)
@@ -226,8 +215,6 @@ def write_plot(document: Document, path: Path, metrics: list[str] | None = None)
         axes[-1, 0].set_xticks(x, names, rotation=30, ha="right")
     axes[0, 0].set_title(f"against {document['reference'].get('name', '')}", fontsize=10)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(partial, dpi=150)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
-    partial.replace(path)

@@ -1,7 +1,7 @@
-"""ADM's five numbers as plain functions on arrays (NumPy or torch, any float dtype).
+"""Compute the five metrics of ADM's evaluator from arrays (NumPy or torch, any float dtype).
 
 Fréchet distance     Heusel et al. 2017 (FID); on spatial features Nash et al. 2021 (sFID)
-Inception Score      Salimans et al. 2016, as ADM's evaluator splits it
+Inception Score      Salimans et al. 2016, split into chunks as in ADM's evaluator
 precision, recall    Kynkäänniemi et al. 2019 (improved precision and recall)
 """
 
@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..choices import DistancePrecision
 from ..errors import EvaluationError
-from .neighbours import Precision, coverage_flags, neighbour_radii
+from .neighbours import coverage_flags, neighbour_radii
 
 Array = np.ndarray | Tensor
-SVD_LIMIT = 1024  # above it, eigenvalues of the Gram matrix: half the time, 8 digits fewer
+Gaussian = tuple[Tensor, Tensor]  # mean (d,) and factor F (d, k) of the covariance Σ = F Fᵀ
+SVD_LIMIT = 1024  # larger matrices: eigenvalues of the Gram matrix, twice as fast, 8 digits fewer
 
 
 def as_tensor(array: Array, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
@@ -22,20 +24,21 @@ def as_tensor(array: Array, dtype: torch.dtype, device: torch.device | str | Non
 
 
 def mean_and_covariance(features: Array) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and covariance (d, d, divided by n − 1) of features (n, d), in float64."""
+    """Return mean (d,) and covariance (d, d) of features (n, d) in float64, divided by n − 1."""
     x = as_tensor(features, torch.float64)
     if x.ndim != 2 or len(x) < 2:
-        raise EvaluationError(f"features of shape {tuple(x.shape)}: need (n ≥ 2, dimensions)")
+        raise EvaluationError(f"features have shape {tuple(x.shape)}; (n ≥ 2, d) is needed")
     mean = x.mean(0)
     x = x - mean
     return mean, x.T @ x / (len(x) - 1)
 
 
 def covariance_factor(covariance: Tensor) -> Tensor:
-    """F (d, k) with Σ = F Fᵀ: Cholesky's, or by eigenvectors where Σ is not positive definite.
+    """Return a factor F (d, k) of a covariance Σ = F Fᵀ (d, d).
 
-    Eigenvalues below d·ε·λ_max are rounding noise of a singular Σ; they are left out, because
-    the square root would raise noise of 1e-16 to 1e-8.
+    F is the Cholesky factor if Σ is positive definite, otherwise scaled eigenvectors. Eigenvalues
+    below d·ε·λ_max are rounding noise of a singular Σ. They are dropped, because the square root
+    would amplify noise of 1e-16 to 1e-8.
     """
     factor, failed = torch.linalg.cholesky_ex(covariance)
     rank_bound = len(covariance) * torch.finfo(covariance.dtype).eps
@@ -46,23 +49,29 @@ def covariance_factor(covariance: Tensor) -> Tensor:
     return vectors[:, keep] * values[keep].sqrt()
 
 
-def feature_factor(features: Array) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and F (d, n) with Σ = F Fᵀ, straight from centred features (n, d): for n ≤ d."""
-    x = as_tensor(features, torch.float64)
-    mean = x.mean(0)
-    return mean, (x - mean).T / (len(x) - 1) ** 0.5
+def gaussian_of(features: Array, device: torch.device | str | None = None) -> Gaussian:
+    """Return mean (d,) and covariance factor of features (n, d) in float64.
+
+    For n ≤ d the covariance is singular, and the centred features themselves are the exact factor.
+    """
+    x = as_tensor(features, torch.float64, device)
+    if len(x) <= x.shape[1]:
+        mean = x.mean(0)
+        return mean, (x - mean).T / (len(x) - 1) ** 0.5
+    mean, covariance = mean_and_covariance(x)
+    return mean, covariance_factor(covariance)
 
 
 def frechet_from_factors(mean1: Tensor, factor1: Tensor, mean2: Tensor, factor2: Tensor) -> float:
-    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) for Σᵢ = FᵢFᵢᵀ.
+    """Return ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) for Σᵢ = FᵢFᵢᵀ.
 
-    (Σ₁Σ₂)^½ has the same trace as (F₁ᵀF₂F₂ᵀF₁)^½, which is the sum of the singular values of
-    F₁ᵀF₂; no matrix square root is taken.
+    The trace of (Σ₁Σ₂)^½ equals that of (F₁ᵀF₂F₂ᵀF₁)^½, the sum of the singular values of F₁ᵀF₂.
+    No matrix square root is needed.
     """
     if len(mean1) != len(mean2):
         raise EvaluationError(
-            f"features of {len(mean1)} and {len(mean2)} dimensions: were both sets made with the "
-            "same extractor?"
+            f"features have {len(mean1)} and {len(mean2)} dimensions; use the same extractor for "
+            "both sets"
         )
     product = factor1.T @ factor2
     if min(product.shape) <= SVD_LIMIT:
@@ -75,70 +84,74 @@ def frechet_from_factors(mean1: Tensor, factor1: Tensor, mean2: Tensor, factor2:
 
 
 def frechet_distance(mean1: Array, covariance1: Array, mean2: Array, covariance2: Array) -> float:
-    """Fréchet distance of two Gaussians given by means (d,) and covariances (d, d); float64.
+    """Return the Fréchet distance of two Gaussians with means (d,) and covariances (d, d).
 
-    FID on Inception's pooled features, sFID on its spatial ones. Singular covariances are fine.
-    Raises EvaluationError if the dimensions differ or a value is not finite.
+    This is FID for pooled Inception features and sFID for spatial ones. Computed in float64;
+    covariances may be singular.
+
+    Raises:
+        EvaluationError: the dimensions differ, or a value is not finite.
     """
     statistics = []
     for mean, covariance in ((mean1, covariance1), (mean2, covariance2)):
         m, c = as_tensor(mean, torch.float64), as_tensor(covariance, torch.float64)
         if c.shape != (len(m), len(m)):
-            raise EvaluationError(f"mean {tuple(m.shape)} and covariance {tuple(c.shape)} disagree")
+            raise EvaluationError(f"mean {tuple(m.shape)} does not fit covariance {tuple(c.shape)}")
         if not (m.isfinite().all() and c.isfinite().all()):
-            raise EvaluationError("mean or covariance holds NaN or infinite values")
+            raise EvaluationError("mean or covariance holds NaN or infinity")
         statistics += [m, covariance_factor((c + c.T) / 2)]
     return frechet_from_factors(*statistics)
 
 
 def frechet_distance_of_features(features1: Array, features2: Array) -> float:
-    """Fréchet distance of two feature sets (n₁, d), (n₂, d); exact too for fewer rows than d."""
-    statistics: list[Tensor] = []
-    for features in (features1, features2):
-        if features.shape[0] <= features.shape[1]:
-            statistics += feature_factor(features)
-        else:
-            mean, covariance = mean_and_covariance(features)
-            statistics += [mean, covariance_factor(covariance)]
-    return frechet_from_factors(*statistics)
+    """Return the Fréchet distance of two feature sets (n₁, d), (n₂, d); exact also for n < d."""
+    return frechet_from_factors(*gaussian_of(features1), *gaussian_of(features2))
 
 
 def inception_score(logits: Array, split_size: int = 5000) -> float:
-    """exp of the mean KL(p(y|x) ‖ p(y)) over consecutive chunks of ``split_size`` images.
+    """Return exp of the mean KL(p(y|x) ‖ p(y)), averaged over chunks of ``split_size`` images.
 
-    ``logits`` (n, classes) in file order (Inception: pool · Wᵀ without bias, 1008 classes). The
-    plain mean over chunks is returned, a short last chunk counting as one, as in ADM; but in
-    float64 log-softmax, where ADM's float32 can underflow to NaN.
+    As in ADM, chunks are consecutive and a shorter last chunk has the same weight as the others.
+    The softmax is in float64, because ADM's float32 can underflow to NaN.
+
+    Args:
+        logits: (n, classes) in file order. Inception's are pool · Wᵀ without bias, 1008 classes.
+        split_size: images per chunk.
     """
     scores = []
     for chunk in as_tensor(logits, torch.float32).split(split_size):
         log_p = chunk.double().log_softmax(1)
         p = log_p.exp()
-        log_marginal = log_p.logsumexp(0) - np.log(len(log_p))  # log of the mean p
+        log_marginal = log_p.logsumexp(0) - np.log(len(log_p))  # log of the mean of p
         kl = (p * (log_p - log_marginal)).sum(1)
         scores.append(kl.mean().exp())
     if not scores:
-        raise EvaluationError("Inception Score of an empty set")
+        raise EvaluationError("the Inception Score needs at least one image")
     return float(torch.stack(scores).mean())
 
 
 def precision_recall(
     reference: Array,
     samples: Array,
-    mode: Precision = "fp32",
+    mode: DistancePrecision = "fp32",
     k: int = 3,
     device: torch.device | str | None = None,
 ) -> tuple[float, float]:
-    """Improved precision and recall of ``samples`` (n, d) against ``reference`` (m, d).
+    """Return improved precision and recall of ``samples`` (n, d) against ``reference`` (m, d).
 
-    Precision is the share of samples inside some reference image's ball, recall the share of
-    reference images inside some sample's; a ball reaches to the k-th nearest neighbour in the
-    own set, its centre excluded, boundary included.
+    Each image has a ball that reaches to its k-th nearest neighbour in its own set, boundary
+    included. Precision is the fraction of samples inside a ball of any reference image. Recall is
+    the fraction of reference images inside a ball of any sample. Memory does not grow with n · m.
 
-    ``mode="fp32"``: distances of the float32 features, in float64; ties, as between copies, are
-    not decided by rounding. ``mode="adm-fp16"``: ADM's half-precision distances, which move both
-    numbers by up to a percent; use it to compare with published ADM numbers. No (n, m) array is
-    held. Needs more than k images in each set.
+    Args:
+        reference: features (m, d), m > k.
+        samples: features (n, d), n > k.
+        mode: "fp32" computes distances of the float32 features in float64, so that rounding does
+            not decide ties, as between copies. "adm-fp16" computes ADM's half-precision
+            distances, which change both results by up to 1 %; use it to compare with published
+            numbers.
+        k: number of neighbours.
+        device: where to compute; by default where each array is.
     """
     ref = as_tensor(reference, torch.float32, device)
     fake = as_tensor(samples, torch.float32, device)
@@ -147,9 +160,9 @@ def precision_recall(
 
 
 def precision_recall_flags(
-    reference: Tensor, samples: Tensor, mode: Precision = "fp32", k: int = 3
+    reference: Tensor, samples: Tensor, mode: DistancePrecision = "fp32", k: int = 3
 ) -> tuple[Tensor, Tensor]:
-    """Per sample: in some reference ball? Per reference image: in some sample ball? (bool)."""
+    """Return for each sample, and for each reference image, whether a ball contains it (bool)."""
     radii_reference = neighbour_radii(reference, k, mode)
     radii_samples = neighbour_radii(samples, k, mode)
     inside_samples, inside_reference = coverage_flags(

@@ -1,10 +1,10 @@
-"""Further metrics, as plain functions on feature arrays (n, d), NumPy or torch.
+"""Compute further metrics from feature arrays (n, d), NumPy or torch.
 
 KID                     Bińkowski et al. 2018
 FID∞                    Chong and Forsyth 2020
 density, coverage       Naeem et al. 2020
 CMMD                    Jayasumana et al. 2024
-memorised share         Alaa et al. 2022 (one minus their authenticity)
+memorised fraction      Alaa et al. 2022 (one minus their authenticity)
 """
 
 from collections.abc import Callable
@@ -16,40 +16,29 @@ from torch import Tensor
 from ..errors import EvaluationError
 from .adm import (
     Array,
+    Gaussian,
     as_tensor,
-    covariance_factor,
-    feature_factor,
     frechet_distance_of_features,
     frechet_from_factors,
-    mean_and_covariance,
+    gaussian_of,
 )
 from .neighbours import PairDistances, nearest, neighbour_radii
 
-Gaussian = tuple[Tensor, Tensor]  # mean (d,), F (d, k) with Σ = F Fᵀ
 CMMD_BANDWIDTH, CMMD_SCALE = 10.0, 1000.0
-
-
-def gaussian_of(features: Array, device: torch.device | str | None = None) -> Gaussian:
-    """Mean and covariance factor of features, by whichever way is exact for their number."""
-    x = as_tensor(features, torch.float64, device)
-    if len(x) <= x.shape[1]:
-        return feature_factor(x)
-    mean, covariance = mean_and_covariance(x)
-    return mean, covariance_factor(covariance)
 
 
 def kid(
     reference: Array, samples: Array, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Kernel Inception Distance: mean and standard deviation over random subsets.
+    """Return mean and standard deviation of the Kernel Inception Distance over random subsets.
 
-    The unbiased MMD² with the kernel (x·y/d + 1)³ between ``subset_size`` images of each side
-    (all of the smaller set, if that has fewer), drawn without replacement.
+    The distance is the unbiased MMD² with the kernel (x·y/d + 1)³. Each subset has ``subset_size``
+    images of each set, drawn without replacement, or as many as the smaller set has.
     """
     x, y = as_tensor(reference, torch.float64), as_tensor(samples, torch.float64)
     size = min(subset_size, len(x), len(y))
     if size < 2:
-        raise EvaluationError(f"KID of {size} image: needs at least 2")
+        raise EvaluationError(f"KID needs at least 2 images, not {size}")
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(subsets):
@@ -61,7 +50,7 @@ def kid(
 
 
 def polynomial_mmd(a: Tensor, b: Tensor) -> float:
-    """Unbiased MMD² of equally many rows, kernel (x·y/d + 1)³."""
+    """Return the unbiased MMD² of two arrays (n, d) with the kernel (x·y/d + 1)³."""
     n, d = a.shape
 
     def kernel(u: Tensor, v: Tensor) -> Tensor:
@@ -75,15 +64,18 @@ def polynomial_mmd(a: Tensor, b: Tensor) -> float:
 def fid_infinity(
     reference: Gaussian, samples: Array, points: int = 15, smallest: int = 5000, seed: int = 0
 ) -> tuple[float, list[tuple[int, float]]]:
-    """The Fréchet distance extrapolated to infinitely many samples.
+    """Extrapolate the Fréchet distance to infinitely many samples.
 
-    Distances of ``points`` random subsets, their sizes evenly spaced from ``smallest`` (at most
-    half of the set) to all, fitted by a line in 1/n; returns its intercept and the points.
+    Fit a line in 1/n to the distances of ``points`` random subsets. Their sizes n are evenly spaced
+    from ``smallest``, at most half of the set, to the whole set.
+
+    Returns:
+        The intercept of the line, and the points (n, distance).
     """
     x = as_tensor(samples, torch.float64, reference[0].device)
     smallest = min(smallest, len(x) // 2)
     if smallest < 2:
-        raise EvaluationError(f"FID∞ of {len(x)} images: needs at least 4")
+        raise EvaluationError(f"FID∞ needs at least 4 images, not {len(x)}")
     generator = torch.Generator().manual_seed(seed)
     sizes = np.unique(np.linspace(smallest, len(x), points).astype(int))
     curve = []
@@ -96,10 +88,11 @@ def fid_infinity(
 
 
 def density_coverage(reference: Array, samples: Array, k: int = 5) -> tuple[float, float]:
-    """Density and coverage against balls of the reference's k-th nearest neighbours.
+    """Return density and coverage of ``samples`` (n, d) against ``reference`` (m, d).
 
-    Density: mean number of reference balls around a sample, over k (may exceed 1). Coverage:
-    share of reference balls with a sample inside. Boundaries are outside, as in the authors' code.
+    Each reference image has a ball that reaches to its k-th nearest neighbour, boundary excluded
+    as in the authors' code. Density is the mean number of balls that contain a sample, divided by
+    k; it may exceed 1. Coverage is the fraction of balls that contain a sample.
     """
     ref, fake = as_tensor(reference, torch.float32), as_tensor(samples, torch.float32)
     radii = neighbour_radii(ref, k)
@@ -114,9 +107,9 @@ def density_coverage(reference: Array, samples: Array, k: int = 5) -> tuple[floa
 
 
 def cmmd(reference: Array, samples: Array) -> float:
-    """CLIP-MMD: 1000 · MMD² with a Gaussian kernel of σ = 10 on unit-length embeddings.
+    """Return CLIP-MMD: 1000 · MMD² with a Gaussian kernel of σ = 10 on unit-length embeddings.
 
-    The estimator that keeps the diagonal, as published; blocks of the kernel are summed in float64.
+    The estimator includes the diagonal of the kernel, as published. Sums are in float64.
     """
     x, y = (
         torch.nn.functional.normalize(as_tensor(a, torch.float64), dim=1)
@@ -135,7 +128,7 @@ def cmmd(reference: Array, samples: Array) -> float:
 def class_frechet_distances(
     reference: Array, reference_labels: Array, samples: Array, sample_labels: Array
 ) -> dict[int, float]:
-    """Fréchet distance within each label that both sets have at least twice."""
+    """Return the Fréchet distance for each label that occurs at least twice in both sets."""
     x, y = as_tensor(reference, torch.float32), as_tensor(samples, torch.float32)
     x_labels = as_tensor(reference_labels, torch.int64, x.device)
     y_labels = as_tensor(sample_labels, torch.int64, y.device)
@@ -145,18 +138,21 @@ def class_frechet_distances(
         if min(len(a), len(b)) >= 2:
             distances[label] = frechet_distance_of_features(a, b)
     if not distances:
-        raise EvaluationError("per-class distances: no label has two images in both sets")
+        raise EvaluationError("class_fid: no label occurs at least twice in both sets")
     return distances
 
 
 def memorised_share(
     training: Array, samples: Array, pairs: int = 16
 ) -> tuple[float, list[dict[str, float]]]:
-    """Share of samples nearer to a training image than that image is to any other.
+    """Return the fraction of samples that are memorised, and the closest pairs.
 
-    Samples as distant from the training set as its own images are from each other score about a
-    half; copies score 1. Also the ``pairs`` closest (sample, training, distance), distances as
-    multiples of that training image's own nearest-neighbour distance.
+    A sample is memorised if it is nearer to a training image than that image is to any other
+    training image. Copies give 1; new images of the same distribution give about a half.
+
+    Returns:
+        The fraction, and the ``pairs`` closest pairs as {sample, training, distance}. A distance is
+        relative to the distance between the training image and its nearest neighbour.
     """
     ref, fake = as_tensor(training, torch.float32), as_tensor(samples, torch.float32)
     own = neighbour_radii(ref, 1)
@@ -172,7 +168,7 @@ def memorised_share(
 def bootstrap_deviation(
     values: Callable[[Tensor], float], count: int, replicates: int, seed: int = 0
 ) -> float:
-    """Standard deviation of ``values(indices)`` over resamples of ``count`` images."""
+    """Return the standard deviation of ``values(indices)`` over resamples of ``count`` images."""
     generator = torch.Generator().manual_seed(seed)
     results = [
         values(torch.randint(count, (count,), generator=generator)) for _ in range(replicates)

@@ -1,40 +1,43 @@
-"""Nearest neighbours by tiles of a distance matrix that is never held whole.
+"""Find nearest neighbours in tiles of the distance matrix, which is never held as a whole.
 
-All distances are squared Euclidean. In the mode ``fp32`` they are those of the float32 features,
-in float64: by matrix products, whose rounding is bounded, and where that much decides, by summing
-squared differences, so that equal distances are equal. In ``adm-fp16`` they are those of ADM's
-evaluator: features, norms and product rounded to float16, ((‖u‖² − 2u·v) + ‖v‖²) rounded after each
-step, negative ones set to 0; where a block of 10,000 × 10,000 overflows float16, that block in
-float32.
+All distances are squared Euclidean distances. Two modes compute them:
+
+``fp32``: float32 features in float64, by matrix products. Where the bounded rounding error of the
+product could change a comparison, the distance is recomputed from differences, so that equal
+distances compare equal.
+
+``adm-fp16``: as ADM's evaluator. Features, norms and products are rounded to float16;
+(‖u‖² − 2u·v) + ‖v‖² is rounded after each step; negative values become 0. A block of
+10,000 × 10,000 that overflows float16 is computed in float32.
 """
 
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..choices import DistancePrecision
 from ..errors import EvaluationError
 
-Precision = Literal["fp32", "adm-fp16"]
-ADM_BLOCK = 10_000  # ADM decides about overflow block by block
+ADM_BLOCK = 10_000  # ADM checks each block for overflow
 HALF_MAX = 65504.0
 TILE = {"cpu": 2_500, "cuda": 10_000}
-PAIRS = 1024  # distances summed from differences at once; always as many, so that they round alike
-SPARE_NEIGHBOURS = 8  # looked at beyond the k-th, as rounding may have swapped some
+PAIRS = 1024  # exact distances computed at once; a constant shape keeps the rounding constant
+SPARE_NEIGHBOURS = 8  # candidates beyond the k-th, because rounding may change the order
 
 
-def neighbour_radii(features: Tensor, k: int, mode: Precision = "fp32") -> Tensor:
-    """Squared distance (n,) of each of ``features`` (n, d) to its k-th nearest neighbour.
+def neighbour_radii(features: Tensor, k: int, mode: DistancePrecision = "fp32") -> Tensor:
+    """Return the squared distance (n,) of each row of ``features`` (n, d) to its k-th neighbour.
 
-    ``fp32`` leaves the point itself out. ADM counts it as the nearest and takes number k + 1: the
-    same, but for the rounding of float16.
+    ``fp32`` excludes the row itself. ``adm-fp16`` counts the row as its own nearest neighbour and
+    takes neighbour k + 1, as ADM does; only float16 rounding makes a difference.
     """
     n = len(features)
     if n < k + 1:
         raise EvaluationError(
-            f"{n} images: the {k} nearest neighbours of each need at least {k + 1}"
+            f"{n} images have no {k} nearest neighbours each; at least {k + 1} are needed"
         )
     distances = PairDistances(features, features, mode)
     wanted = k + 1 if mode == "adm-fp16" else min(k + SPARE_NEIGHBOURS, n - 1)
@@ -56,7 +59,7 @@ def neighbour_radii(features: Tensor, k: int, mode: Precision = "fp32") -> Tenso
 def _keep_smallest(
     smallest: Tensor, where: Tensor, rows: slice, columns: slice, block: Tensor
 ) -> None:
-    """Take the distances of ``block`` into the smallest of each row, with where they are."""
+    """Merge a tile into the smallest distances of each row and their column indices, in place."""
     k = smallest.shape[1]
     found = block.topk(min(k, block.shape[1]), dim=1, largest=False, sorted=False)
     candidates = torch.cat((smallest[rows], found.values), 1)
@@ -66,9 +69,9 @@ def _keep_smallest(
 
 
 def coverage_flags(
-    a: Tensor, radii_a: Tensor, b: Tensor, radii_b: Tensor, mode: Precision = "fp32"
+    a: Tensor, radii_a: Tensor, b: Tensor, radii_b: Tensor, mode: DistancePrecision = "fp32"
 ) -> tuple[Tensor, Tensor]:
-    """(n_a,) bool: a point of ``a`` lies within some ball of b; (n_b,) bool: the converse."""
+    """Return which points of ``a`` lie in a ball of ``b`` (n_a,), and the converse (n_b,); bool."""
     a_in = torch.zeros(len(a), dtype=torch.bool, device=a.device)
     b_in = torch.zeros(len(b), dtype=torch.bool, device=a.device)
     distances = PairDistances(a, b, mode)
@@ -79,7 +82,7 @@ def coverage_flags(
 
 
 def nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of ``a`` (n, d) the squared distance to its nearest in ``b``, and its index."""
+    """Return for each row of ``a`` the squared distance and index of the nearest row of ``b``."""
     best = torch.full((len(a),), torch.inf, dtype=torch.float64, device=a.device)
     index = torch.zeros(len(a), dtype=torch.int64, device=a.device)
     distances = PairDistances(a, b, "fp32")
@@ -92,22 +95,25 @@ def nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PairDistances:
-    """Squared distances between rows of ``a`` (n, d) and ``b`` (m, d), float32 features."""
+    """Computes squared distances between rows of ``a`` (n, d) and ``b`` (m, d), float32."""
 
-    def __init__(self, a: Tensor, b: Tensor, mode: Precision) -> None:
-        if mode not in get_args(Precision):
-            raise EvaluationError(f"precision mode {mode!r}: choose one of {get_args(Precision)}")
+    def __init__(self, a: Tensor, b: Tensor, mode: DistancePrecision) -> None:
+        if mode not in get_args(DistancePrecision):
+            raise EvaluationError(
+                f"distances {mode!r}: choose one of {get_args(DistancePrecision)}"
+            )
         if a.shape[1] != b.shape[1]:
             raise EvaluationError(
-                f"features of {a.shape[1]} and {b.shape[1]} dimensions cannot be compared"
+                f"features have {a.shape[1]} and {b.shape[1]} dimensions and cannot be compared"
             )
         self.mode = mode
         self.same = a is b
         self.tile = TILE.get(a.device.type, TILE["cpu"])
         self.raw_a, self.raw_b = a, b
+        self._overflowing: dict[tuple[int, int], bool] = {}  # by start of ADM's block
         if mode == "fp32":
             self.dtype = torch.float64
-            centre = b.double().mean(0)  # distances do not change, cancellation shrinks
+            centre = b.double().mean(0)  # Centring reduces cancellation and keeps distances.
             self.a = a.double() - centre
             self.b = self.a if self.same else b.double() - centre
             self.norm_a, self.norm_b = (x.square().sum(1) for x in (self.a, self.b))
@@ -115,18 +121,18 @@ class PairDistances:
             self.dtype = torch.float32
             self.a, self.b = a.float(), b.float()
             self.half_a, self.half_b = self.a.half(), self.b.half()
-            self.norm_a, self.norm_b = (  # square rounded to half, sum rounded to half
+            self.norm_a, self.norm_b = (  # Round squares and sums to float16.
                 x.square().float().sum(1).half() for x in (self.half_a, self.half_b)
             )
 
     def tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Every (rows, columns, distances)."""
+        """Yield (rows, columns, distances) of each tile."""
         for rows in _slices(len(self.a), self.tile):
             for columns in _slices(len(self.b), self.tile):
                 yield rows, columns, self.block(rows, columns)[0]
 
     def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Distances of the pairs (rows[i], columns[i]) from their differences, float64."""
+        """Return distances of the pairs (rows[i], columns[i]) from their differences, float64."""
         parts = []
         for i, j in zip(rows.split(PAIRS), columns.split(PAIRS), strict=True):
             i, j = (F.pad(index, (0, PAIRS - len(index))) for index in (i, j))
@@ -136,13 +142,13 @@ class PairDistances:
     def within(
         self, rows: slice, columns: slice, block: Tensor, radii: Tensor, strictly: bool = False
     ) -> Tensor:
-        """Which distances of a tile reach no further than ``radii`` (r, 1) or (1, c); bool (r, c).
+        """Return which distances of a tile are ≤ ``radii`` (r, 1) or (1, c), as bool (r, c).
 
-        ``strictly``: fall short of them.
+        With ``strictly``, return which are < ``radii``.
         """
         if self.mode != "fp32":
             return block < radii if strictly else block <= radii
-        # |error| ≤ γ (‖u‖ + ‖v‖)² for products and norms of d terms, γ = d ε (Higham 2002, §3.1)
+        # The rounding error is at most γ (‖u‖ + ‖v‖)² with γ = d ε (Higham 2002, §3.1).
         reach = self.norm_a[rows].max().sqrt() + self.norm_b[columns].max().sqrt()
         slack = (self.a.shape[1] + 8) * torch.finfo(torch.float64).eps * reach.square()
         inside = block <= radii - slack
@@ -154,7 +160,7 @@ class PairDistances:
         return inside
 
     def upper_tiles(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-        """Tiles on and above the diagonal of a set with itself, each with the mirrored one."""
+        """Yield tiles on and above the diagonal (a set with itself), and the mirrored tiles."""
         assert self.same
         for rows in _slices(len(self.a), self.tile):
             for columns in _slices(len(self.a), self.tile):
@@ -163,7 +169,7 @@ class PairDistances:
                     yield rows, columns, block, transposed
 
     def block(self, rows: slice, columns: slice, mirrored: bool = False) -> tuple[Tensor, Tensor]:
-        """Distances (r, c), and those of the swapped pair (c, r) if ``mirrored``."""
+        """Return a tile (r, c) and the mirrored tile (c, r), rounded separately if ``mirrored``."""
         norm_a, norm_b = self.norm_a[rows, None], self.norm_b[None, columns]
         if self.mode == "fp32":
             block = torch.addmm(norm_b, self.a[rows], self.b[columns].T, alpha=-2)
@@ -182,17 +188,18 @@ class PairDistances:
         return block.float(), other.float().T
 
     def _overflows(self, rows: slice, columns: slice) -> bool:
-        """Would ADM's 10,000 × 10,000 block around this tile hold a value that is not finite?"""
+        """Return whether ADM's 10,000 × 10,000 block around this tile overflows float16."""
         rows = _adm_block(rows, len(self.a))
         columns = _adm_block(columns, len(self.b))
         key = (rows.start, columns.start)
-        cache = self.__dict__.setdefault("_overflow_cache", {})
-        if key not in cache:
+        if key not in self._overflowing:
             largest = self.norm_a[rows].float().max(), self.norm_b[columns].float().max()
-            # |2u·v| ≤ 2‖u‖‖v‖, so nothing overflows below this bound (5 % for the rounding)
+            # |2u·v| ≤ 2‖u‖‖v‖, so nothing overflows below this bound (5 % margin for rounding).
             bound = (largest[0].sqrt() + largest[1].sqrt()) ** 2 * 1.05
-            cache[key] = bool(~(bound < HALF_MAX)) and self._block_overflows(rows, columns)
-        return cache[key]
+            self._overflowing[key] = bool(~(bound < HALF_MAX)) and self._block_overflows(
+                rows, columns
+            )
+        return self._overflowing[key]
 
     def _block_overflows(self, rows: slice, columns: slice) -> bool:
         for part in _slices(rows.stop - rows.start, self.tile):
@@ -205,8 +212,8 @@ class PairDistances:
 
 
 def half_product(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ of float16 matrices, summed in float32 and rounded once to float16."""
-    # every float16 product is exact in float32, and TF32 keeps float16's 11 bits too
+    """Return a bᵀ of float16 matrices, summed in float32 and rounded once to float16."""
+    # Products of float16 values are exact in float32 and also in TF32.
     return (a.float() @ b.float().T).half()
 
 

@@ -1,16 +1,11 @@
-"""A small image classifier whose features measure sets that Inception was not made for.
+"""Train small image classifiers (``fid-eval classifier``), whose features replace Inception's.
 
-    python -m fid_eval.networks.classifier train digits.npz --output digits.safetensors
-
-``digits.npz`` holds uint8 images arr_0 (N, H, W, 3) and int64 labels arr_1 (N,). A fifth of the
-images, drawn by the seed, is held out and never trained on; the accuracy on it is printed and kept
-in the file's metadata with everything needed to train it again.
+A random fifth of the images is held out from training. The accuracy on it is stored in the metadata
+of the weights file, with everything that is needed to repeat the training.
 """
 
-import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +15,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..atomic_write import atomic_path
 from ..errors import EvaluationError
 from ..progress import progress
 from ..sets.hashing import file_sha256
 from ..sets.npz import NpzFile
 
 HELD_OUT = 0.2
-SPATIAL_CHANNELS = 4  # of the last map, for the spatial Fréchet distance: 4 × 8 × 8 at 32 px
+SPATIAL_CHANNELS = 4  # of the last feature map: 4 × 8 × 8 spatial features for 32 px images
 
 
 class Classifier(nn.Module):
-    """Five convolutions to a map at a quarter of the resolution, its mean, and a linear head."""
+    """Five convolutions to a quarter of the resolution, mean pooling and a linear head."""
 
     def __init__(self, classes: int, width: int = 64) -> None:
         super().__init__()
@@ -47,9 +43,9 @@ class Classifier(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 3, H, W) → pool (B, width), spatial (B, SPATIAL_CHANNELS · H/4 · W/4)."""
+        """Compute pool (B, width) and spatial (B, SPATIAL_CHANNELS · H/4 · W/4) of uint8 images."""
         maps = self.trunk(images.float() / 127.5 - 1)
-        spatial = maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # channel last
+        spatial = maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # channels last
         return maps.mean((2, 3)), spatial
 
     def forward(self, images: Tensor) -> Tensor:
@@ -57,13 +53,11 @@ class Classifier(nn.Module):
 
 
 def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
-    """A classifier written by ``train`` and its metadata."""
+    """Load a classifier that ``fid-eval classifier`` has written, with its metadata."""
     with safe_open(path, framework="pt") as file:
         metadata = json.loads((file.metadata() or {}).get("fid_eval_classifier", "null"))
         if metadata is None:
-            raise EvaluationError(
-                f"{path}: not written by `python -m fid_eval.networks.classifier train`"
-            )
+            raise EvaluationError(f"{path}: not a file written by fid-eval classifier")
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     model = Classifier(metadata["classes"], metadata["width"])
     model.load_state_dict(state)
@@ -71,9 +65,13 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Small rotations, scalings, shifts, blur, contrast and noise: uint8 (B, 3, H, W) → same.
+    """Apply small random rotations, scalings, shifts, blur, contrast and noise.
 
-    A judge of generated images should forgive these and look at the shape.
+    Features that judge generated images should depend on shapes, not on these differences.
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        generator: source of the random numbers.
     """
 
     def uniform(low: float, high: float) -> Tensor:
@@ -96,13 +94,14 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def split_indices(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to train on and held out."""
+    """Return indices of training images and of held-out images."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     held_out = max(1, round(count * HELD_OUT))
     return order[held_out:], order[:held_out]
 
 
 def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
+    """Return the fraction of uint8 images (N, 3, H, W) whose label is predicted."""
     with torch.inference_mode():
         predicted = torch.cat([model(batch).argmax(1) for batch in images.split(256)])
     return float((predicted == labels).double().mean())
@@ -111,11 +110,11 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
 def train(
     images: Tensor, labels: Tensor, epochs: int, seed: int, batch_size: int = 64, width: int = 64
 ) -> tuple[Classifier, float]:
-    """Train on uint8 (N, 3, H, W); returns the model and its accuracy on the held-out fifth."""
+    """Train on uint8 (N, 3, H, W); return the model and its accuracy on the held-out fifth."""
     fitted, held_out = split_indices(len(images), seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # the initial weights
+        torch.manual_seed(seed)  # initial weights
         model = Classifier(int(labels.max()) + 1, width)
     steps = math.ceil(len(fitted) / batch_size) * epochs
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
@@ -136,83 +135,64 @@ def train(
     return model, accuracy(model, images[held_out], labels[held_out])
 
 
-def train_command(arguments: argparse.Namespace) -> None:
-    output = Path(arguments.output)
+def train_classifier(
+    data: Path,
+    output: Path,
+    name: str | None = None,
+    epochs: int = 40,
+    seed: int = 0,
+    width: int = 64,
+) -> None:
+    """Train a classifier on an .npz, write it to ``output`` and print its held-out accuracy.
+
+    Args:
+        data: .npz with uint8 images arr_0 (N, H, W, 3) and integer labels arr_1 (N,).
+        output: .safetensors to write; it must not exist.
+        name: suffix of metric names; by default the name of ``data``.
+        epochs: passes over the training images.
+        seed: of the held-out images, the initial weights and the augmentation.
+        width: number of pooled features.
+
+    Raises:
+        EvaluationError: ``output`` exists, or ``data`` is not suitable.
+    """
     if output.exists():
         raise EvaluationError(f"{output}: exists and is not overwritten; choose another --output")
     if output.suffix != ".safetensors":
         raise EvaluationError(f"{output}: --output must end in .safetensors")
-    data = NpzFile(arguments.data)
-    if "arr_0" not in data or "arr_1" not in data:
-        raise EvaluationError(f"{arguments.data}: needs images arr_0 and labels arr_1")
-    array, label_array = data["arr_0"].read(), data["arr_1"].read()
+    arrays = NpzFile(data)
+    if "arr_0" not in arrays or "arr_1" not in arrays:
+        raise EvaluationError(f"{data}: needs images arr_0 and labels arr_1")
+    array, label_array = arrays["arr_0"].read(), arrays["arr_1"].read()
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise EvaluationError(
-            f"{arguments.data}: arr_0 is {array.dtype} {array.shape}; uint8 (N, H, W, 3) is needed"
+            f"{data}: arr_0 is {array.dtype} {array.shape}; uint8 (N, H, W, 3) is needed"
         )
     if label_array.shape != (len(array),) or label_array.min() < 0:
-        raise EvaluationError(f"{arguments.data}: arr_1 must be {len(array)} labels ≥ 0")
+        raise EvaluationError(f"{data}: arr_1 must be {len(array)} labels ≥ 0")
     if len(array) < 10:
-        raise EvaluationError(f"{arguments.data}: {len(array)} images are too few to train on")
+        raise EvaluationError(f"{data}: {len(array)} images are too few; at least 10 are needed")
     images = torch.from_numpy(array).permute(0, 3, 1, 2)
     labels = torch.from_numpy(label_array.astype(np.int64))
-    model, held_out_accuracy = train(
-        images, labels, arguments.epochs, arguments.seed, width=arguments.width
-    )
+    model, held_out_accuracy = train(images, labels, epochs, seed, width=width)
     metadata = {
-        "name": arguments.name or Path(arguments.data).stem,
+        "name": name or data.stem,
         "classes": model.head.out_features,
-        "width": arguments.width,
+        "width": width,
         "height_width": list(array.shape[1:3]),
         "held_out_accuracy": held_out_accuracy,
-        "held_out_images": len(split_indices(len(array), arguments.seed)[1]),
-        "data_sha256": file_sha256(arguments.data),
+        "held_out_images": len(split_indices(len(array), seed)[1]),
+        "data_sha256": file_sha256(data),
         "command": (
-            f"python -m fid_eval.networks.classifier train {Path(arguments.data).name} --output "
-            f"{output.name} --epochs {arguments.epochs} --seed {arguments.seed} "
-            f"--width {arguments.width}"
+            f"fid-eval classifier {data.name} --output {output.name} --epochs {epochs} "
+            f"--seed {seed} --width {width}"
         ),
         "torch": torch.__version__,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(state, output, {"fid_eval_classifier": json.dumps(metadata)})
+    with atomic_path(output) as temporary:
+        save_file(state, temporary, {"fid_eval_classifier": json.dumps(metadata)})
     print(
         f"{output}: held-out accuracy {held_out_accuracy:.4f} "
         f"({metadata['held_out_images']} of {len(array)} images held out)"
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m fid_eval.networks.classifier",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command = parser.add_subparsers(required=True).add_parser("train", help="train a classifier")
-    command.add_argument("data", help=".npz with uint8 arr_0 (N, H, W, 3) and labels arr_1")
-    command.add_argument("--output", required=True, help=".safetensors to write; never overwritten")
-    command.add_argument("--name", help="name in metric names (default: the data file's)")
-    command.add_argument(
-        "--epochs", type=int, default=40, help="passes over the images (default: 40)"
-    )
-    command.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="of split, initial weights and augmentation (default: 0)",
-    )
-    command.add_argument(
-        "--width", type=int, default=64, help="dimensions of the pooled feature (default: 64)"
-    )
-    arguments = parser.parse_args(argv)
-    try:
-        train_command(arguments)
-    except (EvaluationError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""DINOv2's class token on 224 × 224 images, preprocessed as torch-fidelity does."""
+"""Compute DINOv2's class token of 224 × 224 images, preprocessed as in torch-fidelity."""
 
 from pathlib import Path
 
@@ -14,10 +14,14 @@ DEVIATION = (0.229, 0.224, 0.225)
 
 
 class DINOv2(nn.Module):
-    """``architecture`` (dinov2_vitl14, …) of the published repository, through torch.hub.
+    """A network of the published repository, loaded with torch.hub.
 
-    torch-fidelity's own extractor takes no local weights. Here ``state`` may be given, and a copy
-    of the repository in torch.hub's folder is used before the network is tried.
+    Unlike torch-fidelity's extractor, it accepts local weights and prefers a local copy of the
+    repository in the folder of torch.hub.
+
+    Args:
+        architecture: dinov2_vitl14, …
+        state: weights; None for the published weights.
     """
 
     mean: Tensor
@@ -35,8 +39,8 @@ class DINOv2(nn.Module):
                 model = torch.hub.load(REPOSITORY, architecture, pretrained=state is None)
         except Exception as error:
             raise EvaluationError(
-                f"cannot load DINOv2 ({error}). Without a network: put a clone of "
-                f"github.com/{REPOSITORY} at {local} and give the weights with --weights"
+                f"cannot load DINOv2 ({error}). Without a network, copy a clone of "
+                f"github.com/{REPOSITORY} to {local} and give the weights with --weights"
             ) from None
         if state is not None:
             model.load_state_dict(state)
@@ -45,5 +49,5 @@ class DINOv2(nn.Module):
         self.register_buffer("std", torch.tensor(DEVIATION).view(3, 1, 1) * 255, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) → (B, d)."""
+        """Compute features (B, d) from uint8 (B, 3, H, W)."""
         return self.model((resize_like_tensorflow(images, 224) - self.mean) / self.std)

@@ -1,9 +1,9 @@
-"""Feature extractors by name or import path.
+"""Find feature extractors by name or import path.
 
-An extractor turns uint8 (B, 3, H, W) into ``pool`` (B, d) and, where it has them, ``spatial``
-(B, s); ``logits`` maps pooled features to class logits. What identifies it (name, hash of the
-weights, preprocessing) is known before the network is built, so that bad input is refused and
-cached features are found without it.
+An extractor computes ``pool`` (B, d) and optionally ``spatial`` (B, s) from uint8 (B, 3, H, W). It
+may compute class ``logits`` from ``pool``. Its identity (name, hash of the weights, preprocessing)
+is known before the network is built. Wrong input is therefore rejected, and cached features are
+found, without loading weights.
 """
 
 import contextlib
@@ -11,24 +11,25 @@ import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..choices import NetworkPrecision
 from ..errors import EvaluationError
-from .weight_files import checked_sha256, hub_file, load_state, repacked, state_sha256
+from .weight_files import checked_sha256, hub_file, load_state, save_to_buffer, state_sha256
 
-NetworkPrecision = Literal["float32", "tf32", "bf16"]
 DIGITS_WEIGHTS = Path(__file__).parents[1] / "weights" / "digits.safetensors"
 
-# sha256 of the published weights; DINOv2's publishers give none
+# SHA-256 and URL of published weights. DINOv2 is published without hashes.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
 )
 VGG16_SHA256_START = "397923af"
+VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 DINOV2 = {
     "dinov2": "dinov2_vitl14",  # FD-DINOv2 is defined with ViT-L/14 (Stein et al. 2023)
     "dinov2-vit-s-14": "dinov2_vits14",
@@ -37,7 +38,7 @@ DINOV2 = {
     "dinov2-vit-g-14": "dinov2_vitg14",
 }
 CLIP = {
-    "clip": "clip-vit-l-14-336px",  # CMMD is defined with it (Jayasumana et al. 2024)
+    "clip": "clip-vit-l-14-336px",  # CMMD is defined with this model (Jayasumana et al. 2024)
     "clip-vit-b-32": "clip-vit-b-32",
     "clip-vit-l-14": "clip-vit-l-14",
 }
@@ -46,31 +47,42 @@ TF_RESIZE = "TensorFlow 1 bilinear"
 
 @dataclass
 class Extractor:
-    """What is known of a feature extractor, and the network once it is needed.
+    """A feature extractor, whose network is built when it is first used.
 
-    ``label``: None for the published Inception, whose numbers have names of their own (fid, …);
-    for every other extractor the word that its metric names carry (fd_digits, …).
-    ``build()`` gives a module or function uint8 (B, 3, H, W) → Tensor or {"pool": …,
-    "spatial": …}, with an optional method ``logits(pool)``.
+    Attributes:
+        name: name on the command line.
+        label: suffix of metric names (fd_digits, …); None for the published Inception, whose
+            metrics have the names of papers (fid, …).
+        sha256: hash of the weights.
+        preprocessing: description of the resizing and scaling of images.
+        build: returns a module or function from uint8 (B, 3, H, W) to a Tensor or {"pool": …,
+            "spatial": …}, optionally with a method ``logits(pool)``.
+        image_size: the only (height, width) that it accepts, or None.
+        has_spatial: whether it computes spatial features.
+        has_logits: whether it has a method ``logits``.
+        knows_labels: whether its classes are the labels of the data.
+        dimensions: number of features by layer, as far as known.
+        network: the network, once it is built.
     """
 
     name: str
     label: str | None
-    sha256: str | None  # of the weights
+    sha256: str | None
     preprocessing: str
     build: Callable[[], Any]
-    image_size: tuple[int, int] | None = None  # the only size it takes
+    image_size: tuple[int, int] | None = None
     has_spatial: bool = False
     has_logits: bool = False
-    knows_labels: bool = False  # its classes are the data's labels
+    knows_labels: bool = False
     dimensions: dict[str, int] = field(default_factory=dict)
     network: Any = None
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for two sets of features to be comparable."""
+        """Return what must be equal for two sets of features to be comparable."""
         return {"name": self.name, "sha256": self.sha256, "preprocessing": self.preprocessing}
 
     def load(self, device: torch.device, compiled: bool = False) -> None:
+        """Build the network on ``device``, unless it is built already."""
         if self.network is not None:
             return
         network = self.build()
@@ -86,7 +98,7 @@ class Extractor:
         return {key: value.float().flatten(1) for key, value in out.items()}
 
     def logits(self, pool: Tensor, device: torch.device) -> Tensor:
-        """Class logits (n, classes) of pooled features (n, d), on ``device``."""
+        """Compute class logits (n, classes) of pooled features (n, d) on ``device``."""
         self.load(device)
         with torch.inference_mode(), network_precision("float32"):
             return torch.cat([self.network.logits(x.to(device)) for x in pool.split(8192)])
@@ -94,7 +106,7 @@ class Extractor:
 
 @contextlib.contextmanager
 def network_precision(precision: NetworkPrecision, device_type: str = "cuda") -> Iterator[None]:
-    """Run float32 convolutions and products as ``precision`` says; restores what was set."""
+    """Set the precision of float32 convolutions and products; restore the old one on exit."""
     if precision not in get_args(NetworkPrecision):
         raise EvaluationError(
             f"network precision {precision!r}: choose one of {get_args(NetworkPrecision)}"
@@ -115,26 +127,32 @@ def network_precision(precision: NetworkPrecision, device_type: str = "cuda") ->
 def get_extractor(
     name: str, weights: str | Path | None = None, weights_sha256: str | None = None
 ) -> Extractor:
-    """The extractor called ``name``: of EXTRACTORS, or an import path ``package.module:factory``.
+    """Return the extractor called ``name``.
 
-    ``weights``: a local file. Its sha256 must be the published one, or ``weights_sha256``, which
-    accepts other weights knowingly (the metric names then carry the first eight digits).
+    Args:
+        name: a key of ``EXTRACTORS``, or an import path ``package.module:factory``.
+        weights: a local file of weights with the published SHA-256 or with ``weights_sha256``.
+        weights_sha256: SHA-256 that permits other weights than the published ones. The names of
+            metrics then end in its first eight digits.
+
+    Raises:
+        EvaluationError: unknown name, missing file, or wrong hash.
     """
     weights = Path(weights).expanduser() if weights is not None else None
     if weights is not None and not weights.is_file():
-        raise EvaluationError(f"{weights}: no such file of extractor weights")
+        raise EvaluationError(f"{weights}: no such weights file (--weights)")
     if name in EXTRACTORS:
         return EXTRACTORS[name](name, weights, weights_sha256)
     if ":" in name:
         return _imported(name, weights, weights_sha256)
     raise EvaluationError(
-        f"extractor {name!r}: not one of {', '.join(EXTRACTORS)}, nor an import path "
+        f"extractor {name!r} is unknown; give one of {', '.join(EXTRACTORS)}, or an import path "
         "package.module:factory"
     )
 
 
 def label_of(name: str, published: bool, sha256: str | None) -> str:
-    """What metric names carry: the extractor's name, and digits of weights not the published."""
+    """Return the suffix of metric names: the extractor and, for own weights, digits of the hash."""
     word = "".join(c if c.isalnum() else "_" for c in name.lower())
     return word if published or sha256 is None else f"{word}_{sha256[:8]}"
 
@@ -166,7 +184,7 @@ def _inception(name: str, weights: Path | None, given: str | None) -> Extractor:
 
 
 class _Classified(nn.Module):
-    """A ``Classifier`` behind the extractor interface."""
+    """Adapts a ``Classifier`` to the extractor interface."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -185,11 +203,14 @@ def _classifier(name: str, weights: Path | None, given: str | None) -> Extractor
 
     if name == "digits":
         if weights is not None:
-            raise EvaluationError("digits: its weights are built in; use --extractor classifier")
+            raise EvaluationError(
+                "the extractor digits has built-in weights; to give --weights, use --extractor "
+                "classifier"
+            )
         weights = DIGITS_WEIGHTS
     if weights is None:
         raise EvaluationError(
-            f"{name}: give --weights, from python -m fid_eval.networks.classifier train"
+            f"the extractor {name} needs --weights FILE, written by fid-eval classifier"
         )
     sha256, _ = checked_sha256(weights, None, given)
     model, metadata = load_classifier(weights)
@@ -210,7 +231,7 @@ def _classifier(name: str, weights: Path | None, given: str | None) -> Extractor
 
 
 class _FirstOf(nn.Module):
-    """A torch-fidelity extractor, which returns a tuple."""
+    """Returns the first of the features of a torch-fidelity extractor."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -227,13 +248,12 @@ def _vgg16(name: str, weights: Path | None, given: str | None) -> Extractor:
         sha256 = sha256 if published else found
 
     def build() -> nn.Module:
-        from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
-        from torchvision.models import VGG16_Weights
+        from torch_fidelity import FeatureExtractorVGG16
 
-        path = weights or hub_file(VGG16_Weights.IMAGENET1K_V1.url, VGG16_SHA256_START)
+        path = weights or hub_file(VGG16_URL, VGG16_SHA256_START)
         checked_sha256(path, sha256, None)
-        safe = repacked(load_state(path))
-        return _FirstOf(FeatureExtractorVGG16("vgg16", ["fc2_relu"], safe))
+        state = save_to_buffer(load_state(path))
+        return _FirstOf(FeatureExtractorVGG16("vgg16", ["fc2_relu"], state))
 
     return Extractor(
         "vgg16",
@@ -254,10 +274,12 @@ def _clip(name: str, weights: Path | None, given: str | None) -> Extractor:
         sha256, _ = checked_sha256(weights, published, given)
 
     def build() -> nn.Module:
-        from torch_fidelity.feature_extractor_clip import FeatureExtractorCLIP
+        from torch_fidelity import FeatureExtractorCLIP
 
         path = weights or hub_file(MODEL_URLS[model_name], published)
-        checked_sha256(path, sha256, None)  # a TorchScript archive: run only if known
+        checked_sha256(
+            path, sha256, None
+        )  # A TorchScript archive runs code: the hash must be known.
         return _FirstOf(FeatureExtractorCLIP(model_name, ["clip"], str(path)))
 
     return Extractor(
@@ -279,7 +301,7 @@ def _dinov2(name: str, weights: Path | None, given: str | None) -> Extractor:
 
     return Extractor(
         name,
-        label_of(name, True, None),  # their publishers give no hash to tell them by
+        label_of(name, True, None),  # There is no published hash to compare with.
         sha256,
         f"{TF_RESIZE} to 224, ImageNet mean and deviation",
         build,
@@ -291,22 +313,29 @@ def _imported(name: str, weights: Path | None, given: str | None) -> Extractor:
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise EvaluationError(f"extractor {name!r}: cannot import it: {error}") from None
+        raise EvaluationError(f"extractor {name!r} cannot be imported: {error}") from None
     sha256 = checked_sha256(weights, None, given)[0] if weights is not None else None
     made = factory(weights) if weights is not None else factory()
     return wrap_extractor(made, attribute, sha256)
 
 
 def wrap_extractor(network: Any, name: str | None = None, sha256: str | None = None) -> Extractor:
-    """The user's own module or function uint8 (B, 3, H, W) → (B, d) or a dict, as an Extractor.
+    """Make an Extractor of a module or function from uint8 (B, 3, H, W) to (B, d) or a dict.
 
-    Optional attributes: ``name``, ``preprocessing``, ``image_size``, ``logits``, ``knows_labels``,
-    ``has_spatial``. Without a weights file, a module is identified by the hash of its state dict.
+    ``network`` may have the attributes ``name``, ``preprocessing``, ``image_size``, ``logits``,
+    ``knows_labels`` and ``has_spatial`` of ``Extractor``.
+
+    Args:
+        network: the module or function.
+        name: its name, unless it has an attribute ``name``.
+        sha256: hash of its weights; by default of the state dict of a module.
     """
     if isinstance(network, Extractor):
         return network
     if not callable(network):
-        raise EvaluationError(f"extractor {name!r}: {type(network).__name__} is not callable")
+        raise EvaluationError(
+            f"extractor {name!r} is a {type(network).__name__}, which is not callable"
+        )
     if sha256 is None and isinstance(network, nn.Module):
         sha256 = state_sha256(network)
     own = getattr(network, "name", None) or getattr(network, "__name__", None)

@@ -1,41 +1,21 @@
-"""The 2015 Inception-v3 of ADM's evaluator, with the three outputs that its metrics read."""
-
-import importlib
-import sys
-from importlib.util import find_spec
-from types import ModuleType
+"""Build the 2015 Inception-v3 of ADM's evaluator with pooled features, spatial features, logits."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch_fidelity import FeatureExtractorInceptionV3
 
-from .weight_files import repacked
+from .weight_files import save_to_buffer
 
-
-def torch_fidelity_module(name: str) -> ModuleType:
-    """``torch_fidelity.NAME`` alone: with the package comes torchvision, which takes seconds."""
-    spec = find_spec("torch_fidelity")
-    if "torch_fidelity" in sys.modules or spec is None:
-        return importlib.import_module(f"torch_fidelity.{name}")
-    package = ModuleType("torch_fidelity")
-    package.__path__ = list(spec.submodule_search_locations or ())
-    sys.modules["torch_fidelity"] = package
-    try:
-        return importlib.import_module(f"torch_fidelity.{name}")
-    finally:
-        del sys.modules["torch_fidelity"]  # whoever wants all of it imports it
-
-
-fidelity = torch_fidelity_module("feature_extractor_inceptionv3")
-
-SPATIAL_CHANNELS = 7  # of the 192 of mixed_6/conv: Nash et al. 2021
+SPATIAL_CHANNELS = 7  # first of the 192 channels of mixed_6/conv (Nash et al. 2021)
 
 
 def resize_like_tensorflow(images: Tensor, size: int) -> Tensor:
-    """TensorFlow 1's bilinear resize: uint8 (B, 3, H, W) → float32 (B, 3, size, size).
+    """Resize uint8 (B, 3, H, W) to float32 (B, 3, size, size) as TensorFlow 1 does, bilinearly.
 
-    Pixel i of the result is read at i · H/size, without half-pixel centres. The same bits as
-    torch-fidelity's function, which interpolates every row twice. Channels last.
+    Pixel i of the result is read at i · H/size, without half-pixel centres. The result is
+    bit-identical to that of torch-fidelity's function, which is slower, and in channels-last
+    memory format.
     """
     rows = images.permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
     for dim in (2, 1):
@@ -50,15 +30,16 @@ def resize_like_tensorflow(images: Tensor, size: int) -> Tensor:
     return rows.permute(0, 3, 1, 2)
 
 
-def fuses(x: Tensor) -> bool:
-    """Whether there is a cuDNN for ``x``; AMD's GPUs are "cuda" too, and have none."""
+def has_cudnn(x: Tensor) -> bool:
+    """Return whether cuDNN can process ``x``. AMD GPUs are "cuda" devices without cuDNN."""
     return x.is_cuda and torch.version.cuda is not None and torch.backends.cudnn.enabled
 
 
 class FusedConv(nn.Module):
-    """torch-fidelity's BasicConv2d; on an NVIDIA GPU, cuDNN also normalises and applies the ReLU.
+    """Convolution, batch normalization and ReLU; on an NVIDIA GPU one fused cuDNN kernel.
 
-    One pass over every activation instead of three (``benchmarks/evaluation.py``, "network").
+    Fusion reads and writes activations once instead of three times (``benchmarks/evaluation.py``,
+    section "network").
     """
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
@@ -67,7 +48,8 @@ class FusedConv(nn.Module):
         self.folded: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not fuses(x) or torch.compiler.is_compiling():  # which fuses by itself
+        if not has_cudnn(x) or torch.compiler.is_compiling():
+            # torch.compile fuses these operations itself.
             return F.relu(self.bn(self.conv(x)), inplace=True)
         if self.folded is None or self.folded[0].device != x.device:
             self.folded = self.fold()
@@ -82,7 +64,7 @@ class FusedConv(nn.Module):
         )
 
     def fold(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of convolution and normalisation as one, rounded once from float64."""
+        """Fold the normalization into weight and bias; compute in float64 and round once."""
         bn = self.bn
         assert bn.running_mean is not None
         assert bn.running_var is not None
@@ -93,16 +75,17 @@ class FusedConv(nn.Module):
 
 
 class Inception(nn.Module):
-    """torch-fidelity's network (weights converted from TensorFlow), read at ADM's layers.
+    """torch-fidelity's network, with weights converted from TensorFlow and ADM's outputs.
 
-    pool (B, 2048): the mean of the last map. spatial (B, 2023): the first 7 channels of
-    mixed_6/conv (here Mixed_6d.branch1x1, after its ReLU), 17 × 17 × 7, channel last. logits:
-    pool · Wᵀ without the bias, 1008 classes.
+    pool (B, 2048) is the mean of the last feature map. spatial (B, 2023) are the first 7 channels
+    of mixed_6/conv (Mixed_6d.branch1x1 in torch-fidelity, after its ReLU), 17 × 17 × 7 in
+    channels-last order. logits (B, 1008) are pool · Wᵀ without bias.
     """
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
-        net = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], repacked(state))
+        weights = save_to_buffer(state)
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
         self.size = net.INPUT_IMAGE_SIZE
         self.stem = nn.Sequential(
             net.Conv2d_1a_3x3, net.Conv2d_2a_3x3, net.Conv2d_2b_3x3, net.MaxPool_1,
@@ -115,19 +98,22 @@ class Inception(nn.Module):
             net.Mixed_6e, net.Mixed_7a, net.Mixed_7b, net.Mixed_7c, net.AvgPool
         )
         self.fc = net.fc
+        convolution = type(net.Conv2d_1a_3x3)  # children conv and bn, then a ReLU
         for module in list(self.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, fidelity.BasicConv2d):
+                if isinstance(child, convolution):
                     setattr(module, name, FusedConv(child.conv, child.bn))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W) → pool (B, 2048), spatial (B, 2023)."""
+        """Compute pool (B, 2048) and spatial (B, 2023) from uint8 (B, 3, H, W)."""
         x = (resize_like_tensorflow(images, self.size) - 128) / 128
         x = self.stem(x)  # (B, 768, 17, 17)
-        spatial = self.middle.branch1x1(x)[:, :SPATIAL_CHANNELS]  # computed again below: 1 %
+        spatial = self.middle.branch1x1(x)[
+            :, :SPATIAL_CHANNELS
+        ]  # The next line computes it again: 1 %.
         x = self.top(self.middle(x)).flatten(1)
         return {"pool": x, "spatial": spatial.permute(0, 2, 3, 1).flatten(1)}
 
     def logits(self, pool: Tensor) -> Tensor:
-        """(B, 2048) → (B, 1008)."""
+        """Compute class logits (B, 1008) from pool (B, 2048)."""
         return pool @ self.fc.weight.T

@@ -1,10 +1,9 @@
-"""Files of extractor weights: their hashes, loading them safely, fetching them once."""
+"""Download extractor weights, check their hashes and load them safely."""
 
 import hashlib
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,33 +13,44 @@ from ..sets.hashing import file_sha256
 
 
 def checked_sha256(weights: Path, published: str | None, given: str | None) -> tuple[str, bool]:
-    """(sha256 of the file, is it the published one?); refuses a file that is neither."""
+    """Return the SHA-256 of a weights file, and whether it is the published file.
+
+    Args:
+        weights: the file.
+        published: SHA-256 of the published weights, or its first digits; None if there is none.
+        given: SHA-256 that the user expects, or None.
+
+    Raises:
+        EvaluationError: the file has neither hash.
+    """
     found = file_sha256(weights)
     if given is not None and found != given.lower():
-        raise EvaluationError(f"{weights}: sha256 {found}, not {given} as asked: another file")
+        raise EvaluationError(f"{weights}: the sha256 is {found}, not {given}; it is another file")
     is_published = published is not None and found.startswith(published)
     if published is not None and not is_published and given is None:
         raise EvaluationError(
-            f"{weights}: sha256 {found}, the published weights have {published}: damaged or other "
-            f"weights. If you mean these, say --weights-sha256 {found}"
+            f"{weights}: the sha256 is {found}, but the published weights have {published}. The "
+            f"file is damaged or holds other weights; to use it, add --weights_sha256 {found}"
         )
     return found, is_published
 
 
 def load_state(weights: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors or a pickle that holds tensors only."""
+    """Load a state dict from .safetensors, or from a PyTorch file that holds only tensors."""
     if weights.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(weights)
     try:
         return torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or unsafe file
-        raise EvaluationError(f"{weights}: not a plain file of weights: {error}") from None
+    except Exception as error:  # torch raises many types for damaged or unsafe files
+        raise EvaluationError(
+            f"{weights}: not a file that holds only tensors, or damaged: {error}"
+        ) from None
 
 
 def hub_file(url: str, published: str | None) -> Path:
-    """The file of ``url`` in torch's download folder, fetched there if it is missing."""
+    """Return the path of ``url`` in the download folder of torch.hub; download it if missing."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,14 +58,14 @@ def hub_file(url: str, published: str | None) -> Path:
             torch.hub.download_url_to_file(url, str(path), published, progress=True)
         except Exception as error:
             raise EvaluationError(
-                f"cannot download {url} ({error}). Without a network: fetch it elsewhere and give "
-                f"its path with --weights, or put it at {path}"
+                f"cannot download {url} ({error}). Without a network, download it elsewhere and "
+                f"give its path with --weights, or copy it to {path}"
             ) from None
     return path
 
 
-def repacked(state: dict[str, Tensor]) -> Any:
-    """A state dict, already loaded safely, as the pickle that torch-fidelity insists on opening."""
+def save_to_buffer(state: dict[str, Tensor]) -> io.BytesIO:
+    """Save a safely loaded state dict to memory, because torch-fidelity only accepts files."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
@@ -63,6 +73,7 @@ def repacked(state: dict[str, Tensor]) -> Any:
 
 
 def state_sha256(module: nn.Module) -> str:
+    """Return the SHA-256 of names, shapes, dtypes and values of a module's state dict."""
     digest = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
         value = value.detach().cpu().contiguous()

@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..distributed import local_processes
+from ..distributed import local_world_size
 from ..errors import EvaluationError
 
 PROCESSES_FROM = 500  # decode smaller sets in threads: starting processes takes longer
@@ -65,7 +65,7 @@ def load_spans(
     """
     height, width = reader.size or (256, 256)
     # Share the free memory with the other ranks of this machine and with another set read ahead.
-    spare = psutil.virtual_memory().available // (4 * local_processes())
+    spare = psutil.virtual_memory().available // (4 * local_world_size())
     slots = max(2, min(READ_AHEAD, spare) // (batch_size * height * width * 3))
     if decoding and CAN_FORK:
         # Many slots, to fill while the network is built or the previous set is measured.

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fid_eval import evaluate
-from fid_eval.networks.classifier import augment, load_classifier, main
+from fid_eval.__main__ import main
+from fid_eval.networks.classifier import augment, load_classifier
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def data(tmp_path_factory):
 
 def test_trained_classifier_measures_its_own_data(data, tmp_path, capsys):
     output = tmp_path / "stripes.safetensors"
-    arguments = ["train", str(data), "--output", str(output), "--epochs", "6", "--width", "16"]
+    arguments = ["classifier", str(data), "--output", str(output), "--epochs", "6", "--width", "16"]
     assert main(arguments) == 0
     assert "held-out accuracy" in capsys.readouterr().out
     _, metadata = load_classifier(output)
@@ -55,9 +56,8 @@ def test_trained_classifier_measures_its_own_data(data, tmp_path, capsys):
 )
 def test_data_it_cannot_train_on_is_refused(arrays, message, tmp_path, capsys):
     np.savez(tmp_path / "a.npz", *arrays)
-    assert (
-        main(["train", str(tmp_path / "a.npz"), "--output", str(tmp_path / "o.safetensors")]) == 2
-    )
+    output = str(tmp_path / "o.safetensors")
+    assert main(["classifier", str(tmp_path / "a.npz"), "--output", output]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o.safetensors").exists()
 

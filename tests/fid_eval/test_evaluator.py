@@ -198,8 +198,8 @@ def test_features_and_statistics_from_safetensors(sets, tmp_path):
     result = evaluate(str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), **options())
     assert result["fd_projection"] == pytest.approx(expected["fd_projection"], rel=1e-9)
     assert "precision_projection" not in result.metrics
-    assert any("precision not measured" in warning for warning in result.warnings)
-    with pytest.raises(EvaluationError, match=r"precision cannot be measured: reference .*a.safe"):
+    assert any("precision not computed" in warning for warning in result.warnings)
+    with pytest.raises(EvaluationError, match=r"precision cannot be computed: reference .*a.safe"):
         evaluate(str(tmp_path / "a.safetensors"), b, **options(metrics=["precision"]))
 
 
@@ -266,7 +266,7 @@ def test_accuracy_counts_conditional_samples_recognised():
     assert result["accuracy_projection"] == 18 / 20
     unlabelled = evaluate(images, [images], **options(extractor=Brightness()))
     assert "accuracy_projection" not in unlabelled.metrics
-    with pytest.raises(EvaluationError, match="accuracy needs labelled batches"):
+    with pytest.raises(EvaluationError, match="accuracy needs batches with labels"):
         evaluate(images, [images], metrics=["accuracy"], **options(extractor=Brightness()))
 
 
@@ -291,7 +291,7 @@ BLACK = np.zeros((6, SIDE, SIDE, 3), np.uint8)
 @pytest.mark.parametrize(
     ("samples", "more", "message"),
     [
-        (BLACK[:1], {"metrics": ["fid"]}, "1 image; a distribution"),
+        (BLACK[:1], {"metrics": ["fid"]}, "holds 1 image; at least 2"),
         (BLACK[:3], {}, "3 images, but .* at least 4"),
         (np.zeros((6, 9, 9, 3), np.uint8), {}, "image sizes differ: reference is 8×8 and samples"),
         (BLACK, {"metrics": ["class_fid"]}, "has no labels"),
@@ -347,7 +347,7 @@ def test_what_departs_from_the_papers_convention_is_said():
     five = ["fid", "sfid", "is", "precision", "recall"]
     assert convention_warnings(five, 50_000, "statistics", 10_000) == []
     said = " ".join(convention_warnings(five, 5_000, "images", 5_000))
-    for words in ("5,000 samples; papers use 50,000", "statistics of the whole training set",
+    for words in ("5,000 samples; papers use 50,000", "statistics of the training set",
                   "5,000 reference images; papers use 10,000"):  # fmt: skip
         assert words in said
 
@@ -355,7 +355,7 @@ def test_what_departs_from_the_papers_convention_is_said():
 def test_features_of_unknown_origin_are_said_to_be(sets, tmp_path):
     save_file({"pool": features_of(sets[0][0])}, tmp_path / "a.safetensors")
     result = evaluate(str(tmp_path / "a.safetensors"), sets[1], **options(metrics=["fid"]))
-    assert any("does not say which extractor" in warning for warning in result.warnings)
+    assert any("does not name the extractor" in warning for warning in result.warnings)
 
 
 def test_dinov2_from_a_local_repository_and_weights(tmp_path, monkeypatch):

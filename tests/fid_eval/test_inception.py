@@ -1,8 +1,6 @@
 """End to end through Inception with seeded random weights, against torch-fidelity's own network."""
 
 import io
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -102,7 +100,7 @@ def test_precision_and_recall(result, features):
     assert value(result, "recall") == inside(a, b)
 
 
-def test_results_of_other_weights_never_bear_the_published_names(result, network):
+def test_results_of_other_weights_never_have_the_published_names(result, network):
     path, _ = network
     label = f"inception_{file_sha256(path)[:8]}"
     assert all(key.endswith(label) for key in result.metrics)
@@ -111,7 +109,7 @@ def test_results_of_other_weights_never_bear_the_published_names(result, network
 
 def test_unpublished_weights_are_refused_unless_named(network, sets):
     path, _ = network
-    with pytest.raises(EvaluationError, match=r"published weights have 6726825d.*--weights-sha256"):
+    with pytest.raises(EvaluationError, match=r"published weights have 6726825d.*--weights_sha256"):
         evaluate(sets[0], sets[1], weights=path)
     with pytest.raises(EvaluationError, match="another file"):
         evaluate(sets[0], sets[1], weights=path, weights_sha256="00" * 32)
@@ -120,7 +118,7 @@ def test_unpublished_weights_are_refused_unless_named(network, sets):
 def test_weights_that_are_no_tensors_are_not_unpickled(tmp_path, sets):
     path = tmp_path / "evil.pth"
     torch.save({"a": print}, path)
-    with pytest.raises(EvaluationError, match="not a plain file of weights"):
+    with pytest.raises(EvaluationError, match="not a file that holds only tensors"):
         evaluate(sets[0], sets[1], weights=path, weights_sha256=file_sha256(path), quiet=True)
 
 
@@ -160,14 +158,3 @@ def test_every_convolution_takes_its_normalisation_in(network):
         ).relu()
         separate = layer.double()(x.double())
         assert (folded - separate).norm() <= 1e-7 * separate.norm()
-
-
-def test_the_network_comes_without_the_rest_of_torch_fidelity():
-    program = (
-        "import sys, fid_eval.networks.inception as ours\n"
-        "assert not {'torchvision', 'torch_fidelity'} & set(sys.modules)\n"
-        "import torch_fidelity as whole\n"
-        "assert whole.FeatureExtractorInceptionV3 is ours.fidelity.FeatureExtractorInceptionV3\n"
-        "assert 'torchvision' in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)

@@ -15,6 +15,7 @@ from PIL import Image
 from fid_eval import evaluate, report
 from fid_eval.__main__ import main
 from fid_eval.evaluator import Evaluator
+from fid_eval.parsers import SUBCOMMANDS
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_a_broken_set_is_reported_at_the_end_with_exit_code_1(folder, tmp_path, 
     output = tmp_path / "r.json"
     assert run(folder / "ref.npz", broken, folder / "step-100.npz", "--output", output) == 1
     captured = capsys.readouterr()
-    assert captured.err.strip() == f"error: {document(output)['sets'][0]['error']}"
+    assert captured.err.strip().endswith(f": error: {document(output)['sets'][0]['error']}")
     assert "not a complete .npz" in captured.err
     assert document(output)["sets"][1]["metrics"]["fd_digits"] > 0
 
@@ -77,10 +78,12 @@ def test_a_broken_set_is_reported_at_the_end_with_exit_code_1(folder, tmp_path, 
     [
         (["ref.npz", "none.npz"], "none.npz: no such file or folder"),
         (["none.npz", "step-100.npz"], "no such file or folder, and no saved reference"),
-        (["ref.npz"], "no samples to compare"),
+        (["ref.npz"], "no sample sets to compare"),
         (["ref.npz", "step-100.npz", "--metrics", "fjd"], "did you mean 'fid'"),
         (["ref.npz", "step-100.npz", "--batch-size", "0"], "at least 1"),
-        (["ref.npz", "step-100.npz", "--no-such-option"], "unrecognized arguments"),
+        (["ref.npz", "step-100.npz", "--batch_sizes", "8"], "did you mean '--batch_size'"),
+        (["ref.npz", "step-100.npz", "--crop"], "--crop needs --resize SIZE"),
+        (["classifier", "none.npz", "--output", "a.safetensors"], "none.npz: no such file"),
         (["stats", "ref.npz", "--output", "ref.npz"], "exists and is not overwritten"),
         (["stats", "none", "--name", "a"], "none: no such file"),
     ],
@@ -88,11 +91,14 @@ def test_a_broken_set_is_reported_at_the_end_with_exit_code_1(folder, tmp_path, 
 def test_bad_input_is_one_line_and_exit_code_2(folder, arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("FID_EVAL_HOME", str(folder / "home"))
-    assert run(*arguments) == 2
+    monkeypatch.setattr(sys, "argv", ["/some/fid_eval/__main__.py"])
+    runtime = [] if arguments[0] == "classifier" else ["--extractor", "digits", "--quiet"]
+    assert main([*arguments, *runtime]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
-    assert captured.err.startswith("error: ")
+    program = "python -m fid_eval" + f" {arguments[0]}" * (arguments[0] in SUBCOMMANDS)
+    assert captured.err.startswith(f"{program}: error: ")
     assert not captured.out
 
 
@@ -138,7 +144,7 @@ def test_mistakes_in_a_jobs_file_are_errors(text, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_same_command_goes_on_where_it_was_killed(folder, tmp_path, monkeypatch):
+def test_resume_continues_a_killed_run(folder, tmp_path, monkeypatch):
     sets = [folder / "step-100.npz", folder / "step-200.npz"]
     output = tmp_path / "r.json"
     measured = []
@@ -153,23 +159,29 @@ def test_the_same_command_goes_on_where_it_was_killed(folder, tmp_path, monkeypa
     monkeypatch.setattr(Evaluator, "__call__", counted)
     assert run(folder / "ref.npz", *sets, "--output", output) == 130
     assert len(document(output)["sets"]) == 1
-    assert run(folder / "ref.npz", *sets, "--output", output) == 0
+    assert run(folder / "ref.npz", *sets, "--output", output, "--resume") == 0
     assert measured == ["step-100.npz", "step-200.npz", "step-200.npz"]
     assert len(document(output)["sets"]) == 2
 
 
-def test_results_of_other_settings_are_not_overwritten_unless_asked(folder, tmp_path, capsys):
+def test_existing_results_need_resume_or_overwrite(folder, tmp_path, capsys):
     output = tmp_path / "r.json"
     command = [folder / "ref.npz", folder / "step-100.npz", "--output", output]
     assert run(*command) == 0
     before = output.read_text()
-    assert run(*command, "--k", 5) == 2
-    assert "holds results of another k" in capsys.readouterr().err
+    assert run(*command) == 2
+    message = capsys.readouterr().err
+    assert "--resume to continue it or --overwrite to replace it" in message
+    assert run(*command, "--resume", "--overwrite") == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+    assert run(*command, "--resume", "--k", 5) == 2
+    assert "has results with k 3, but this run has 5" in capsys.readouterr().err
     assert output.read_text() == before
     assert run(*command, "--k", 5, "--overwrite") == 0
     output.write_text("{}")
-    assert run(*command) == 2
-    assert "no results file" in capsys.readouterr().err
+    assert run(*command, "--resume") == 2
+    assert "not a results file" in capsys.readouterr().err
+    assert run(*command[:-1], tmp_path / "new.json", "--resume") == 0  # starts
 
 
 def test_stats_then_evaluation_by_name(folder, tmp_path, monkeypatch, capsys):
@@ -218,7 +230,7 @@ def test_two_processes_give_the_results_of_one(folder, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "broken.npz: 1 image" in done.stderr
+    assert "broken.npz: holds 1 image" in done.stderr
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two had
@@ -264,7 +276,7 @@ def test_a_device_that_is_not_there_is_one_line(device, folder, capsys):
         pytest.skip("there is one")
     code = main([str(folder / "ref.npz"), str(folder / "step-100.npz"), "--device", device])
     assert code == 2
-    assert f"error: device '{device}' cannot be used" in capsys.readouterr().err
+    assert f": error: device '{device}' cannot be used" in capsys.readouterr().err
 
 
 def test_a_distance_of_nothing_has_no_sign():

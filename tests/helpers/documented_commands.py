@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from markdown_it import MarkdownIt
 
-from fid_eval.__main__ import evaluation_parser as fid_eval_parser
 from fid_eval.__main__ import main as fid_eval_main
+from fid_eval.cli import parse as parse_fid_eval
 from moh_dit.__main__ import main as moh_dit_main
 from moh_dit.common import cli
 
@@ -149,7 +149,7 @@ def fid_eval(arguments: list[str], monkeypatch: Any, parse_only: bool) -> None:
     if arguments[0] == "classifier":
         arguments += ["--epochs", "1"]
     if parse_only:
-        fid_eval_parser().parse_args(arguments)
+        parse_fid_eval(arguments)
         return
     call(fid_eval_main, arguments, monkeypatch)
 

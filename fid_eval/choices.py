@@ -1,0 +1,38 @@
+"""Names and choices that the command line offers.
+
+This module imports no torch, so that ``--help`` and parsing are fast.
+"""
+
+from typing import Literal
+
+DistancePrecision = Literal["fp32", "adm-fp16"]
+NetworkPrecision = Literal["float32", "tf32", "bf16"]
+ReferenceKind = Literal["auto", "statistics", "images"]
+
+DEFAULT_METRICS = ("fid", "sfid", "is", "precision", "recall")
+METRIC_NAMES = (  # keys of metric_registry.METRICS
+    *DEFAULT_METRICS,
+    "kid",
+    "fid_infinity",
+    "density",
+    "coverage",
+    "class_fid",
+    "memorised",
+    "accuracy",
+    "fd_dinov2",
+    "cmmd",
+)
+EXTRACTOR_NAMES = (  # keys of networks.extractors.EXTRACTORS
+    "inception",
+    "digits",
+    "classifier",
+    "vgg16",
+    "dinov2",
+    "dinov2-vit-s-14",
+    "dinov2-vit-b-14",
+    "dinov2-vit-l-14",
+    "dinov2-vit-g-14",
+    "clip",
+    "clip-vit-b-32",
+    "clip-vit-l-14",
+)

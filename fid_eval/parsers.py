@@ -1,0 +1,257 @@
+"""Define the options and help of ``fid-eval`` and its sub-commands."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import NoReturn, get_args
+
+from .choices import (
+    DEFAULT_METRICS,
+    EXTRACTOR_NAMES,
+    METRIC_NAMES,
+    DistancePrecision,
+    NetworkPrecision,
+    ReferenceKind,
+)
+from .errors import EvaluationError, nearest_name
+from .saved_references import reference_folder
+from .version import __version__
+
+DESCRIPTION = """Evaluate sets of images: FID, sFID, Inception Score, precision, recall and more.
+
+commands:
+  {prog} REF SAMPLES...            compare sample sets with a reference
+  {prog} JOBS.yaml                 the same, with sets and options from a file
+  {prog} stats SOURCE --name NAME  make a reference and save it under a name
+  {prog} references                list saved references
+  {prog} classifier DATA.npz       train a small classifier whose features replace Inception's
+
+REF and SAMPLES may be .npz, a folder, .zip, WebDataset .tar, .safetensors, or
+hf://OWNER/NAME[/CONFIG][?split=train]. REF may also be the name of a saved reference.
+Under torchrun or accelerate launch the ranks share the work.
+Exit code: 0, 1 if one of several sets failed, 2 for wrong input.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports wrong arguments as an EvaluationError."""
+
+    def __init__(self, prog: str, arguments: str, description: str, example: str) -> None:
+        super().__init__(
+            prog=prog,
+            usage=f"{prog} {arguments}".rstrip(),
+            description=description,
+            epilog=f"example: {prog} {example}".rstrip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_argument("--version", action="version", version=f"fid-eval {__version__}")
+
+    def error(self, message: str) -> NoReturn:
+        if match := re.search(r"unrecognized arguments: (--\w+)", message):
+            message += f"; {nearest_name(match[1], re.findall(r'--[a-z_]+', self.format_help()))}"
+        raise EvaluationError(f"{message} (see {self.prog} --help)")
+
+
+def _name_list(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _positive_integer(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small; at least 1 is needed")
+    return value
+
+
+def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("extractor and images")
+    group.add_argument(
+        "--extractor",
+        default="inception",
+        help=f"{', '.join(EXTRACTOR_NAMES)}, or package.module:factory (default: inception)",
+    )
+    group.add_argument(
+        "--weights",
+        action="append",
+        metavar="[NAME=]PATH",
+        default=[],
+        help="local weights of the extractor, or of the extractor NAME (default: download)",
+    )
+    group.add_argument(
+        "--weights_sha256",
+        action="append",
+        metavar="[NAME=]HASH",
+        default=[],
+        help="SHA-256 of the weights; required for weights other than the published ones",
+    )
+    group.add_argument(
+        "--resize",
+        type=_positive_integer,
+        metavar="SIZE",
+        help="resize images to SIZE × SIZE pixels, stretched (default: keep their size)",
+    )
+    group.add_argument(
+        "--crop",
+        action="store_true",
+        help="with --resize: crop the centre instead of stretching, as ADM does",
+    )
+    group = parser.add_argument_group("execution")
+    group.add_argument(
+        "--precision",
+        choices=get_args(NetworkPrecision),
+        default="float32",
+        help="precision of the network; tf32 and bf16 are faster and change FID slightly "
+        "(default: float32)",
+    )
+    group.add_argument("--compile", action="store_true", help="compile the network (torch.compile)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    group.add_argument(
+        "--batch_size",
+        type=_positive_integer,
+        help="images per batch (default: 128 on a GPU, 64 on a CPU)",
+    )
+    group.add_argument(
+        "--workers",
+        type=_positive_integer,
+        help="workers that load images (default: one per core, at most 16)",
+    )
+    group.add_argument(
+        "--cache", metavar="DIR", help="keep features in this folder, by content hash"
+    )
+    group.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def evaluation_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "REF SAMPLES... [--OPTION VALUE ...]",
+        DESCRIPTION.format(prog=prog),
+        "digits.npz samples.npz --extractor digits --output metrics.json",
+    )
+    parser.add_argument("reference", metavar="REF", help="reference, or a jobs file (.yaml)")
+    parser.add_argument("samples", metavar="SAMPLES", nargs="*", help="one or more sample sets")
+    group = parser.add_argument_group("metrics")
+    group.add_argument(
+        "--metrics",
+        type=_name_list,
+        metavar="A,B,…",
+        help=f"metrics to compute, of {', '.join(METRIC_NAMES)} (default: "
+        f"{','.join(DEFAULT_METRICS)}, and accuracy if the extractor knows the labels)",
+    )
+    group.add_argument(
+        "--distances",
+        choices=get_args(DistancePrecision),
+        help="distances for precision and recall (default: adm-fp16 with the published "
+        "Inception, as in papers; otherwise fp32)",
+    )
+    group.add_argument(
+        "--k",
+        type=_positive_integer,
+        default=3,
+        help="nearest neighbours for precision and recall (default: 3)",
+    )
+    group.add_argument(
+        "--bootstrap",
+        type=_positive_integer,
+        default=0,
+        metavar="N",
+        help="compute 95 %% intervals from N resamples (default: no intervals)",
+    )
+    group.add_argument(
+        "--reference_kind",
+        choices=get_args(ReferenceKind),
+        default="auto",
+        help="what gives the Fréchet distance: statistics or images of the reference "
+        "(default: auto, statistics if the reference has them)",
+    )
+    _add_runtime_options(parser)
+    group = parser.add_argument_group("results")
+    group.add_argument("--output", metavar="FILE.json", help="write results after every set")
+    existing = group.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue an existing --output: keep finished sets, evaluate the others",
+    )
+    existing.add_argument("--overwrite", action="store_true", help="replace an existing --output")
+    group.add_argument("--csv", metavar="FILE.csv", help="write a table, one row per set")
+    group.add_argument("--plot", metavar="FILE.png", help="plot metrics over the sets")
+    group.add_argument(
+        "--plot_metrics", type=_name_list, metavar="A,B,…", help="metrics to plot (default: all)"
+    )
+    group.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _stats_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "SOURCE (--name NAME | --output FILE.npz) [--OPTION VALUE ...]",
+        "Make a reference file in ADM's layout: statistics of all images, and some images.",
+        "train/ --name birds256 --resize 256 --crop",
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", help="images: .npz, folder, .zip, .tar, hf://OWNER/NAME"
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--name", help=f"save under this name in {reference_folder()}")
+    where.add_argument("--output", metavar="FILE.npz", help="save to this file")
+    parser.add_argument(
+        "--images",
+        type=_positive_integer,
+        default=10_000,
+        help="number of random images to store for precision and recall (default: 10,000)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the choice of those images (default: 0)"
+    )
+    _add_runtime_options(parser)
+    return parser
+
+
+def _classifier_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "DATA.npz --output FILE.safetensors [--OPTION VALUE ...]",
+        "Train a small classifier of your own images, whose features replace Inception's.\n"
+        "A random fifth of the images is held out; the accuracy on it is printed.",
+        "data.npz --output data.safetensors",
+    )
+    parser.add_argument(
+        "data", metavar="DATA.npz", type=Path, help="uint8 images arr_0 (N, H, W, 3), labels arr_1"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE.safetensors",
+        type=Path,
+        required=True,
+        help="weights to write; an existing file is not overwritten",
+    )
+    parser.add_argument("--name", help="suffix of metric names (default: the name of DATA.npz)")
+    parser.add_argument(
+        "--epochs",
+        type=_positive_integer,
+        default=40,
+        help="passes over the images (default: 40)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of held-out images, initial weights and augmentation (default: 0)",
+    )
+    parser.add_argument(
+        "--width", type=_positive_integer, default=64, help="number of features (default: 64)"
+    )
+    return parser
+
+
+def _references_parser(prog: str) -> Parser:
+    return Parser(prog, "", f"List the references saved in {reference_folder()}.", "")
+
+
+SUBCOMMANDS = {
+    "stats": _stats_parser,
+    "classifier": _classifier_parser,
+    "references": _references_parser,
+}
