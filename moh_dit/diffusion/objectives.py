@@ -1,7 +1,7 @@
-"""What a model is trained to predict, and the diffusers scheduler that then samples from it.
+"""Training objectives: what a model predicts, its loss, and the diffusers scheduler for sampling.
 
-Each objective draws times, makes noisy latents, and scores a model's output for them. The papers'
-is ``NoiseObjective`` with its defaults.
+An objective draws times, adds noise to latents, and computes the loss of a model's output. The
+papers use ``NoiseObjective`` with its defaults.
 """
 
 from typing import Protocol
@@ -15,32 +15,37 @@ from .process import DiffusionLoss, DiffusionProcess, image_mean, make_scheduler
 
 
 class Objective(Protocol):
-    """Times (B,), noisy latents (B, C, h, w) and a per-image loss."""
+    """Interface of an objective, for times (B,) and latents (B, C, h, w)."""
 
     scheduler: SchedulerMixin
 
     def output_channels(self, in_channels: int) -> int:
-        """Channels that the model has to predict."""
+        """Return the number of channels that the model must predict."""
 
     def draw_times(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """What the model is told as ``timestep``, (B,) on the generator's device."""
+        """Draw the model's ``timestep`` of each image (B,), on the generator's device."""
 
     def add_noise(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Noisy latents at ``times``."""
+        """Return latents with the noise of ``times``."""
 
     def loss(self, output: Tensor, latents: Tensor, noise: Tensor, times: Tensor) -> DiffusionLoss:
-        """Per-image terms (B,) of the model's output for ``add_noise(latents, noise, times)``."""
+        """Return loss terms (B,) of the model's output for ``add_noise(latents, noise, times)``."""
 
 
 class NoiseObjective:
-    """Predict ε, or v = √ᾱ ε - √(1-ᾱ) x_0 (arXiv 2202.00512, §4), on DDPM's process.
+    """Predict ε, or v = √ᾱ ε - √(1-ᾱ) x_0 (arXiv 2202.00512, §4), in DDPM's process.
 
     Args:
         prediction_type: ``"epsilon"`` or ``"v_prediction"``.
-        learned_variance: with ε: also predict the variance values, trained by the bound.
-        min_snr_gamma: weigh timesteps by min(SNR, γ) / SNR for ε, / (SNR + 1) for v (min-SNR-γ,
-            arXiv 2303.09556, §3.4); the paper's γ is 5. ``None`` for even weights.
-        device: where the tables live.
+        learned_variance: whether the model also predicts variance values, trained by the
+            variational bound. Only for ``"epsilon"``.
+        min_snr_gamma: γ of min-SNR-γ weighting (arXiv 2303.09556, §3.4; the paper uses 5). The loss
+            is weighted by min(SNR, γ) / SNR for ε and by min(SNR, γ) / (SNR + 1) for v. ``None``
+            weights all timesteps equally.
+        device: device of the tables.
+
+    Raises:
+        UserError: if the variance is learned with another prediction than ``"epsilon"``.
     """
 
     def __init__(
@@ -52,8 +57,8 @@ class NoiseObjective:
     ):
         if learned_variance and prediction_type != "epsilon":
             raise UserError(
-                f"objective.learned_variance goes with epsilon, not with {prediction_type}: "
-                "set it to false"
+                f"objective.learned_variance goes with epsilon, but objective.prediction_type is "
+                f"{prediction_type}; set objective.learned_variance to false"
             )
         self.prediction_type = prediction_type
         self.learned_variance = learned_variance
@@ -85,7 +90,7 @@ class NoiseObjective:
         return DiffusionLoss(mse * self.weights(times), vlb)
 
     def weights(self, times: Tensor) -> Tensor:
-        """Weight of each image's squared error, (B,)."""
+        """Return the weight (B,) of each image's squared error."""
         ones = torch.ones_like(times, dtype=torch.float32)
         if self.min_snr_gamma is None:
             return ones
@@ -99,8 +104,8 @@ class FlowObjective:
     """Rectified flow: x_σ = (1-σ) x_0 + σ ε, predict dx/dσ = ε - x_0 (arXiv 2209.03003).
 
     Args:
-        logit_mean, logit_std: σ is the logistic of N(mean, std²) (logit-normal times, arXiv
-            2403.03206, §3.1). The model is told 1000·σ.
+        logit_mean, logit_std: σ is the logistic function of N(mean, std²) (logit-normal times,
+            arXiv 2403.03206, §3.1). The model receives 1000·σ as timestep.
     """
 
     def __init__(self, logit_mean: float = 0.0, logit_std: float = 1.0):

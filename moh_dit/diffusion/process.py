@@ -1,7 +1,7 @@
-"""The diffusion objective: MSE on the noise plus the bound that trains the learned variance.
+"""Diffusion process: MSE on the noise, plus the variational bound that trains the variance.
 
-DDPM (arXiv 2006.11239) with the learned variance of Improved DDPM (arXiv 2102.09672), over the
-constants of a diffusers ``DDPMScheduler``, which also samples from the model.
+DDPM (arXiv 2006.11239) with the learned variance of Improved DDPM (arXiv 2102.09672). The noise
+schedule comes from a diffusers ``DDPMScheduler``, which also samples from the model.
 """
 
 import math
@@ -16,7 +16,7 @@ from .noise import ImageNoise
 
 
 class DiffusionLoss(NamedTuple):
-    """Per-image terms (B,): ``mse`` of the noise and ``vlb`` in bits per dimension."""
+    """Loss terms per image (B,): ``mse`` of the noise, and ``vlb`` in bits per dimension."""
 
     mse: Tensor
     vlb: Tensor
@@ -26,10 +26,11 @@ class DiffusionProcess:
     """q(x_t | x_0), its reverse, and the training loss of a model that predicts ε and v.
 
     Args:
-        scheduler: source of the β schedule.
-        timesteps: descending subset of ``0 … T-1`` to walk instead of all (iDDPM §4); timestep
-            arguments below then count its members from the last, as ``0 … len - 1``.
-        device: where the tables live; float32, one value per step.
+        scheduler: scheduler that defines β.
+        timesteps: descending subset of ``0 … T-1`` to use instead of all timesteps (iDDPM §4). The
+            timestep arguments of the methods are then positions ``0 … len - 1`` in this subset,
+            counted from its end.
+        device: device of the tables (float32, one value per timestep).
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class DiffusionProcess:
         alpha = alpha_bar / previous
         beta = 1 - alpha
         posterior = beta * (1 - previous) / (1 - alpha_bar)  # β̃_t, DDPM eq. 7
-        # β̃_0 is 0 and its log is needed: the next one stands in. A single step never uses it.
+        # β̃_0 is 0, but its logarithm is needed: β̃_1 replaces it. With one step it is never used.
         posterior[0] = posterior[1] if len(posterior) > 1 else beta[0]
         tables = dict(
             sqrt_alpha_bar=alpha_bar.sqrt(),
@@ -58,28 +59,28 @@ class DiffusionProcess:
             log_posterior=posterior.log(),
         )
         self.num_timesteps = len(alpha_bar)
-        # Computed in float64 and rounded once, where the published code rounds: the loss and the
-        # samples then agree with it to the last digits.
+        # Tables are computed in float64 and rounded once, as in the published code. Loss and
+        # samples then agree with it up to rounding.
         self.tables = {name: table.float().to(device) for name, table in tables.items()}
 
     def constant(self, name: str, timesteps: Tensor | int, like: Tensor) -> Tensor:
-        """A table at one timestep or at each image's, shaped to broadcast over ``like`` (B, …)."""
+        """Look up a table at one timestep or one per image, shaped to broadcast over ``like``."""
         return self.tables[name][timesteps].to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
     def to(self, device: torch.device) -> None:
-        """Move the tables, once."""
+        """Move the tables to a device, unless they are there already."""
         if self.tables["log_beta"].device != device:
             self.tables = {name: table.to(device) for name, table in self.tables.items()}
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε (DDPM eq. 4)."""
+        """Return x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε (DDPM eq. 4)."""
         signal = self.constant("sqrt_alpha_bar", timesteps, latents)
         return signal * latents + self.constant("sqrt_noise", timesteps, latents) * noise
 
     def loss(
         self, model_output: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor
     ) -> DiffusionLoss:
-        """Per-image loss terms; the papers minimise ``(mse + vlb).mean()``.
+        """Return the loss terms per image; the papers minimize ``(mse + vlb).mean()``.
 
         Args:
             model_output: (B, 2C, H, W), ε̂ then v, for ``add_noise(latents, noise, timesteps)``.
@@ -90,7 +91,7 @@ class DiffusionProcess:
         predicted_noise, v = model_output.to(latents.dtype).chunk(2, dim=1)
         mse = image_mean((noise - predicted_noise).square())
 
-        # The bound trains v alone: ε̂ is detached in it (iDDPM §3.1).
+        # The bound trains only v, so ε̂ is detached (iDDPM §3.1).
         noisy = self.add_noise(latents, noise, timesteps)
         predicted = self.predict_latents(predicted_noise.detach(), noisy, timesteps)
         mean = self.posterior_mean(predicted, noisy, timesteps)
@@ -105,32 +106,32 @@ class DiffusionProcess:
     def predict_latents(
         self, predicted_noise: Tensor, noisy: Tensor, timesteps: Tensor | int
     ) -> Tensor:
-        """x̂_0 from x_t and ε̂ (DDPM eq. 4, solved)."""
+        """Return x̂_0 computed from x_t and ε̂ (DDPM eq. 4, solved for x_0)."""
         signal = self.constant("recip_alpha_bar", timesteps, noisy) * noisy
         return signal - self.constant("recip_noise", timesteps, noisy) * predicted_noise
 
     def log_variance(self, v: Tensor, timesteps: Tensor | int) -> Tensor:
-        """log σ² between log β̃_t (v = -1) and log β_t (v = 1) (iDDPM eq. 15)."""
+        """Return log σ², interpolated from log β̃_t (v = -1) to log β_t (v = 1) (iDDPM eq. 15)."""
         share = (v + 1) / 2
         upper = share * self.constant("log_beta", timesteps, v)
         return upper + (1 - share) * self.constant("log_posterior", timesteps, v)
 
     def posterior_mean(self, latents: Tensor, noisy: Tensor, timesteps: Tensor | int) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
+        """Return the mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
         weighted = self.constant("mean_x0", timesteps, noisy) * latents
         return weighted + self.constant("mean_xt", timesteps, noisy) * noisy
 
 
 class LearnedVarianceDDPMScheduler(DDPMScheduler):
-    """diffusers' ``DDPMScheduler`` for ``learned_range``, with the arithmetic of the loss above.
+    """``DDPMScheduler`` of diffusers for a learned variance, computed by :class:`DiffusionProcess`.
 
-    The parent holds β in float32, where 1 - ᾱ_t / ᾱ_{t-1} keeps three digits of a β of 1e-4; this
-    one takes every step through the tables of :class:`DiffusionProcess`. Saved folders name the
-    parent; the pipeline puts this in its place (``from_config``) when it samples.
+    diffusers stores β in float32, where 1 - ᾱ_t / ᾱ_{t-1} keeps only three digits of a β of 1e-4.
+    This class uses the precise tables instead. Saved pipelines name the parent class; sampling
+    replaces it by this one, see :func:`moh_dit.diffusion.samplers.prepare_scheduler`.
     """
 
     def set_timesteps(self, *args: Any, **options: Any) -> None:
-        """As the parent's; then prepares the tables of the chosen timesteps."""
+        """Set the timesteps as the parent class does, and compute their tables."""
         super().set_timesteps(*args, **options)
         self._process = DiffusionProcess(self, self.timesteps)
         last = len(self.timesteps) - 1
@@ -144,14 +145,15 @@ class LearnedVarianceDDPMScheduler(DDPMScheduler):
         generator: torch.Generator | list[torch.Generator] | ImageNoise | None = None,
         return_dict: bool = True,
     ) -> scheduling_ddpm.DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One ancestral step (DDPM eq. 11 with iDDPM eq. 15).
+        """Take one ancestral step (DDPM eq. 11 with iDDPM eq. 15).
 
         Args:
             model_output: (B, 2C, H, W), ε̂ then v.
-            timestep: a member of ``timesteps``.
+            timestep: one of ``timesteps``.
             sample: (B, C, H, W), x_t.
-            generator: one, or a list of B, for the added noise; or that noise itself.
-            return_dict: whether to return a ``DDPMSchedulerOutput`` or its two tensors.
+            generator: generator of the added noise, a list of one per image, or an
+                :class:`ImageNoise`.
+            return_dict: whether to return a ``DDPMSchedulerOutput`` or a tuple of its two tensors.
         """
         process, position = self._process, self._positions[int(timestep)]
         process.to(sample.device)
@@ -174,11 +176,11 @@ class LearnedVarianceDDPMScheduler(DDPMScheduler):
 def make_scheduler(
     learned_variance: bool = True, prediction_type: str = "epsilon"
 ) -> DDPMScheduler:
-    """The papers' process: 1000 steps, linear β, ancestral sampling, no clipping.
+    """Return the scheduler of the papers: 1000 steps, linear β, ancestral sampling, no clipping.
 
     Args:
-        learned_variance: whether the model predicts the variance values v beside the noise.
-        prediction_type: what it predicts, in diffusers' terms.
+        learned_variance: whether the model also predicts variance values v.
+        prediction_type: prediction of the model, a value of ``DDPMScheduler.prediction_type``.
     """
     return DDPMScheduler(
         num_train_timesteps=1000,
@@ -205,17 +207,17 @@ def image_mean(values: Tensor) -> Tensor:
 
 
 def gaussian_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
-    """KL(N(mean1, e^log_var1) ‖ N(mean2, e^log_var2)) in nats, elementwise."""
+    """Return KL(N(mean1, e^log_var1) ‖ N(mean2, e^log_var2)) in nats, elementwise."""
     difference = log_var1 - log_var2
     squared = (mean1 - mean2).square() * (-log_var2).exp()
     return 0.5 * (difference.exp() + squared - 1 - difference)
 
 
 def discretised_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """-log of the Gaussian's mass in the bin of width 2/255 around x, in nats, elementwise.
+    """Return -log of the Gaussian's mass in the bin of width 2/255 around x, in nats, elementwise.
 
-    DDPM eq. 13, with the tanh approximation of the normal distribution function that Improved
-    DDPM uses; the outermost bins reach to infinity.
+    DDPM eq. 13, with the tanh approximation of the normal distribution function from Improved DDPM.
+    The outermost bins extend to infinity.
     """
     inverse_std = (-0.5 * log_variance).exp()
     upper = _normal_cdf(inverse_std * (x - mean + 1 / 255))

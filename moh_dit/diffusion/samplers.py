@@ -1,4 +1,4 @@
-"""Samplers by name, as diffusers schedulers, and which of them fit what a model predicts."""
+"""Choose a diffusers scheduler by name, among those that fit the prediction of a model."""
 
 import inspect
 from typing import Any, NamedTuple
@@ -14,7 +14,10 @@ FLOW = ("flow_prediction",)
 
 
 class Sampler(NamedTuple):
-    """A diffusers class, its options beyond the trained process, the predictions it can step."""
+    """A diffusers scheduler class, the predictions that it supports, and its options.
+
+    The options are set in addition to the configuration of the trained process.
+    """
 
     scheduler: str
     predictions: tuple[str, ...]
@@ -43,69 +46,70 @@ SAMPLERS = {
 
 
 def prediction_type(scheduler: Any) -> str:
-    """What a model stepped by this scheduler must predict, in diffusers' terms."""
+    """Return the prediction type that this scheduler expects of a model."""
     if type(scheduler).__name__.startswith("FlowMatch"):
         return "flow_prediction"
     return scheduler.config.get("prediction_type", "epsilon")
 
 
 def samplers_for(prediction: str) -> list[str]:
-    """Names of the samplers for a model that predicts ``prediction``."""
+    """Return the names of the samplers that support this prediction type."""
     return [name for name, sampler in SAMPLERS.items() if prediction in sampler.predictions]
 
 
 def named_scheduler(name: str, trained: Any) -> Any:
-    """The sampler ``name`` on the process of the ``trained`` scheduler.
+    """Return the sampler ``name``, configured for the process of the ``trained`` scheduler.
 
     Raises:
-        UserError: for an unknown name, or a sampler that does not fit what the model predicts.
+        UserError: if the name is unknown, or the sampler does not support the model's prediction.
     """
     prediction = prediction_type(trained)
     fitting = samplers_for(prediction)
     if name not in fitting:
-        reason = "unknown"
+        reason = "is unknown"
         if name in SAMPLERS:
-            steps = " or ".join(SAMPLERS[name].predictions)
-            reason = f"the model predicts {prediction}, {name} steps {steps}"
-        raise UserError(f"scheduler {name!r}: {reason}; those that fit are {', '.join(fitting)}")
+            supported = " or ".join(SAMPLERS[name].predictions)
+            reason = f"needs a model that predicts {supported}, this model predicts {prediction}"
+        raise UserError(f"scheduler {name!r} {reason}; those that fit are {', '.join(fitting)}")
     sampler = SAMPLERS[name]
     config = dict(trained.config)
     if sampler.scheduler != "DDPMScheduler":
         config.pop("variance_type", None)
     if not sampler.scheduler.startswith("FlowMatch") and "shift" in config:
-        config["flow_shift"] = config["shift"]  # the same under the other classes' name
+        config["flow_shift"] = config["shift"]  # other scheduler classes have another name for it
     kind = getattr(diffusers, sampler.scheduler)
-    known = inspect.signature(kind.__init__).parameters  # what the class would warn about, left out
+    # Leave out keys that the class does not know: it would warn about them.
+    known = inspect.signature(kind.__init__).parameters
     config = {key: value for key, value in config.items() if key in known or key[0] == "_"}
     return kind.from_config(config, **sampler.options)
 
 
 def check_scheduler(scheduler: Any, prediction: str) -> None:
-    """Raise ``UserError`` unless ``scheduler`` steps what the model predicts."""
-    if (stepped := prediction_type(scheduler)) == prediction:
+    """Raise ``UserError`` unless ``scheduler`` supports the model's prediction."""
+    if (expected := prediction_type(scheduler)) == prediction:
         return
     fitting = [SAMPLERS[name].scheduler for name in samplers_for(prediction)]
     raise UserError(
-        f"{type(scheduler).__name__} steps {stepped}, the model predicts {prediction}; "
-        f"those that fit are {', '.join(dict.fromkeys(fitting))}"
+        f"{type(scheduler).__name__} needs a model that predicts {expected}, this model predicts "
+        f"{prediction}; those that fit are {', '.join(dict.fromkeys(fitting))}"
     )
 
 
 def check_steps(scheduler: Any, num_inference_steps: int) -> None:
-    """Raise ``UserError`` unless the trained process has that many steps."""
+    """Raise ``UserError`` if the trained process has fewer steps than requested."""
     limit = scheduler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= limit:
         raise UserError(
-            f"num_inference_steps is {num_inference_steps}; the model was trained on {limit} "
-            f"steps, so give 1 … {limit}"
+            f"num_inference_steps is {num_inference_steps}; it must lie in 1 … {limit}, the number "
+            "of steps that the model was trained on"
         )
 
 
 def prepare_scheduler(scheduler: Any, num_inference_steps: int) -> Any:
-    """A fresh scheduler of the same configuration, its timesteps set.
+    """Return a new scheduler of the same configuration with its timesteps set.
 
-    The learned variance is stepped by this project's own class; elsewhere the variance type means
-    another kind of model output, and is dropped with it.
+    For a learned variance, this is :class:`LearnedVarianceDDPMScheduler`. Other scheduler classes
+    do not support a learned variance, so their ``variance_type`` is set to ``None``.
     """
     kind: Any = type(scheduler)
     options: dict[str, Any] = {}

@@ -125,7 +125,7 @@ def test_scheduler_of_another_process_is_an_error():
         pipeline([0])
     flow = gaussian_pipeline("flow_prediction", "flow-euler")
     flow.scheduler = EulerDiscreteScheduler()
-    with pytest.raises(UserError, match="steps epsilon, the model predicts flow_prediction"):
+    with pytest.raises(UserError, match="predicts epsilon, this model predicts flow_prediction"):
         flow([0])
 
 
