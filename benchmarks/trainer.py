@@ -45,8 +45,8 @@ def make_latents(work: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8))
         coarse.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
-    run([sys.executable, "-m", "moh_dit.data.latents", "--data", str(work / "images"),
-         "--image_size", str(PIXELS), "--autoencoder", "digits", "--flip", "true",
+    run([sys.executable, "-m", "moh_dit", "encode", "--data", str(work / "images"),
+         "--image_size", str(PIXELS), "--autoencoder", "digits",
          "--output", str(work / "latents")], work / "encode.log").wait()  # fmt: skip
 
 

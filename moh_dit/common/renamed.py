@@ -1,6 +1,9 @@
-"""Names that files of version 0.1.0 contain, and what they are called now."""
+"""Map names in files of version 0.1.0 to present names."""
 
-# Modules that `model_index.json` of a saved pipeline may name.
+# Modules named in the `model_index.json` of a saved pipeline.
 MODULES = {"moh_dit.transformer": "moh_dit.model.transformer"}
 # Settings in YAML files and on the command line, by program.
-SETTINGS: dict[str, dict[str, str]] = {}
+SETTINGS: dict[str, dict[str, str]] = {
+    "AutoencoderTrainingConfig": {"random_flip": "horizontal_flip"},
+    "EncodeConfig": {"flip": "horizontal_flip"},
+}

@@ -1,49 +1,82 @@
-"""Settings of `moh-dit encode` and `moh-dit export`. Field docstrings are the help texts."""
+"""Settings of `moh-dit encode` and `moh-dit export`. The docstring under a field is its help."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from ..common.errors import UserError
+from ..common.paths import (
+    choose_autoencoder,
+    require_autoencoder,
+    require_data,
+    require_new_output,
+)
 
 
 @dataclass
 class EncodeConfig:
-    """Encode a data set once into sharded latents."""
+    """Encode a data set into latents once."""
 
     output: str
-    """Folder to write; must not exist, unless resumed."""
+    """Folder to write. It must not exist, unless resume is set."""
     data: str = "digits"
-    """"digits", a folder with one sub-folder for each class, tar shards, hf:NAME, or
-    hf-stream:NAME, which is encoded as it arrives and never stored."""
+    """"digits", a folder with one sub-folder for each class, tar shards, or a Hugging Face data set
+    hf://OWNER/NAME. With ?streaming=true, images are encoded as they arrive and not stored."""
     image_size: int = 32
     """Side of the images in pixels."""
-    autoencoder: str = "digits"
-    """"digits", a folder or a hub id."""
-    flip: bool = True
-    """Encode the mirrored images too."""
+    autoencoder: str | None = None
+    """"digits", a folder or a Hub id. Required for any data except the digits."""
+    horizontal_flip: bool = True
+    """Encode the mirrored images as well."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Stored precision of the moments; float16 halves the files and rounds at 5e-4 relative."""
+    """Stored precision of the moments. float16 halves the files; relative rounding error 5e-4."""
     tf32: bool = False
-    """Encode with TF32 on NVIDIA GPUs: faster, relative errors of about 1e-3."""
+    """Encode with TF32 on NVIDIA GPUs: faster, with relative errors of about 1e-3."""
     batch_size: int = 64
-    """Images read and moved to the device at once; has no influence on the result."""
+    """Images that are read and moved to the device at once. It does not change the latents."""
     skip_unreadable: bool = False
-    """Leave out images that cannot be read instead of stopping."""
+    """Skip images that cannot be read instead of stopping."""
     num_workers: int = 0
-    """Loader processes per encoding process (of a stream: threads that decode images)."""
+    """Data-loader workers per process; for a stream, threads that decode images."""
     resume: bool = False
-    """Continue an encoding that was stopped."""
+    """Continue an unfinished encoding, or start if there is none."""
+
+    def check_paths(self) -> None:
+        """Check the data, the autoencoder and the output folder.
+
+        Raises:
+            UserError: the data or the autoencoder does not exist, no autoencoder is given, or the
+                output is complete, or exists while ``resume`` is not set.
+        """
+        from .latent_shards import check_latents_output
+
+        require_data(self.data)
+        require_autoencoder(choose_autoencoder(self.autoencoder, self.data))
+        check_latents_output(Path(self.output), self.resume)
 
 
 @dataclass
 class ExportConfig:
     """Write images and labels as `arr_0` (uint8 NHWC) and `arr_1` (int64) of one .npz file."""
 
+    data: str
+    """"digits", a folder with one sub-folder for each class, tar shards, or hf://OWNER/NAME."""
     output: str
-    """File to write, ending in .npz; must not exist."""
-    data: str = "digits"
-    """"digits", a folder with one sub-folder for each class, tar shards, or hf:NAME."""
+    """File to write, ending in .npz. It must not exist."""
     image_size: int = 32
-    """Side of the images in pixels."""
+    """Side of the images in pixels. Use the size that the model was trained on."""
     skip_unreadable: bool = False
-    """Leave out images that cannot be read instead of stopping."""
+    """Skip images that cannot be read instead of stopping."""
     num_workers: int = 0
-    """Loader processes."""
+    """Data-loader workers."""
+
+    def check_paths(self) -> None:
+        """Check the data and the output file.
+
+        Raises:
+            UserError: the data does not exist, or the output exists or does not end in ``.npz``.
+        """
+        require_data(self.data)
+        if Path(self.output).suffix != ".npz":
+            raise UserError(f"output {self.output} must end in .npz")
+        require_new_output(Path(self.output))

@@ -1,9 +1,9 @@
-"""Encode a data set into sharded latents: any number of processes, resumable, deterministic.
+"""Encode a data set into sharded latents with any number of processes, resumable and reproducible.
 
-A process works on every n-th missing shard of a set of images, or every n-th file of a stream
-(``streaming``); how shards are kept whole is in ``shards``. The network always sees
-``IMAGES_PER_PASS`` images, the same ones together whatever the number of processes, the batch size
-and the threads, so the bits come out the same.
+Each of n processes encodes every n-th missing shard of an image set, or every n-th file of a stream
+(``hub_stream``). ``latent_shards`` writes the files. The network always encodes ``IMAGES_PER_PASS``
+images together, grouped independently of the number of processes, batch size and threads. The
+latents are therefore the same, bit for bit.
 """
 
 import contextlib
@@ -23,77 +23,72 @@ from ..autoencoder import autoencoder_identity, latent_scaling, latent_shape, lo
 from ..common.disk_space import require_disk_space
 from ..common.distributed import run_on_main_process
 from ..common.errors import UserError
+from ..common.paths import choose_autoencoder
 from ..common.progress import progress_bar
 from .config import EncodeConfig
 from .hub_stream import HubStream
 from .hugging_face import is_stream
-from .images import ImageSet, open_images, read_batches
-from .latent_shards import (
-    SHARD_PREFIX,
-    open_folder,
-    refuse_existing,
-    write_index,
-    write_shard,
-)
-from .latents import FORMAT, encode_both, index_batches
+from .images import ImageSet, index_batches, open_images, read_batches
+from .latent_shards import FORMAT, SHARD_PREFIX, prepare_folder, write_index, write_shard
+from .latents import encode_views
 
 IMAGES_PER_PASS = 8
 MAX_IMAGES_PER_SHARD = 4096
 MAX_BYTES_PER_SHARD = 256 * 2**20
+TIMEOUT = timedelta(days=1)  # all processes wait while one checks the data, and for the last shard
 
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # uint8 (B, S, S, 3) and int64 (B,)
 
 
 def encode_data(config: EncodeConfig, images: ImageSet | None = None) -> None:
-    """Encode into ``config.output``; run by each process of an ``accelerate launch``.
+    """Encode a data set into ``config.output``. Every process of a launch calls this function.
 
     Args:
-        config: what to encode, and how.
-        images: ``config.data``, where it is open already.
+        config: settings.
+        images: the opened ``config.data``, if the caller has opened it already.
 
     Raises:
         UserError: bad data, an output that exists, or resuming with other settings or data.
     """
-    # The others wait while one process looks through the data, and for the last shard.
-    patience = timedelta(days=1)
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=patience)
-    vae = load_autoencoder(config.autoencoder)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
+    vae = load_autoencoder(choose_autoencoder(config.autoencoder, config.data))
+    state.wait_for_everyone()  # every process has checked the output before rank 0 creates it
     source, plan = run_on_main_process(state, lambda: _prepare(config, vae, images))
     folder = Path(config.output)
-    state.wait_for_everyone()
-    place = state.process_index, state.num_processes
-    mine: Iterator[tuple[str, Batches]]
+    rank, world_size = state.process_index, state.num_processes
+    shards: Iterator[tuple[str, Batches]]
     if isinstance(source, HubStream):
         total = source.num_images
-        mine = source.parts(
+        shards = source.parts(
             folder,
             plan["images_per_shard"],
-            whole_passes(config.batch_size),
+            _whole_passes(config.batch_size),
             max(1, config.num_workers),
-            *place,
+            rank,
+            world_size,
         )
     else:
-        total, mine = _missing_shards(folder, plan, source, config, *place)
-    state.wait_for_everyone()  # all have seen the same shards before new ones come
+        total, shards = _missing_shards(folder, plan, source, config, rank, world_size)
+    state.wait_for_everyone()  # every process has listed the existing shards
     vae = vae.to(state.device)
     with (
-        _arithmetic(state.device, config.tf32) as pool,
+        _reproducible_threads(state.device, config.tf32) as pool,
         progress_bar(
             total,
-            desc="encoding" + (f", 1 of {n}" if (n := state.num_processes) > 1 else ""),
+            desc=f"encoding, 1 of {world_size}" if world_size > 1 else "encoding",
             unit="img",
             enabled=state.is_main_process,
         ) as bar,
     ):
-        for name, batches in mine:
+        for name, batches in shards:
             parts: list[np.ndarray] = []
             labels: list[np.ndarray] = [np.empty(0, np.int64)]
-            for pixels, of_them in batches:
+            for pixels, batch_labels in batches:
                 parts += _encode(pixels, vae, plan, pool)
-                labels.append(of_them)
-                bar.update(len(of_them))
-            nothing = np.empty((1 + plan["flipped"], 0, *plan["moments_shape"]), plan["dtype"])
-            moments = np.concatenate([nothing, *parts], axis=1, dtype=plan["dtype"])
+                labels.append(batch_labels)
+                bar.update(len(batch_labels))
+            no_images = np.empty((1 + plan["flipped"], 0, *plan["moments_shape"]), plan["dtype"])
+            moments = np.concatenate([no_images, *parts], axis=1, dtype=plan["dtype"])
             write_shard(folder / name, moments, np.concatenate(labels))
     state.wait_for_everyone()
     if state.is_main_process:
@@ -109,11 +104,11 @@ def encode_data(config: EncodeConfig, images: ImageSet | None = None) -> None:
 def _prepare(
     config: EncodeConfig, vae: AutoencoderKL, images: ImageSet | None
 ) -> tuple[ImageSet | HubStream, dict[str, Any]]:
-    """Check everything and make the folder; return the source and the plan."""
+    """Check all settings, create the folder, and return the image source and the plan."""
     folder = Path(config.output)
     if config.batch_size < 1:
-        raise UserError(f"batch size {config.batch_size}: must be at least 1")
-    refuse_existing(folder, config.resume)
+        raise UserError(f"batch_size is {config.batch_size}: it must be at least 1")
+    config.check_paths()
     shape = latent_shape(vae, config.image_size)
     options = dict(skip_unreadable=config.skip_unreadable)
     source: ImageSet | HubStream
@@ -121,8 +116,9 @@ def _prepare(
         source = HubStream(config.data, config.image_size, **options)
     else:
         source = images or open_images(config.data, config.image_size, **options)
+    flipped = config.horizontal_flip
     moments_shape = (2 * shape[0], *shape[1:])
-    image_bytes = int(np.prod(moments_shape)) * (1 + config.flip) * np.dtype(config.dtype).itemsize
+    image_bytes = int(np.prod(moments_shape)) * (1 + flipped) * np.dtype(config.dtype).itemsize
     images_per_shard = min(MAX_IMAGES_PER_SHARD, MAX_BYTES_PER_SHARD // image_bytes)
     num_images = source.num_images if isinstance(source, HubStream) else len(source)
     plan = {
@@ -130,54 +126,59 @@ def _prepare(
         "num_images": num_images,
         "image_size": config.image_size,
         "moments_shape": list(moments_shape),
-        "flipped": config.flip,
+        "flipped": flipped,
         "dtype": config.dtype,
         "tf32": config.tf32,
-        "images_per_shard": max(1, images_per_shard // IMAGES_PER_PASS) * IMAGES_PER_PASS,
+        "images_per_shard": _whole_passes(images_per_shard),
         "autoencoder": {
             "identity": autoencoder_identity(vae),
-            "name": config.autoencoder,
+            "name": choose_autoencoder(config.autoencoder, config.data),
             **latent_scaling(vae)._asdict(),
         },
         "data": {"source": config.data, "fingerprint": source.fingerprint()},
         "class_names": source.class_names,
     }
-    open_folder(folder, plan)
-    made = sum(path.stat().st_size for path in folder.glob(f"{SHARD_PREFIX}*.npy"))
+    prepare_folder(folder, plan)
+    written = sum(path.stat().st_size for path in folder.glob(f"{SHARD_PREFIX}*.npy"))
     if num_images is not None:
-        require_disk_space(folder, num_images * image_bytes - made, f"output folder {folder}")
+        require_disk_space(folder, num_images * image_bytes - written, f"output folder {folder}")
     return source, plan
 
 
 def _missing_shards(
-    folder: Path, plan: dict[str, Any], images: ImageSet, config: EncodeConfig, rank: int, size: int
+    folder: Path,
+    plan: dict[str, Any],
+    images: ImageSet,
+    config: EncodeConfig,
+    rank: int,
+    world_size: int,
 ) -> tuple[int, Iterator[tuple[str, Batches]]]:
-    """Number of images, and name and images of each shard, that this process has to encode."""
+    """Return the number of images that this rank must encode, and its shards: name and batches."""
     present = set(os.listdir(folder))
     missing = [i for i in range(_num_shards(plan)) if _shard_name(plan, i) not in present]
-    mine = missing[rank::size]
+    assigned = missing[rank::world_size]
 
     def shards() -> Iterator[tuple[str, Batches]]:
-        for shard in mine:
-            batches = index_batches(_members(plan, shard), whole_passes(config.batch_size))
+        for shard in assigned:
+            batches = index_batches(_image_range(plan, shard), _whole_passes(config.batch_size))
             yield _shard_name(plan, shard), read_batches(images, batches, config.num_workers)
 
-    return sum(len(_members(plan, shard)) for shard in mine), shards()
+    return sum(len(_image_range(plan, shard)) for shard in assigned), shards()
 
 
-def whole_passes(batch_size: int) -> int:
-    """The batch size that cuts no pass in two."""
-    return max(1, batch_size // IMAGES_PER_PASS) * IMAGES_PER_PASS
+def _whole_passes(count: int) -> int:
+    """Round a number of images down to a multiple of ``IMAGES_PER_PASS``, but at least to one."""
+    return max(1, count // IMAGES_PER_PASS) * IMAGES_PER_PASS
 
 
 def _encode(
     pixels: np.ndarray, vae: AutoencoderKL, plan: dict[str, Any], pool: ThreadPoolExecutor
 ) -> Iterator[np.ndarray]:
-    """Moments of a batch in order, (1 or 2, IMAGES_PER_PASS or fewer, 2C, h, w) at a time."""
+    """Yield the moments of a batch in order, (1 or 2, at most IMAGES_PER_PASS, 2C, h, w) each."""
 
     def encode(part: np.ndarray) -> np.ndarray:
-        whole = np.resize(part, (IMAGES_PER_PASS, *part.shape[1:]))  # the last one is filled up
-        moments = encode_both(vae, whole, plan["flipped"])[:, : len(part)]
+        padded = np.resize(part, (IMAGES_PER_PASS, *part.shape[1:]))  # by repeating images
+        moments = encode_views(vae, padded, plan["flipped"])[:, : len(part)]
         return moments.numpy().astype(plan["dtype"])
 
     starts = range(0, len(pixels), IMAGES_PER_PASS)
@@ -185,12 +186,12 @@ def _encode(
 
 
 @contextlib.contextmanager
-def _arithmetic(device: torch.device, tf32: bool) -> Iterator[ThreadPoolExecutor]:
-    """Threads that each encode whole passes, to the same bits every time.
+def _reproducible_threads(device: torch.device, tf32: bool) -> Iterator[ThreadPoolExecutor]:
+    """Yield threads in which every forward pass gives the same bits.
 
-    On a CPU the bits of a convolution depend on the number of threads that share it, and launchers
-    set that number by the number of processes: so a pass gets one thread, and passes run beside
-    each other.
+    On a CPU, the bits of a convolution depend on its number of threads, and launchers set that
+    number according to the number of processes. Each pass therefore uses one thread, and several
+    passes run in parallel.
     """
     num_threads = torch.get_num_threads()
     on_cpu = device.type == "cpu"
@@ -210,7 +211,7 @@ def _arithmetic(device: torch.device, tf32: bool) -> Iterator[ThreadPoolExecutor
         cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
-def _members(plan: dict[str, Any], shard: int) -> range:
+def _image_range(plan: dict[str, Any], shard: int) -> range:
     size = plan["images_per_shard"]
     return range(shard * size, min((shard + 1) * size, plan["num_images"]))
 

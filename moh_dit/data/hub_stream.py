@@ -1,11 +1,11 @@
-"""Hugging Face data sets as they arrive: encoded without being stored first.
+"""Read Hugging Face data sets as a stream, so that they are encoded without being stored.
 
-A stream is made of files, each read from its start. A part is so many consecutive rows of one file
-and becomes one shard; a process works on every n-th file. So what a shard holds depends on the data
-alone, and after a kill whole files are passed over, and rows within a file.
+A stream consists of files, each read from its start. A part is a fixed number of consecutive rows
+of one file and becomes one shard. A process reads every n-th file. The contents of a shard thus
+depend only on the data, and a resumed encoding skips finished files and finished rows of a file.
 
     moments-FILE-PART.npy     a finished part
-    file-FILE.done            all parts of this file are finished
+    file-FILE.done            marks a file whose parts are all finished
 """
 
 import hashlib
@@ -20,92 +20,104 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from fid_eval.sets.hugging_face import import_datasets
+
 from ..common.errors import UserError
-from .hugging_face import STREAM_PREFIX, choose_columns, datasets_library, open_hub
+from .hugging_face import choose_columns, open_hub
 from .latent_shards import SHARD_PREFIX, write_file
 from .pixels import read_pixels
 
-Labelled = tuple[np.ndarray, np.ndarray]  # uint8 (B, S, S, 3) and int64 (B,)
+Batch = tuple[np.ndarray, np.ndarray]  # uint8 (B, S, S, 3) and int64 (B,)
 Item = TypeVar("Item")
 
 
 class _Row(NamedTuple):
     name: str  # for messages
-    image: dict[str, Any]  # its bytes, or the path or URL of a file
+    image: dict[str, Any]  # encoded image: "bytes", or "path", a path or URL
     label: int | None
 
 
 class HubStream:
-    """A Hugging Face data set read in order: ``hf-stream:NAME[/CONFIG][@SPLIT]``.
+    """A Hugging Face data set read in order: ``hf://OWNER/NAME[/CONFIG]?streaming=true``.
 
-    Columns and labels are chosen as for ``HubImages``. ``num_images`` is what the data set says of
-    itself, ``None`` where it says nothing.
+    Columns and labels are chosen as for ``HubImages``.
+
+    Attributes:
+        num_images: number of images according to the data set's metadata, or ``None``.
     """
 
     def __init__(self, source: str, image_size: int, *, skip_unreadable: bool = False):
         self.source, self.image_size, self.skip_unreadable = source, image_size, skip_unreadable
-        name = source.removeprefix(STREAM_PREFIX)
-        self._data, self._origin = open_hub(name, source, streaming=True)
+        self._data, self._versions = open_hub(source, streaming=True)
         self._image, self._label = choose_columns(self._data, source)
         self.class_names = list(self._data.features[self._label].names)
         self.num_files: int = self._data.num_shards
         split = (self._data.info.splits or {}).get(str(self._data.split))
         self.num_images: int | None = split.num_examples if split else None
         self._data = self._data.select_columns([self._image, self._label]).cast_column(
-            self._image, datasets_library(source).Image(decode=False)
+            self._image, import_datasets().Image(decode=False)
         )
 
     def fingerprint(self) -> str:
-        """Over the classes, and the names and versions of the files: their content is unseen."""
-        return hashlib.sha256(json.dumps([self.class_names, self._origin]).encode()).hexdigest()
+        """Return a SHA-256 over the class names, and the names and versions of all files.
+
+        The contents of the files are not known in advance.
+        """
+        return hashlib.sha256(json.dumps([self.class_names, self._versions]).encode()).hexdigest()
 
     def parts(
-        self, folder: Path, rows_per_part: int, batch_size: int, threads: int, rank: int, size: int
-    ) -> Iterator[tuple[str, Iterator[Labelled]]]:
-        """Name and images of each part that process ``rank`` of ``size`` has still to encode.
+        self,
+        folder: Path,
+        rows_per_part: int,
+        batch_size: int,
+        threads: int,
+        rank: int,
+        world_size: int,
+    ) -> Iterator[tuple[str, Iterator[Batch]]]:
+        """Yield file name and batches of each part that process ``rank`` must still encode.
 
-        The images of a part must be used up before the next part is asked for.
+        All batches of a part must be read before the next part is requested.
 
         Raises:
-            UserError: an image that cannot be read, unless skipped; a missing label; a connection
-                that broke.
+            UserError: an unreadable image (unless skipped), a missing label, or a lost connection.
         """
-        for number in range(rank, self.num_files, size):
-            done = folder / _done(number)
+        for number in range(rank, self.num_files, world_size):
+            done = folder / f"file-{number:05}.done"
             if done.exists():
                 continue
-            first_part = len(self._present(folder, number))
+            first_part = len(self._finished_parts(folder, number))
             rows = self._rows(number, first_part * rows_per_part)
             for part in itertools.count(first_part):
                 if (first := next(rows, None)) is None:
                     break
-                of_part = itertools.chain([first], itertools.islice(rows, rows_per_part - 1))
+                part_rows = itertools.chain([first], itertools.islice(rows, rows_per_part - 1))
                 name = f"{SHARD_PREFIX}{number:05}-{part:05}.npy"
-                yield name, _read_ahead(self._batches(of_part, batch_size, threads))
+                yield name, _read_ahead(self._batches(part_rows, batch_size, threads))
             write_file(done, b"")
 
     def finish(self, folder: Path) -> list[str]:
-        """The names of all parts in order, once every file is done."""
-        return [path.name for n in range(self.num_files) for path in self._present(folder, n)]
+        """Return the file names of all parts in order. All files must be finished."""
+        numbers = range(self.num_files)
+        return [path.name for n in numbers for path in self._finished_parts(folder, n)]
 
-    def _present(self, folder: Path, number: int) -> list[Path]:
+    def _finished_parts(self, folder: Path, number: int) -> list[Path]:
         return sorted(folder.glob(f"{SHARD_PREFIX}{number:05}-*.npy"))
 
     def _rows(self, number: int, start: int) -> Iterator[_Row]:
-        """The rows of a file from ``start`` on, images as they are stored."""
+        """Yield the rows of a file from row ``start`` on, with encoded images."""
         try:
             for index, row in enumerate(self._data.shard(self.num_files, number).skip(start)):
                 name = f"{start + index} of file {number} of {self.source}"
                 yield _Row(name, row[self._image], row[self._label])
-        except Exception as error:  # of whichever library was fetching or parsing
+        except Exception as error:  # raised by any of the libraries that download and parse
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(
-                f"data {self.source} broke off ({reason}); what is finished stays: give the "
+                f"reading data {self.source} failed ({reason}): finished shards are kept; run the "
                 "command again with --resume"
             ) from None
 
-    def _batches(self, rows: Iterator[_Row], batch_size: int, threads: int) -> Iterator[Labelled]:
-        """Batches of the images that can be read; only the last one may be short."""
+    def _batches(self, rows: Iterator[_Row], batch_size: int, threads: int) -> Iterator[Batch]:
+        """Yield batches of readable images. Only the last batch may be smaller."""
         pixels: list[np.ndarray] = []
         labels: list[int] = []
         with ThreadPoolExecutor(threads) as pool:
@@ -113,14 +125,17 @@ class HubStream:
                 for row, image in zip(some, pool.map(self._pixels, some), strict=True):
                     if isinstance(image, str) and not self.skip_unreadable:
                         raise UserError(
-                            f"image {row.name} cannot be read ({image}): mend or remove it, or set "
-                            "skip_unreadable to leave such images out"
+                            f"image {row.name} cannot be read ({image}): repair or remove it, or "
+                            "set skip_unreadable to skip such images"
                         )
                     if isinstance(image, str):
                         print(f"skipped image {row.name}: {image}", file=sys.stderr)
                         continue
                     if row.label is None or not 0 <= row.label < len(self.class_names):
-                        raise UserError(f"image {row.name} has no label, as in many test splits")
+                        raise UserError(
+                            f"image {row.name} has no label, as in many test splits: choose "
+                            "another split"
+                        )
                     pixels.append(image)
                     labels.append(row.label)
                 if len(pixels) == batch_size:
@@ -130,11 +145,11 @@ class HubStream:
             yield np.stack(pixels), np.array(labels, np.int64)
 
     def _pixels(self, row: _Row) -> np.ndarray | str:
-        """A row's image, uint8 (S, S, 3), or why it cannot be read."""
+        """Return the image of a row, uint8 (S, S, 3), or the reason why it cannot be read."""
         try:
             content = row.image["bytes"]
             if content is None:
-                import fsspec  # comes with datasets; opens paths and URLs alike
+                import fsspec  # a dependency of datasets
 
                 with fsspec.open(row.image["path"], "rb") as file:
                     content = file.read()
@@ -143,12 +158,8 @@ class HubStream:
             return str(error)
 
 
-def _done(number: int) -> str:
-    return f"file-{number:05}.done"
-
-
 def _read_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each made while the one before is being used."""
+    """Yield the same items, and prepare the next one in a thread meanwhile."""
     following: Callable[[], Item | None] = lambda: next(items, None)  # noqa: E731
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(following)

@@ -1,4 +1,4 @@
-"""Hugging Face data sets, from the hub or a folder, as an image set."""
+"""Read Hugging Face data sets, from the Hub or from a local folder."""
 
 import hashlib
 import io
@@ -8,18 +8,18 @@ from typing import IO, Any
 
 import numpy as np
 
+from fid_eval.errors import EvaluationError
+from fid_eval.sets.hugging_face import HubUrl, import_datasets, is_hub_url, parse_hub_url
+
 from ..common.errors import UserError
 from .image_folders import ImageFiles, sha256
 
-PREFIX = "hf:"
-STREAM_PREFIX = "hf-stream:"
-
 
 class HubImages(ImageFiles):
-    """A Hugging Face data set, from the hub or a folder: ``hf:NAME[/CONFIG][@SPLIT]``.
+    """A Hugging Face data set: ``hf://OWNER/NAME[/CONFIG][?split=train]``, or ``hf://FOLDER``.
 
-    The image column is the first of type ``Image``, the labels the first of type ``ClassLabel``.
-    ``SPLIT`` is ``train`` unless given. Needs the ``datasets`` library.
+    Images are in the first column of type ``Image``, labels in the first of type ``ClassLabel``,
+    unless the URL names other columns (``image=``, ``label=``). Requires the package ``datasets``.
     """
 
     def __init__(
@@ -27,23 +27,26 @@ class HubImages(ImageFiles):
     ):
         self.source = source
         self.image_size = image_size
-        data, _ = open_hub(source.removeprefix(PREFIX), source)
+        data, _ = open_hub(source)
         image, label = choose_columns(data, source)
         self.class_names = list(data.features[label].names)
         self.labels = np.array(data[label], np.int64)
         if len(self.labels) == 0 or self.labels.min() < 0:
-            raise UserError(f"data {source} has images without a label, as test splits often do")
+            raise UserError(
+                f"data {source} contains images without a label, as many test splits do: choose "
+                "another split"
+            )
         self._column = image
         self._data = data.select_columns([image]).cast_column(
-            image, datasets_library(source).Image(decode=False)
+            image, import_datasets().Image(decode=False)
         )
-        readable = self._check(skip_unreadable, progress)
+        readable = self._find_readable(skip_unreadable, progress)
         if not readable.all():
             self._data = self._data.select(np.flatnonzero(readable))
             self.labels = self.labels[readable]
 
     def fingerprint(self) -> str:
-        """Over the classes, the labels and every image file."""
+        """Return a SHA-256 over the class names, the labels and all image files."""
         digest = hashlib.sha256()
         for index in range(len(self)):
             with self._open(index) as file:
@@ -60,66 +63,83 @@ class HubImages(ImageFiles):
         return open(image["path"], "rb")
 
 
+def is_hub_source(source: str | Path) -> bool:
+    """Return whether ``source`` is the URL of a Hugging Face data set."""
+    return is_hub_url(str(source))
+
+
 def is_stream(source: str | Path) -> bool:
-    """Whether ``source`` names a data set to be read from start to end, once."""
-    return str(source).startswith(STREAM_PREFIX)
+    """Return whether ``source`` is a Hugging Face data set with ``streaming=true``."""
+    return is_hub_source(source) and parse_source(source).streaming
 
 
-def datasets_library(source: str) -> Any:
-    """The module ``datasets``, or a ``UserError`` that says how to get it."""
+def parse_source(source: str | Path) -> HubUrl:
+    """Parse the URL of a Hugging Face data set.
+
+    Raises:
+        UserError: the URL is malformed.
+    """
     try:
-        import datasets
-    except ImportError:
-        raise UserError(f"data {source} needs the datasets library: pip install datasets") from None
-    return datasets
+        return parse_hub_url(str(source))
+    except EvaluationError as error:
+        raise UserError(f"data {error}") from None
 
 
 def choose_columns(data: Any, source: str) -> tuple[str, str]:
-    """The names of the first column of images and the first of labels."""
+    """Return the names of the image column and of the label column.
+
+    Raises:
+        UserError: the data set has no such columns.
+    """
+    url = parse_source(source)
     kinds = {name: type(kind).__name__ for name, kind in (data.features or {}).items()}
-    images = [name for name, kind in kinds.items() if kind == "Image"]
-    labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+
+    def columns(kind: str, chosen: str | None) -> list[str]:
+        return [name for name in kinds if kinds[name] == kind and chosen in (None, name)]
+
+    images, labels = columns("Image", url.image), columns("ClassLabel", url.label)
     if not images or not labels:
-        columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none it tells"
+        present = ", ".join(f"{name} ({kinds[name]})" for name in kinds) or "no known columns"
         raise UserError(
-            f"data {source} needs a column of type Image and one of type ClassLabel; "
-            f"it has {columns}"
+            f"data {source} needs one column of type Image and one of type ClassLabel; it has "
+            f"{present}"
         )
     return images[0], labels[0]
 
 
-def open_hub(text: str, source: str, *, streaming: bool = False) -> tuple[Any, list]:
-    """One split of ``NAME[/CONFIG][@SPLIT]``: stored first, or streamed.
+def open_hub(source: str, *, streaming: bool = False) -> tuple[Any, list]:
+    """Open one split of a Hugging Face data set, of the Hub or of a local folder.
 
     Args:
-        text: a name on the hub, or a folder.
-        source: what the user wrote, for messages.
-        streaming: give an ``IterableDataset``, and store nothing.
+        source: the URL.
+        streaming: return an ``IterableDataset`` instead of storing the data set on disk.
 
     Returns:
-        The split, and what tells a stream from another (its files and their versions).
+        The split, and for a stream the values that identify it: its files and their versions.
+
+    Raises:
+        UserError: the data set cannot be opened.
     """
-    datasets = datasets_library(source)
-    name, _, split = text.partition("@")
+    url = parse_source(source)
     try:
+        datasets = import_datasets()
         for file in ("dataset_info.json", "dataset_dict.json"):
-            if os.path.isfile(os.path.join(name, file)):
-                data = datasets.load_from_disk(name)
-                data = data[split or "train"] if isinstance(data, dict) else data
+            if os.path.isfile(os.path.join(url.name, file)):
+                data = datasets.load_from_disk(url.name)
+                data = data[url.split] if isinstance(data, dict) else data
                 if not streaming:
                     return data, []
-                files = max(1, len(data.cache_files))
-                return data.to_iterable_dataset(num_shards=files), [data._fingerprint]
-        config = None
-        if name.count("/") == 2 and not os.path.isdir(name):
-            name, _, config = name.rpartition("/")
-        split = split or "train"
+                num_files = max(1, len(data.cache_files))
+                return data.to_iterable_dataset(num_shards=num_files), [data._fingerprint]
         if not streaming:
-            return datasets.load_dataset(name, config, split=split), []
-        builder = datasets.load_dataset_builder(name, config)
-        files = (builder.config.data_files or {}).get(split, [])
-        origin = [split, builder.hash, *map(str, files), str(getattr(files, "origin_metadata", ""))]
-        return builder.as_streaming_dataset(split), origin
-    except Exception as error:  # no network, no such name, split or config: all the user's to mend
+            return datasets.load_dataset(url.name, url.config, split=url.split), []
+        builder = datasets.load_dataset_builder(url.name, url.config)
+        files = (builder.config.data_files or {}).get(url.split, [])
+        versions = str(getattr(files, "origin_metadata", ""))
+        return (
+            builder.as_streaming_dataset(url.split),
+            [url.split, builder.hash, *map(str, files), versions],
+        )
+    except Exception as error:  # datasets raises many types for a wrong name, split or network
         reason = " ".join(str(error).split())
         raise UserError(f"data {source} cannot be opened: {reason[:300]}") from None

@@ -1,7 +1,7 @@
-"""Image sets from files: the digits, class folders, and what every kind of set shares.
+"""Open images from the embedded digits or from class folders; base class of all image files.
 
-Names and labels are held in arrays, not lists: a million Python objects would be copied into every
-loader process.
+Names and labels are stored in arrays. Lists of a million Python objects would be copied into every
+data-loader worker.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from PIL import Image
 from ..common.errors import UserError
 from ..common.progress import progress_bar
 from .digits import DIGIT_NAMES, load_digit_images
-from .pixels import IMAGE_SUFFIXES, center_crop, find_fault, read_pixels
+from .pixels import IMAGE_SUFFIXES, center_crop, find_defect, read_pixels
 
 
 class DigitImages:
-    """The embedded handwritten digits, enlarged or reduced from 32×32 where asked."""
+    """The embedded handwritten digits, resized from 32×32 if another size is requested."""
 
     def __init__(self, image_size: int):
         images, self.labels = load_digit_images()
@@ -45,12 +45,12 @@ class DigitImages:
 
 
 class ImageFiles:
-    """What image sets share whose images are files somewhere: reading one, and checking all."""
+    """Base class of image sets whose images are encoded files: reads one image, checks them all."""
 
     image_size: int
     class_names: list[str]
     labels: np.ndarray
-    unreadable: dict[str, str]  # why each image left out could not be read
+    unreadable: dict[str, str]  # name of each skipped image, and the reason
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,13 +69,17 @@ class ImageFiles:
     def _open(self, index: int) -> IO[bytes]:
         raise NotImplementedError
 
-    def _check(self, skip_unreadable: bool, progress: bool) -> np.ndarray:
-        """Look at every image; return which are readable, bool (N,)."""
+    def _find_readable(self, skip_unreadable: bool, progress: bool) -> np.ndarray:
+        """Check every image and return which ones are readable, bool (N,).
 
-        def fault(index: int) -> str | None:
+        Raises:
+            UserError: an image is unreadable and ``skip_unreadable`` is not set, or all are.
+        """
+
+        def unreadable_reason(index: int) -> str | None:
             try:
                 with self._open(index) as file:
-                    return find_fault(file)
+                    return find_defect(file)
             except OSError as error:
                 return error.strerror or str(error)
 
@@ -86,15 +90,15 @@ class ImageFiles:
             ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool,
             progress_bar(total, desc="checking images", unit="img", enabled=progress) as bar,
         ):
-            for start in range(0, total, 256):  # so that a first bad image stops the check at once
+            for start in range(0, total, 256):  # in chunks, so that an error stops early
                 chunk = range(start, min(start + 256, total))
-                for index, reason in zip(chunk, pool.map(fault, chunk), strict=True):
+                for index, reason in zip(chunk, pool.map(unreadable_reason, chunk), strict=True):
                     if reason is None:
                         continue
                     if not skip_unreadable:
                         raise UserError(
-                            f"image {self._name(index)} cannot be read ({reason}): mend or remove "
-                            "it, or set skip_unreadable to leave such images out"
+                            f"image {self._name(index)} cannot be read ({reason}): repair or "
+                            "remove it, or set skip_unreadable to skip such images"
                         )
                     self.unreadable[self._name(index)] = reason
                     readable[index] = False
@@ -103,7 +107,7 @@ class ImageFiles:
             examples = ", ".join(itertools.islice(self.unreadable, 3))
             more = ", …" if len(self.unreadable) > 3 else ""
             print(
-                f"skipped {len(self.unreadable)} of {total} images that cannot be read: "
+                f"skipped {len(self.unreadable)} of {total} images because they cannot be read: "
                 f"{examples}{more}",
                 file=sys.stderr,
             )
@@ -113,11 +117,11 @@ class ImageFiles:
 
 
 class ImageFolder(ImageFiles):
-    """A folder whose sub-folders are the classes; images lie anywhere inside their class.
+    """A folder with one sub-folder for each class, which contains images at any depth.
 
-    Labels follow the sorted names of the class folders, or the order of ``classes.json`` (a list
-    of those names) where the folder holds one. Images are sorted by path within a class. Files
-    that do not end like an image, and hidden files and folders, are passed over.
+    Labels follow the sorted names of the class folders, or the order in ``classes.json`` (a list
+    of these names) if the folder contains one. Images are sorted by path within a class. Hidden
+    files and folders, and files without an image suffix, are ignored.
     """
 
     def __init__(
@@ -132,13 +136,13 @@ class ImageFolder(ImageFiles):
             found = sorted(_images_under(root / name))
             if not found:
                 raise UserError(
-                    f"class folder {root / name} has no images: add some or remove the folder"
+                    f"class folder {root / name} has no images: add images or remove the folder"
                 )
             paths += [os.fsencode(f"{name}/{path}") for path in found]
             labels += [label] * len(found)
         self._paths = np.array(paths)
         self.labels = np.array(labels, np.int64)
-        readable = self._check(skip_unreadable, progress)
+        readable = self._find_readable(skip_unreadable, progress)
         self._paths, self.labels = self._paths[readable], self.labels[readable]
         for label in sorted(set(range(len(self.class_names))) - set(self.labels.tolist())):
             raise UserError(
@@ -146,7 +150,7 @@ class ImageFolder(ImageFiles):
             )
 
     def fingerprint(self) -> str:
-        """Over the classes, and the path and size of every image."""
+        """Return a SHA-256 over the class names, and the path and size of every image."""
         sizes = [os.stat(self.root / os.fsdecode(path)).st_size for path in self._paths]
         return sha256(self.class_names, self._paths, np.array(sizes))
 
@@ -158,11 +162,10 @@ class ImageFolder(ImageFiles):
 
 
 def _class_folders(root: Path) -> list[str]:
-    """The names of the class folders, in the order of the labels."""
+    """Return the names of the class folders, in the order of the labels."""
     if not root.is_dir():
         raise UserError(
-            f'data folder {root} does not exist: give "digits" or a folder with one sub-folder '
-            "for each class"
+            f"data {root} is not a folder: give a folder with one sub-folder for each class"
         )
     names, loose = [], []
     with os.scandir(root) as entries:
@@ -175,8 +178,8 @@ def _class_folders(root: Path) -> list[str]:
                 loose.append(entry.name)
     if loose:
         raise UserError(
-            f"data folder {root} has images that belong to no class, {min(loose)} among them: "
-            "move them into a sub-folder for each class (one sub-folder if there are no classes)"
+            f"data folder {root} has images outside its class folders, for example {min(loose)}: "
+            "move them into one sub-folder for each class (a single one if there are no classes)"
         )
     if not names:
         raise UserError(f"data folder {root} is empty: it needs one sub-folder for each class")
@@ -186,13 +189,14 @@ def _class_folders(root: Path) -> list[str]:
         return sorted(names)
     if sorted(classes) != sorted(names):
         raise UserError(
-            f"{order} must be a list of the {len(names)} class folders of {root}, each once"
+            f"{order} must be a list that names each of the {len(names)} class folders of {root} "
+            "exactly once"
         )
     return classes
 
 
 def read_class_names(path: Path) -> list[str] | None:
-    """The list of names in ``classes.json``; ``None`` where there is no such file."""
+    """Read the list of class names in ``classes.json``, or return ``None`` without that file."""
     if not path.is_file():
         return None
     try:
@@ -200,25 +204,25 @@ def read_class_names(path: Path) -> list[str] | None:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(names, list) or not names or len(set(map(str, names))) != len(names):
-        raise UserError(f"{path} must be a list of class names, each once")
+        raise UserError(f"{path} must be a list of distinct class names")
     return [str(name) for name in names]
 
 
 def _images_under(folder: Path) -> Iterator[str]:
-    """Paths, relative to ``folder``, of the files that end like images."""
+    """Yield the paths of all files with an image suffix, relative to ``folder``."""
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [
             name
             for name in folders
-            if not name.startswith(".") and not _leads_back(Path(parent, name))
+            if not name.startswith(".") and not _is_link_to_parent(Path(parent, name))
         ]
         for name in files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
                 yield os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
 
 
-def _leads_back(folder: Path) -> bool:
-    """Whether a folder is a link to one on the way to it: following it would never end."""
+def _is_link_to_parent(folder: Path) -> bool:
+    """Return whether a folder is a link to one of its parents, which would be walked forever."""
     if not folder.is_symlink():
         return False
     target = folder.resolve()
@@ -226,6 +230,7 @@ def _leads_back(folder: Path) -> bool:
 
 
 def sha256(*parts: list[str] | np.ndarray | bytes) -> str:
+    """Return the SHA-256 of all parts in order: lists as JSON, arrays as their bytes."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, list):

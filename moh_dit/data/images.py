@@ -1,6 +1,6 @@
-"""Image sets: labelled uint8 images of one size, opened by ``open_images`` whatever they are.
+"""Open labelled images of any source as uint8 pixels of one size, and read them in batches.
 
-Random flips are not done here: whoever trains draws them per batch, so that resume is exact.
+Images are not mirrored here. The trainer draws flips for each batch, which makes resuming exact.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,14 +11,14 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from ..common.errors import UserError
-from .hugging_face import PREFIX as HUB
-from .hugging_face import HubImages, is_stream
+from ..common.paths import require_data
+from .hugging_face import HubImages, is_hub_source, is_stream
 from .image_folders import DigitImages, ImageFolder
 from .tar_shards import TarImages, tar_shards
 
 
 class ImageSet(Protocol):
-    """A map-style data set of labelled images, all preprocessed to one square size."""
+    """A map-style data set of labelled square images of one size."""
 
     image_size: int
     class_names: list[str]
@@ -30,37 +30,40 @@ class ImageSet(Protocol):
         """Return image ``index`` as uint8 (image_size, image_size, 3), and its label."""
 
     def fingerprint(self) -> str:
-        """SHA-256 over what tells this data set from another: changes when the data does."""
+        """Return a SHA-256 that identifies the data set and changes when its data changes."""
 
 
 def open_images(
     source: str | Path, image_size: int, *, skip_unreadable: bool = False, progress: bool = True
 ) -> ImageSet:
-    """Open a data set of whatever kind; everything is listed and checked before work starts.
+    """Open a data set of any supported kind; list and check all images first.
 
     Args:
         source: ``"digits"`` (embedded), a folder whose sub-folders are the classes
-            (``ImageFolder``), tar shards as a folder, a file or a pattern (``TarImages``), or
-            ``hf:`` and a Hugging Face data set (``HubImages``).
+            (``ImageFolder``), tar shards as a folder, a file or a pattern (``TarImages``), or a
+            Hugging Face data set ``hf://OWNER/NAME`` (``HubImages``).
         image_size: side of the returned images in pixels.
-        skip_unreadable: leave out images that cannot be read and say how many, instead of raising.
-        progress: show a progress bar over the check.
+        skip_unreadable: skip images that cannot be read and report their number, instead of
+            raising an error.
+        progress: show a progress bar during the check.
 
     Raises:
-        UserError: a missing or empty folder, a class without images, images beside the classes,
-            an unreadable image (named).
+        UserError: a missing or empty folder, a class without images, images outside the class
+            folders, or an unreadable image. The message names the file.
     """
     if image_size < 1:
-        raise UserError(f"image size {image_size}: must be at least 1 pixel")
+        raise UserError(f"image_size is {image_size}: it must be at least 1")
+    require_data(source)
     if str(source) == "digits":
         return DigitImages(image_size)
     if is_stream(source):
         raise UserError(
-            f"data {source} can only be read from start to end, and images are needed in any "
-            "order: encode it once with moh-dit-encode and train from data.latents, or use hf:"
+            f"data {source} is a stream, which is read from start to end, but images are needed in "
+            "random order: encode it once with moh-dit encode and train from data.latents, or "
+            "remove streaming=true"
         )
     options = dict(skip_unreadable=skip_unreadable, progress=progress)
-    if str(source).startswith(HUB):
+    if is_hub_source(source):
         return HubImages(str(source), image_size, **options)
     if shards := tar_shards(source):
         return TarImages(shards, image_size, **options)
@@ -68,25 +71,30 @@ def open_images(
 
 
 def load_batch(images: ImageSet, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Read a few images at once: uint8 (B, S, S, 3) and int64 (B,)."""
+    """Read the images with these indices: uint8 (B, S, S, 3), and labels int64 (B,)."""
     pairs = [images[i] for i in indices]
     return np.stack([image for image, _ in pairs]), np.array([y for _, y in pairs], np.int64)
+
+
+def index_batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    """Cut ``indices`` into consecutive batches. The last batch may be shorter."""
+    return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
 
 
 def read_batches(
     images: ImageSet, batches: Iterable[Sequence[int]], num_workers: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """``load_batch`` for each list of indices in turn, read ahead by loader processes.
+    """Yield ``load_batch`` of each batch of indices, read ahead by data-loader workers.
 
     Raises:
-        UserError: an image that cannot be read, in the words of whichever process met it.
+        UserError: an image that cannot be read, with the same message from any worker.
     """
     loader: DataLoader = DataLoader(
         _BatchReader(images),
         batch_size=None,
         sampler=batches,
         num_workers=num_workers,
-        collate_fn=_as_is,
+        collate_fn=_keep_numpy,
     )
     for batch in loader:
         if isinstance(batch, UserError):
@@ -95,7 +103,10 @@ def read_batches(
 
 
 class _BatchReader(Dataset):
-    """Hands a user's mistake over as a value: raised in a worker, it would become a traceback."""
+    """Reads batches, and returns a ``UserError`` as a value.
+
+    A worker that raises an error sends its traceback, which is no message for the user.
+    """
 
     def __init__(self, images: ImageSet):
         self.images = images
@@ -107,5 +118,6 @@ class _BatchReader(Dataset):
             return error
 
 
-def _as_is(batch: object) -> object:
+def _keep_numpy(batch: object) -> object:
+    """Return the batch unchanged; the default ``collate_fn`` would convert it to tensors."""
     return batch

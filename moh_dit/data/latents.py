@@ -1,10 +1,8 @@
-"""Latents of a whole data set, encoded once: posterior moments, so each epoch draws anew.
+"""Encode a data set into latents once: the moments of each posterior, from which every epoch draws.
 
-A set is indexed by ``(image, flip)``: whoever trains decides the order and draws the flips. Small
-data is encoded into memory at the start of a run (``encode_images``); large data once, into shards
-on disk (``open_latents``), by
-
-    accelerate launch -m moh_dit.data.latents --data my_images --output my_latents
+A set is indexed by ``(image, flip)``; the trainer decides the order and draws the flips. Small
+data sets are encoded into memory when a run starts (``encode_images``). Large data sets are encoded
+into shards on disk by ``moh-dit encode`` and opened with ``open_latents``.
 """
 
 import hashlib
@@ -25,32 +23,28 @@ from torch.utils.data import Dataset
 from ..autoencoder import autoencoder_identity, encode_moments, latent_shape
 from ..common.errors import UserError
 from ..common.progress import progress_bar
-from .images import ImageSet, read_batches
+from .images import ImageSet, index_batches, read_batches
+from .latent_shards import FORMAT, INDEX_FILE, LABELS_FILE, PLAN_FILE, content_hash
 from .pixels import to_float
-
-FORMAT = 1
-INDEX_FILE = "index.json"
-PLAN_FILE = "encoding.json"
-LABELS_FILE = "labels.npy"
 
 
 class LatentSet(Dataset):
-    """Posterior moments and labels of N images, flipped or not, for a ``DataLoader``."""
+    """Posterior moments and labels of N images and of their mirror images, for a ``DataLoader``."""
 
     class_names: list[str]
     labels: np.ndarray  # int64 (N,)
-    flipped: bool  # whether the mirrored images are there too
+    flipped: bool  # whether the set contains the mirrored images
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
-        """Moments (2C, h, w) in float32, mean then log-variance, and the label."""
+        """Return mean and log-variance, float32 (2C, h, w), and the label of ``(image, flip)``."""
         moments, labels = self.__getitems__([item])
         return moments[0], int(labels[0])
 
     def __getitems__(self, items: Sequence[tuple[int, bool]]) -> tuple[Tensor, Tensor]:
-        """A whole batch: moments float32 (B, 2C, h, w) and labels int64 (B,)."""
+        """Return a batch: moments float32 (B, 2C, h, w) and labels int64 (B,)."""
         raise NotImplementedError
 
 
@@ -78,14 +72,19 @@ def encode_images(
     num_workers: int = 0,
     progress: bool = True,
 ) -> LatentMoments:
-    """Encode a data set that fits in memory; on the device of ``vae``, result on the CPU.
+    """Encode a data set that fits in memory.
 
     Args:
-        flip: encode the mirrored images too. An autoencoder is not exactly equivariant: the
-            moments of a mirrored image are not the mirrored moments.
+        images: the images.
+        vae: the autoencoder. Its device computes; the result is on the CPU.
+        flip: also encode the mirrored images. An autoencoder is not exactly equivariant, so the
+            moments of a mirrored image differ from the mirrored moments.
+        batch_size: images per forward pass.
+        num_workers: data-loader workers that read images.
+        progress: show a progress bar.
 
     Raises:
-        UserError: the image size is not divisible by the autoencoder's factor.
+        UserError: the image size is not divisible by the autoencoder's downsampling factor.
     """
     channels, height, width = latent_shape(vae, images.image_size)
     moments = torch.empty(1 + flip, len(images), 2 * channels, height, width)
@@ -94,45 +93,65 @@ def encode_images(
         start = 0
         for pixels, _ in read_batches(images, batches, num_workers):
             stop = start + len(pixels)
-            moments[:, start:stop] = encode_both(vae, pixels, flip)
+            moments[:, start:stop] = encode_views(vae, pixels, flip)
             bar.update(len(pixels))
             start = stop
     return LatentMoments(moments, images.labels, images.class_names)
 
 
+def encode_views(vae: AutoencoderKL, pixels: np.ndarray, flip: bool) -> Tensor:
+    """Encode images as they are and, with ``flip``, mirrored.
+
+    Args:
+        vae: the autoencoder.
+        pixels: uint8 (B, S, S, 3).
+        flip: also encode the mirrored images.
+
+    Returns:
+        Moments on the CPU, float32 (1 or 2, B, 2C, h, w).
+    """
+    batch = to_float(torch.from_numpy(pixels).to(vae.device))
+    views = [batch, batch.flip(-1)] if flip else [batch]
+    return torch.stack([encode_moments(vae, view).cpu() for view in views])
+
+
 def open_latents(
     folder: str | Path, vae: AutoencoderKL | None = None, *, flip: bool = False
 ) -> "LatentStore":
-    """Open what ``python -m moh_dit.data.latents`` wrote; reads the index and nothing else.
+    """Open latents that ``moh-dit encode`` wrote. Only the index is read.
 
     Args:
-        vae: the autoencoder that the run decodes with: the latents must be its own.
-        flip: the mirrored images are needed.
+        folder: the latents.
+        vae: require that this autoencoder made the latents.
+        flip: require the mirrored images.
 
     Raises:
-        UserError: nothing there, unfinished, damaged, or made by another autoencoder.
+        UserError: the latents are missing, unfinished or damaged, another autoencoder made them,
+            or they lack the mirrored images.
     """
     store = LatentStore(Path(folder))
     if vae is not None and autoencoder_identity(vae) != store.index["autoencoder"]["identity"]:
         raise UserError(
-            f"latents {folder} were made by another autoencoder "
-            f"({store.index['autoencoder']['name']}): its weights differ from the ones given; "
-            "encode the images again or give that autoencoder"
+            f"latents {folder} were made with the autoencoder "
+            f"{store.index['autoencoder']['name']}, whose weights differ from the given one: set "
+            "autoencoder to that one, or encode the images again"
         )
     if flip and not store.flipped:
         raise UserError(
-            f"latents {folder} have no mirrored images: encode with --flip true, or train without"
+            f"latents {folder} have no mirrored images: encode with --horizontal_flip true, or "
+            "train with horizontal_flip false"
         )
     return store
 
 
 class LatentStore(LatentSet):
-    """Moments in sharded files, read through memory maps of which little stays resident.
+    """Moments in sharded files, read through memory maps with a bounded resident size.
 
-    ``index`` holds what ``index.json`` says; see docs/data.md.
+    Attributes:
+        index: contents of ``index.json``; see docs/data.md.
     """
 
-    RESIDENT_BYTES = 256 * 2**20  # mapped pages touched before they are let go
+    RESIDENT_BYTES = 256 * 2**20  # release mapped pages after reading this much
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -146,50 +165,54 @@ class LatentStore(LatentSet):
         self._starts = np.cumsum([0, *counts])  # first image of each shard
         self.labels: np.ndarray = np.load(folder / LABELS_FILE, mmap_mode="r")
         if not len(self.labels) == self._starts[-1] == self.index["num_images"]:
-            raise UserError(f"latents {folder}: {LABELS_FILE} does not fit {INDEX_FILE}")
+            raise UserError(f"latents {folder}: {LABELS_FILE} and {INDEX_FILE} do not match")
         self._maps: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
-        self._touched = 0
+        self._bytes_read = 0
 
-    def __getstate__(self) -> dict[str, Any]:  # loader processes that are spawned map anew
-        return {**self.__dict__, "_maps": {}, "_touched": 0}
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out memory maps, which cannot be pickled; a spawned worker creates its own."""
+        return {**self.__dict__, "_maps": {}, "_bytes_read": 0}
 
     def __getitems__(self, items: Sequence[tuple[int, bool]]) -> tuple[Tensor, Tensor]:
-        records = [self._record(index, flip) for index, flip in items]
+        records = [self._moments_of(index, flip) for index, flip in items]
         for index, flip in items:
-            self._read_ahead(index, flip)
+            self._prefetch(index, flip)
         moments = np.stack(records, dtype=np.float32)
         labels = self.labels[[index for index, _ in items]]
-        # A page fault maps its cached neighbours as well, 64 KiB of them at most.
-        self._let_go(sum(record.nbytes + 2 * 65536 for record in records))
+        # A page fault also maps cached neighbours: up to 64 KiB at both ends of a record.
+        self._release_pages(sum(record.nbytes + 2 * 65536 for record in records))
         return torch.from_numpy(moments), torch.from_numpy(labels)
 
     def verify(self) -> None:
-        """Read everything and compare with the hashes in the index.
+        """Read all files and compare them with the hashes in the index.
 
         Raises:
-            UserError: naming the first file that is not what was written.
+            UserError: a file has changed; the message names the first one.
         """
         for number, expected in enumerate(self.index["shards"]):
             data, _ = self._shard(number)
             if hashlib.sha256(data).hexdigest() != expected["sha256"]:
                 raise UserError(f"latents {self.folder / expected['file']} are damaged")
-            self._let_go(len(data))
+            self._release_pages(len(data))
         if content_hash(self.index, self.labels) != self.index["content_hash"]:
-            raise UserError(f"latents {self.folder}: labels or index are not what was written")
+            raise UserError(
+                f"latents {self.folder}: {LABELS_FILE} or {INDEX_FILE} was changed after encoding"
+            )
 
-    def _record(self, index: int, flip: bool) -> np.ndarray:
+    def _moments_of(self, index: int, flip: bool) -> np.ndarray:
+        """Return a view of the mapped moments of one image, (2C, h, w)."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        number, position = self._place(index)
+        number, position = self._locate(index)
         return self._shard(number)[1][int(flip), position]
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Shard of an image, and its place in it."""
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return the shard that contains an image, and the image's position in it."""
         number = int(self._starts.searchsorted(index, "right")) - 1
         return number, index - int(self._starts[number])
 
     def _shard(self, number: int) -> tuple[mmap.mmap, np.ndarray]:
-        """The mapped file and the moments in it, (1 or 2, n, 2C, h, w)."""
+        """Return the memory map of a shard, and its moments (1 or 2, n, 2C, h, w)."""
         if number not in self._maps:
             entry = self.index["shards"][number]
             shape = (1 + self.flipped, entry["num_images"], *self.moments_shape)
@@ -200,15 +223,15 @@ class LatentStore(LatentSet):
                 start = file.tell()
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if len(data) != start + math.prod(shape) * self.dtype.itemsize:
-                raise UserError(f"latents {path} are cut off: {len(data)} bytes")
-            _advise(data, "MADV_RANDOM")  # else the kernel reads far more than is asked for
+                raise UserError(f"latents {path} are incomplete: the file has {len(data)} bytes")
+            _advise(data, "MADV_RANDOM")  # keep the kernel from reading ahead
             moments = np.frombuffer(data, self.dtype, offset=start).reshape(shape)
             self._maps[number] = data, moments
         return self._maps[number]
 
-    def _read_ahead(self, index: int, flip: bool) -> None:
-        """Ask for one record without waiting, so that a batch is fetched in parallel."""
-        number, position = self._place(index)
+    def _prefetch(self, index: int, flip: bool) -> None:
+        """Request the moments of one image without waiting, so that a batch loads in parallel."""
+        number, position = self._locate(index)
         data, moments = self._shard(number)
         size = moments[0, 0].nbytes
         header = len(data) - moments.nbytes
@@ -216,23 +239,13 @@ class LatentStore(LatentSet):
         page = start // mmap.PAGESIZE * mmap.PAGESIZE
         _advise(data, "MADV_WILLNEED", page, start + size - page)
 
-    def _let_go(self, num_bytes: int) -> None:
-        """Give touched pages back to the page cache: a map otherwise grows to the whole data."""
-        self._touched += num_bytes
-        if self._touched >= self.RESIDENT_BYTES:
+    def _release_pages(self, num_bytes: int) -> None:
+        """Count bytes read, and unmap the pages before the resident size becomes too large."""
+        self._bytes_read += num_bytes
+        if self._bytes_read >= self.RESIDENT_BYTES:
             for data, _ in self._maps.values():
                 _advise(data, "MADV_DONTNEED")
-            self._touched = 0
-
-
-def content_hash(index: dict[str, Any], labels: np.ndarray) -> str:
-    """SHA-256 over all moments (by the hashes of their shards), labels, classes and autoencoder."""
-    digest = hashlib.sha256()
-    shards = [shard["sha256"] for shard in index["shards"]]
-    facts = [shards, index["class_names"], index["flipped"], index["autoencoder"]["identity"]]
-    digest.update(json.dumps(facts).encode())
-    digest.update(np.ascontiguousarray(labels, np.int64).data)
-    return digest.hexdigest()
+            self._bytes_read = 0
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -241,37 +254,26 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not (folder / INDEX_FILE).is_file():
         if (folder / PLAN_FILE).is_file():
             raise UserError(
-                f"latents {folder} are not finished: give the command that makes them again, "
-                "with --resume"
+                f"latents {folder} are unfinished: run the same moh-dit encode command again with "
+                "--resume"
             )
-        raise UserError(f"folder {folder} holds no latents: it has no {INDEX_FILE}")
+        raise UserError(f"folder {folder} contains no latents: it has no {INDEX_FILE}")
     try:
         index = json.loads((folder / INDEX_FILE).read_text())
         if index["format"] != FORMAT:
-            raise UserError(f"latents {folder} have format {index['format']}, not {FORMAT}")
+            raise UserError(
+                f"latents {folder} have format {index['format']}; this version reads {FORMAT}"
+            )
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / INDEX_FILE} is not an index of latents") from None
     present = set(os.listdir(folder))
-    if missing := [s["file"] for s in index["shards"] if s["file"] not in present]:
-        raise UserError(f"latents {folder}: {missing[0]} is missing")
-    if LABELS_FILE not in present:
-        raise UserError(f"latents {folder}: {LABELS_FILE} is missing")
+    for name in (LABELS_FILE, *(shard["file"] for shard in index["shards"])):
+        if name not in present:
+            raise UserError(f"latents {folder} are damaged: {name} is missing")
     return index
 
 
 def _advise(data: mmap.mmap, name: str, *where: int) -> None:
-    """``madvise`` where the platform has this advice; only speed and memory depend on it."""
+    """Call ``madvise`` if the platform has this advice. It affects only speed and memory."""
     if (advice := getattr(mmap, name, None)) is not None:
         data.madvise(advice, *where)
-
-
-def encode_both(vae: AutoencoderKL, pixels: np.ndarray, flip: bool) -> Tensor:
-    """uint8 (B, S, S, 3) → moments on the CPU, (1 or 2, B, 2C, h, w): as they are, and mirrored."""
-    batch = to_float(torch.from_numpy(pixels).to(vae.device))
-    views = [batch, batch.flip(-1)] if flip else [batch]
-    return torch.stack([encode_moments(vae, view).cpu() for view in views])
-
-
-def index_batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
-    """Cut ``indices`` into consecutive batches; the last may be short."""
-    return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]

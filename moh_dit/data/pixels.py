@@ -1,4 +1,4 @@
-"""From whatever Pillow opens to square RGB pixels, and between pixels and the model's range."""
+"""Preprocess images to square RGB pixels, and convert pixels to and from the model's range."""
 
 from typing import IO
 
@@ -15,10 +15,17 @@ PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Reduce to ``size`` along the shorter side and crop the centre: uint8 (size, size, 3).
+    """Resize the shorter side to ``size`` and crop the centre, as in the training of ADM and DiT.
 
-    As in training ADM and DiT: halved with a box filter while at least twice too large, then
-    bicubic, then the crop. A smaller image is enlarged by the same bicubic step.
+    A box filter halves the image while its shorter side is at least twice ``size``. Bicubic
+    interpolation then resizes (or enlarges) it to ``size``.
+
+    Args:
+        image: an RGB image.
+        size: side in pixels.
+
+    Returns:
+        Pixels, uint8 (size, size, 3).
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -30,22 +37,25 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert whatever Pillow opened to RGB, upright.
+    """Convert an image of any mode to RGB.
 
-    The EXIF orientation is applied, so that a photo is seen as its viewer shows it. Transparency
-    is laid on white. 16-bit grey is scaled to 8 bits (65535 → 255). Of an animation, the first
-    frame counts.
+    The EXIF orientation is applied. Transparent images are blended onto white. 16-bit grey is
+    scaled to 8 bits (65535 → 255). An animation is reduced to its first frame.
 
     Raises:
-        ValueError: pixel values of unknown range (floats, or integers beyond 16 bits).
+        ValueError: the range of the pixel values is unknown (floats, integers above 16 bits).
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; store it as 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow may open as 32-bit integers
+        raise ValueError(
+            "floating-point pixels have no known range; convert the image to 8 or 16 bits"
+        )
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow may open it as 32-bit integers
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("integer pixels beyond 16 bits have no known range")
+            raise ValueError(
+                "integer pixels beyond 16 bits have no known range; convert the image to 16 bits"
+            )
         image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -54,19 +64,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_float(images: np.ndarray | Tensor) -> Tensor:
-    """uint8 (B, H, W, 3) in 0 … 255 → float32 (B, 3, H, W) in −1 … 1."""
+    """Convert uint8 (B, H, W, 3) in 0 … 255 to float32 (B, 3, H, W) in −1 … 1."""
     pixels = torch.as_tensor(images).permute(0, 3, 1, 2).to(torch.float32)
     return pixels / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """float (B, 3, H, W), −1 … 1, clipped and rounded → uint8 (B, H, W, 3) on the CPU."""
+    """Convert float (B, 3, H, W) in −1 … 1 to uint8 (B, H, W, 3) on the CPU; clip and round."""
     pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255)
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
 def read_pixels(file: IO[bytes], size: int) -> np.ndarray:
-    """Decode an image file and preprocess it: uint8 (size, size, 3).
+    """Decode an image file and preprocess it to uint8 (size, size, 3).
 
     Raises:
         ValueError: the file cannot be read, or its pixel values have no known range.
@@ -75,26 +85,30 @@ def read_pixels(file: IO[bytes], size: int) -> np.ndarray:
         with Image.open(file) as image:
             return center_crop(to_rgb(image), size)
     except PILLOW_ERRORS as error:
-        raise ValueError(_reason(error)) from None
+        raise ValueError(_describe(error)) from None
 
 
-def find_fault(file: IO[bytes]) -> str | None:
-    """Why an image cannot be read, or None. Cheap for PNG and JPEG, a whole decode otherwise."""
+def find_defect(file: IO[bytes]) -> str | None:
+    """Return why an image cannot be read, or ``None`` if it can.
+
+    PNG and JPEG files are checked quickly. Other formats are decoded completely.
+    """
     try:
         with Image.open(file) as image:
             if image.format == "PNG" and not image.mode.startswith(("I", "F")):
-                image.verify()  # reads the whole file and compares its checksums
+                image.verify()  # compares the checksums of the whole file
             elif image.format != "JPEG" or not _has_jpeg_end(file):
                 to_rgb(image)
     except PILLOW_ERRORS as error:
-        return _reason(error)
+        return _describe(error)
     return None
 
 
 def _has_jpeg_end(file: IO[bytes]) -> bool:
-    """Whether the end-of-image marker is near the end, as in any file that was not cut off.
+    """Return whether a JPEG file contains the end-of-image marker near its end.
 
-    Pillow has read as far as the pixels: the marker before that is a thumbnail's.
+    A truncated file does not. Pillow has already read up to the pixels, so an earlier marker, which
+    ends the embedded thumbnail, is not counted.
     """
     position = file.tell()
     size = file.seek(0, 2)
@@ -104,6 +118,6 @@ def _has_jpeg_end(file: IO[bytes]) -> bool:
     return found
 
 
-def _reason(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     text = " ".join(str(error).split())
     return "not an image" if "cannot identify" in text else text or type(error).__name__

@@ -1,4 +1,4 @@
-"""WebDataset tar shards as an image set with random access: listed once, then read by offset."""
+"""Read WebDataset tar shards with random access: list the files once, then read by offset."""
 
 import contextlib
 import glob
@@ -21,11 +21,11 @@ from .pixels import IMAGE_SUFFIXES
 
 
 class TarImages(ImageFiles):
-    """WebDataset shards: tar files of samples, an image and its label side by side.
+    """WebDataset shards: tar files whose samples consist of an image and its label.
 
     The files of a sample share their path up to the first dot: ``0001.jpg`` with ``0001.cls`` (a
-    class number, or a class name) or ``0001.json`` with a ``"label"``. Class numbers are named by
-    ``classes.json`` (a list) beside the shards where it exists, and otherwise by themselves.
+    class number or a class name) or ``0001.json`` with a ``"label"``. A list ``classes.json``
+    beside the shards names the class numbers; without it, the number is the name.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TarImages(ImageFiles):
         self.shards = list(shards)
         self.image_size = image_size
         names: list[bytes] = []
-        places: list[tuple[int, int, int]] = []
+        locations: list[tuple[int, int, int]] = []
         texts: list[str] = []
         with progress_bar(
             len(self.shards), desc="listing shards", unit="tar", enabled=progress
@@ -47,39 +47,41 @@ class TarImages(ImageFiles):
             for number, shard in enumerate(self.shards):
                 for name, offset, size, label in _tar_samples(shard):
                     names.append(os.fsencode(name))
-                    places.append((number, offset, size))
+                    locations.append((number, offset, size))
                     texts.append(label)
                 bar.update()
         if not names:
             raise UserError(f"tar shard {self.shards[0]} has no images")
         self._names = np.array(names)
-        self._places = np.array(places, np.int64)  # (N, 3): shard, offset, size
+        self._locations = np.array(locations, np.int64)  # (N, 3): shard, offset, size
         self.class_names, self.labels = _number_classes(texts, self.shards[0].parent)
-        readable = self._check(skip_unreadable, progress)
-        self._names, self._places = self._names[readable], self._places[readable]
+        readable = self._find_readable(skip_unreadable, progress)
+        self._names, self._locations = self._names[readable], self._locations[readable]
         self.labels = self.labels[readable]
 
     def fingerprint(self) -> str:
-        """Over the classes, and the name, place, size and label of every image."""
-        return sha256(self.class_names, self._names, self._places, self.labels)
+        """Return a SHA-256 over the classes, and name, offset, size and label of every image."""
+        return sha256(self.class_names, self._names, self._locations, self.labels)
 
     def _name(self, index: int) -> str:
-        return f"{self.shards[self._places[index, 0]]}/{os.fsdecode(self._names[index])}"
+        return f"{self.shards[self._locations[index, 0]]}/{os.fsdecode(self._names[index])}"
 
     def _open(self, index: int) -> IO[bytes]:
-        shard, offset, size = self._places[index].tolist()
+        shard, offset, size = self._locations[index].tolist()
         with open(self.shards[shard], "rb") as file:
             file.seek(offset)
             return io.BytesIO(file.read(size))
 
 
 def tar_shards(source: str | Path) -> list[Path]:
-    """The tar files that ``source`` means: a file, a folder of them, or a pattern.
+    """Return the tar files that ``source`` names, or an empty list if it names none.
 
-    Patterns are those of ``glob``, and WebDataset's ``{000..127}``, of which none may be missing.
+    Args:
+        source: a tar file, a folder that contains some, or a pattern. Patterns are those of
+            ``glob``, and the ranges ``{000..127}`` of WebDataset, which must be complete.
 
     Raises:
-        UserError: a shard of ``{000..127}`` that is not there.
+        UserError: a shard of a range ``{000..127}`` does not exist.
     """
     path = Path(source)
     if path.is_dir():
@@ -87,7 +89,7 @@ def tar_shards(source: str | Path) -> list[Path]:
     if path.suffix == ".tar" and path.is_file():
         return [path]
     shards = []
-    for name in _counted(str(source)):
+    for name in _expand_ranges(str(source)):
         matching = [name] if Path(name).is_file() else glob.glob(name)
         matching = [found for found in matching if found.endswith(".tar")]
         if not matching and name != str(source):
@@ -96,21 +98,23 @@ def tar_shards(source: str | Path) -> list[Path]:
     return shards
 
 
-def _counted(pattern: str) -> Iterator[str]:
-    """Every pattern that one with ``{000..127}`` stands for, one after the other."""
+def _expand_ranges(pattern: str) -> Iterator[str]:
+    """Yield ``pattern`` once for each number of its ranges ``{000..127}``, in order."""
     found = re.fullmatch(r"(.*?)\{(\d+)\.\.(\d+)\}(.*\.tar)", pattern, re.DOTALL)
     if found is None:
         yield pattern
         return
     before, first, last, after = found.groups()
     if int(first) > int(last):
-        raise UserError(f"tar shards {pattern}: {first} is more than {last}")
+        raise UserError(
+            f"tar shards {pattern}: the first number {first} is more than the last, {last}"
+        )
     for number in range(int(first), int(last) + 1):
-        yield from _counted(f"{before}{number:0{len(first)}}{after}")
+        yield from _expand_ranges(f"{before}{number:0{len(first)}}{after}")
 
 
 def _tar_samples(shard: Path) -> Iterator[tuple[str, int, int, str]]:
-    """Name, offset, size and label text of each image in a tar file."""
+    """Yield name, offset, size and label text of each image in a tar file."""
     try:
         with tarfile.open(shard, "r:") as archive:
             files = (member for member in archive if member.isfile())
@@ -122,24 +126,24 @@ def _tar_samples(shard: Path) -> Iterator[tuple[str, int, int, str]]:
                         image = member
                     elif kind in (".cls", ".json"):
                         content = archive.extractfile(member)
-                        assert content is not None  # it is a file
+                        assert content is not None  # for mypy: members are regular files
                         try:
                             found = _label_text(content.read(), kind)
                         except UnicodeDecodeError:
-                            raise UserError(f"{shard}/{member.name} is not text") from None
+                            raise UserError(f"{shard}/{member.name} is not UTF-8 text") from None
                         label = found if found is not None else label
                 if image is None:
                     continue
                 if label is None:
                     raise UserError(
-                        f"{shard}/{image.name} has no label: each image needs a .cls file, or a "
-                        '.json file with "label", beside it'
+                        f"{shard}/{image.name} has no label: add a .cls file with the same name, "
+                        'or a .json file that contains "label"'
                     )
                 yield image.name, image.offset_data, image.size, label
     except (tarfile.TarError, OSError) as error:
         raise UserError(
-            f"tar shard {shard} cannot be read ({error}); compressed tar files must be unpacked "
-            "first, as images are read in any order"
+            f"tar shard {shard} cannot be read ({error}); decompress compressed tar files first, "
+            "because images are read in random order"
         ) from None
 
 
@@ -158,7 +162,10 @@ def _label_text(content: bytes, kind: str) -> str | None:
 
 
 def _number_classes(texts: list[str], folder: Path) -> tuple[list[str], np.ndarray]:
-    """Class names and int64 labels from label texts: numbers as they are, names in order."""
+    """Turn label texts into class names and int64 labels.
+
+    Numbers are used as labels. Names are numbered as in ``classes.json``, or sorted without it.
+    """
     names = read_class_names(folder / "classes.json")
     if all(text.isdecimal() for text in texts):
         labels = np.array([int(text) for text in texts], np.int64)
@@ -170,9 +177,9 @@ def _number_classes(texts: list[str], folder: Path) -> tuple[list[str], np.ndarr
             )
         return names, labels
     if negative := [text for text in texts if text[:1] == "-" and text[1:].isdecimal()]:
-        raise UserError(f"{folder} has an image of class {negative[0]}: classes count from 0")
+        raise UserError(f"{folder} has an image of class {negative[0]}: class numbers start at 0")
     names = names or sorted(set(texts))
     number = {name: i for i, name in enumerate(names)}
     if unknown := sorted(set(texts) - set(names)):
-        raise UserError(f"{folder} has images of class {unknown[0]}, which classes.json lacks")
+        raise UserError(f"{folder} has images of class {unknown[0]}, which is not in classes.json")
     return names, np.array([number[text] for text in texts], np.int64)

@@ -1,62 +1,76 @@
 """Settings of `moh-dit autoencoder`. The docstring under a field is its help text."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+from ..common.paths import require_autoencoder, require_data, require_new_output
 
 
 @dataclass
 class AutoencoderConfig:
-    """Shape of a new autoencoder; each block after the first halves the resolution."""
+    """Architecture of a new autoencoder; each block after the first halves the resolution."""
 
     block_out_channels: list[int] = field(default_factory=lambda: [64, 128, 128])
-    """Width of each block; n blocks give a downsampling factor of 2^(n−1)."""
+    """Width of each block. n blocks give a downsampling factor of 2^(n−1)."""
     layers_per_block: int = 1
-    """Residual layers in each encoder block (the decoder has one more)."""
+    """Residual layers in each encoder block; a decoder block has one more."""
     latent_channels: int = 4
     """Channels of the latents."""
     norm_num_groups: int = 32
-    """Groups of the group normalisation; must divide every width."""
+    """Groups of the group normalisation. Each width must be a multiple of it."""
     mid_block_attention: bool = True
-    """Self-attention at the lowest resolution."""
+    """Use self-attention at the lowest resolution."""
 
 
 @dataclass
 class AutoencoderTrainingConfig:
-    """Train an AutoencoderKL on images: reconstruction + KL."""
+    """Train an AutoencoderKL on images with a reconstruction loss and a KL loss."""
 
     output: str
-    """Folder to write; must not exist."""
+    """Folder to write. It must not exist."""
     data: str = "digits"
-    """"digits", a folder with one sub-folder for each class, tar shards, or hf:NAME."""
+    """"digits", a folder with one sub-folder for each class, tar shards, or hf://OWNER/NAME."""
     image_size: int = 32
     """Side of the training images in pixels."""
     skip_unreadable: bool = False
-    """Leave out images that cannot be read instead of stopping."""
+    """Skip images that cannot be read instead of stopping."""
     initial: str | None = None
-    """Start from this autoencoder (folder, hub id, "digits"); its shape replaces `autoencoder`."""
+    """Autoencoder to start from: a folder, a Hub id or "digits". It replaces `autoencoder`."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    """Shape of a new autoencoder."""
+    """Architecture of a new autoencoder."""
     reconstruction: Literal["l1", "mse"] = "mse"
     """Distance between image and reconstruction, averaged over pixels (range −1 … 1)."""
     kl_weight: float = 1e-4
-    """Weight of the KL divergence to N(0, 1), averaged over latent values: more makes latents
-    smoother and nearer to normal, and reconstructions softer."""
+    """Weight of the KL divergence to N(0, 1), averaged over latent values. A larger weight gives
+    latents closer to a normal distribution, and blurrier reconstructions."""
     latent_noise: float = 0.0
-    """Noise added to the latents in training, relative to the standard deviation of each channel:
-    teaches the decoder to forgive what a diffusion model gets slightly wrong."""
+    """Noise added to the latents in training, in standard deviations of each channel. The decoder
+    learns to tolerate small errors of the diffusion model."""
     num_steps: int = 10_000
     """Optimizer steps."""
     batch_size: int = 32
-    """Images per step over all processes."""
+    """Images per step, summed over all processes."""
     learning_rate: float = 1e-3
-    """Peak of the AdamW learning rate: 2 % linear warm-up, then a cosine to zero."""
+    """Peak learning rate of AdamW, after 2 % linear warm-up and before a cosine decay to zero."""
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
-    random_flip: bool = True
-    """Mirror half of the training images; wrong for text and digits."""
+    horizontal_flip: bool = True
+    """Mirror half of the training images. Turn it off for text and digits."""
     num_held_out: int = 64
-    """Images kept out of training to measure on (0: measure on training images)."""
+    """Images kept out of training for the measurements; 0 measures on training images."""
     num_workers: int = 0
-    """Loader processes per training process."""
+    """Data-loader workers per process."""
     seed: int = 0
-    """Seed of weights, order, flips and posterior samples."""
+    """Seed of the initial weights, the order of images, the flips and the posterior samples."""
+
+    def check_paths(self) -> None:
+        """Check the data, the initial autoencoder and the output folder.
+
+        Raises:
+            UserError: the data or the autoencoder does not exist, or the output exists.
+        """
+        require_data(self.data)
+        if self.initial is not None:
+            require_autoencoder(self.initial)
+        require_new_output(Path(self.output))

@@ -1,14 +1,12 @@
-"""Training an autoencoder for anybody's images: reconstruction + KL.
+"""Train an autoencoder on any images, with a reconstruction loss and a KL loss.
 
-The loss is ``reconstruction + kl_weight · KL``, both averaged: over pixels, and over latent values
-(Kingma & Welling 2014, eq. 10, with the weight of β-VAE). The command is ``moh_dit.autoencoder``.
+The loss is ``reconstruction + kl_weight · KL``. The reconstruction error is averaged over pixels,
+the KL divergence over latent values (Kingma & Welling 2014, eq. 10, with the weight of β-VAE).
 """
 
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from ..autoencoder import (
     load_autoencoder,
     sample_posterior,
 )
+from ..common.atomic_write import atomic_output
 from ..common.cli import save_config
 from ..common.errors import UserError
 from ..common.progress import progress_bar
@@ -39,34 +38,43 @@ from .autoencoder_config import AutoencoderTrainingConfig
 
 
 class _Autoencode(nn.Module):
-    """Encode, sample, decode: one forward, so that data-parallel training sees it all."""
+    """Encode, sample and decode in one ``forward``, as data-parallel training requires."""
 
     def __init__(self, vae: AutoencoderKL, latent_noise: float = 0.0):
         super().__init__()
         self.vae, self.latent_noise = vae, latent_noise
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reconstructions (B, 3, H, W) and the KL, averaged over latent values, (B,)."""
+        """Reconstruct images.
+
+        Args:
+            images: (B, 3, H, W) in −1 … 1.
+            noise: standard normal noise, (B, C, h, w).
+
+        Returns:
+            Reconstructions (B, 3, H, W), and the KL divergence averaged over latent values, (B,).
+        """
         posterior = self.vae.encode(images).latent_dist
         std = posterior.std
-        if self.latent_noise:  # independent noises add up in variance
-            over = dict(dim=(0, 2, 3), keepdim=True)
-            variance = posterior.mean.var(**over) + posterior.var.mean(**over)  # of each channel
+        if self.latent_noise:  # variances of independent noises add up
+            axes = dict(dim=(0, 2, 3), keepdim=True)
+            variance = posterior.mean.var(**axes) + posterior.var.mean(**axes)  # of each channel
             std = (posterior.var + self.latent_noise**2 * variance.detach()).sqrt()
         latents = posterior.mean + std * noise
         return self.vae.decode(latents).sample, posterior.kl() / noise[0].numel()
 
 
 def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
-    """Train, measure and write ``config.output``; returns the measurements (also in metrics.json).
+    """Train an autoencoder, measure it and write ``config.output``.
+
+    Returns:
+        The measurements, which are also written to ``metrics.json``.
 
     Raises:
-        UserError: bad data, an existing output folder, sizes that do not divide.
+        UserError: bad data, an existing output folder, or sizes that are not divisible.
     """
-    output = Path(config.output)
-    if output.exists():
-        raise UserError(f"output folder {output} exists: give a new name or move it away")
-    set_seed(config.seed)  # the same first weights in every process
+    config.check_paths()
+    set_seed(config.seed)  # gives every process the same initial weights
     vae = load_autoencoder(config.initial) if config.initial else _new_autoencoder(config)
     vae = vae.train().requires_grad_(True)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
@@ -74,8 +82,8 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
         raise UserError("num_steps and batch_size must be at least 1, num_held_out at least 0")
     if config.batch_size % accelerator.num_processes:
         raise UserError(
-            f"batch size {config.batch_size} is not divisible by "
-            f"{accelerator.num_processes} processes"
+            f"batch_size {config.batch_size} is not divisible by the number of processes, "
+            f"{accelerator.num_processes}"
         )
     latents_per_image = latent_shape(vae, config.image_size)
     images = open_images(
@@ -88,8 +96,8 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
     held_out, training = order[: config.num_held_out], order[config.num_held_out :]
     if len(training) < config.batch_size:
         raise UserError(
-            f"{config.data} has {len(images)} images: too few for num_held_out "
-            f"{config.num_held_out} and batches of {config.batch_size}"
+            f"data {config.data} has {len(images)} images, too few for num_held_out "
+            f"{config.num_held_out} and batch_size {config.batch_size}"
         )
 
     model = _Autoencode(vae, config.latent_noise)
@@ -99,17 +107,21 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(config.num_steps))
     model, optimizer = accelerator.prepare(model, optimizer)
     distance = F.l1_loss if config.reconstruction == "l1" else F.mse_loss
-    chance = torch.Generator().manual_seed(config.seed + accelerator.process_index)
-    batches = read_batches(images, _Batches(training, config, accelerator), config.num_workers)
+    generator = torch.Generator().manual_seed(config.seed + accelerator.process_index)
+    batches = read_batches(
+        images,
+        _batch_indices(training, config, accelerator.process_index, accelerator.num_processes),
+        config.num_workers,
+    )
     with progress_bar(
         config.num_steps, desc="training", unit="step", enabled=accelerator.is_main_process
     ) as progress:
         for step, (batch, _) in enumerate(batches):
             pixels = to_float(batch)
-            if config.random_flip:
-                mirrored = torch.rand(len(pixels), generator=chance) < 0.5
+            if config.horizontal_flip:
+                mirrored = torch.rand(len(pixels), generator=generator) < 0.5
                 pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-            noise = torch.randn(len(pixels), *latents_per_image, generator=chance)
+            noise = torch.randn(len(pixels), *latents_per_image, generator=generator)
             pixels, noise = pixels.to(accelerator.device), noise.to(accelerator.device)
             decoded, kl = model(pixels, noise)
             error, kl = distance(decoded, pixels), kl.mean()
@@ -123,8 +135,8 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
                 values = [error.item(), kl.item()]
                 if not all(map(math.isfinite, values)):
                     raise UserError(
-                        f"loss is not finite at step {step}: lower learning_rate "
-                        f"({config.learning_rate})"
+                        f"the loss is not finite at step {step}: use a learning_rate below "
+                        f"{config.learning_rate}"
                     )
                 psnr = 10 * math.log10(4 / F.mse_loss(decoded.detach(), pixels).item())
                 progress.set_postfix_str(
@@ -140,10 +152,8 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
         vae.register_to_config(sample_size=config.image_size)
         measured = held_out if len(held_out) else training
         metrics = _measure(vae, images, training, measured, config)
-        _write(vae, images, measured, metrics, config)
-        accelerator.print(
-            f"wrote {output}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
-        )
+        output = _write(vae, images, measured, metrics, config)
+        print(f"wrote {output}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     accelerator.wait_for_everyone()
     return metrics
 
@@ -153,8 +163,8 @@ def _new_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:
     widths = shape.block_out_channels
     if not widths or any(width < 1 or width % shape.norm_num_groups for width in widths):
         raise UserError(
-            f"autoencoder.block_out_channels {widths}: each must be a multiple of "
-            f"norm_num_groups ({shape.norm_num_groups})"
+            f"autoencoder.block_out_channels is {widths}: each width must be a multiple of "
+            f"autoencoder.norm_num_groups, {shape.norm_num_groups}"
         )
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -168,30 +178,24 @@ def _new_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:
     )
 
 
-class _Batches:
-    """This process's share of each global batch, ``num_steps`` of them, reshuffled each epoch."""
+def _batch_indices(
+    indices: np.ndarray, config: AutoencoderTrainingConfig, rank: int, world_size: int
+) -> Iterator[list[int]]:
+    """Yield this rank's part of each global batch, for ``num_steps`` steps.
 
-    def __init__(
-        self, indices: np.ndarray, config: AutoencoderTrainingConfig, accelerator: Accelerator
-    ):
-        self.indices, self.config = indices, config
-        self.process, self.processes = accelerator.process_index, accelerator.num_processes
-
-    def __len__(self) -> int:
-        return self.config.num_steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = self.config.batch_size
-        per_epoch = len(self.indices) // size
-        for step in range(self.config.num_steps):
-            epoch, position = divmod(step, per_epoch)
-            if position == 0:
-                order = np.random.default_rng((self.config.seed, epoch)).permutation(self.indices)
-            batch = order[position * size : (position + 1) * size]
-            yield batch[self.process :: self.processes].tolist()
+    The order is drawn anew in each epoch.
+    """
+    size = config.batch_size
+    per_epoch = len(indices) // size
+    for step in range(config.num_steps):
+        epoch, position = divmod(step, per_epoch)
+        if position == 0:
+            order = np.random.default_rng((config.seed, epoch)).permutation(indices)
+        yield order[position * size : (position + 1) * size][rank::world_size].tolist()
 
 
 def _warmup_cosine(num_steps: int) -> Callable[[int], float]:
+    """Return a schedule: linear warm-up in 2 % of the steps, then a cosine decay to zero."""
     warmup = num_steps // 50
 
     def factor(step: int) -> float:
@@ -209,10 +213,10 @@ def _measure(
     held_out: np.ndarray,
     config: AutoencoderTrainingConfig,
 ) -> dict[str, float]:
-    """Set ``scaling_factor`` to 1/std of the latents; measure reconstructions of held-out images.
+    """Set ``scaling_factor`` to 1/std of the latents and measure the autoencoder.
 
-    PSNR is in dB, averaged over images: from the posterior mean, from a posterior sample, and from
-    the mean plus noise of a tenth of the latents' standard deviation.
+    PSNR in dB is averaged over the held-out images. It is measured from the posterior mean, from a
+    posterior sample, and from the mean plus noise of 0.1 standard deviations of the latents.
     """
     generator = torch.Generator().manual_seed(config.seed)
 
@@ -259,12 +263,12 @@ def _write(
     indices: np.ndarray,
     metrics: dict[str, float],
     config: AutoencoderTrainingConfig,
-) -> None:
-    """Write everything aside, then rename: a half-written folder never has the final name."""
+) -> Path:
+    """Write weights, settings, metrics and a picture of reconstructions; return the folder."""
     output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    if output.exists():  # created during training; keep the result under another name
+        output = output.with_name(f"{output.name}-{os.getpid()}")
+    with atomic_output(output) as aside:
         vae.save_pretrained(aside, safe_serialization=True)
         save_config(config, aside / "training.yaml")
         (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -276,20 +280,22 @@ def _write(
         )
         after = to_uint8(decode_latents(vae, latents)).numpy()
         grid = Image.fromarray(_before_after(before, after))
-        enlarge = max(1, 64 // config.image_size)  # small images would be too small to judge
+        enlarge = max(1, 64 // config.image_size)  # small images are hard to judge by eye
         grid = grid.resize((grid.width * enlarge, grid.height * enlarge), Image.Resampling.NEAREST)
         grid.save(aside / "reconstructions.png")
-        aside.chmod(0o755)
-        if output.exists():
-            raise UserError(f"output folder {output} appeared meanwhile; the result is in {aside}")
-        os.rename(aside, output)
-    except OSError:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    return output
 
 
 def _before_after(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Rows of eight: originals, and their reconstructions below them, with a gap between pairs."""
+    """Arrange images in rows of eight: originals above their reconstructions.
+
+    Args:
+        before: originals, uint8 (N, S, S, 3).
+        after: reconstructions, uint8 (N, S, S, 3).
+
+    Returns:
+        One image, uint8 (H, W, 3), with a gap below each pair of rows.
+    """
     _, size, _, channels = before.shape
     gap = max(2, size // 16)
     rows = []

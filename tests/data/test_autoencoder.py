@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,7 +138,9 @@ def test_local_and_pipeline_folders(tmp_path):
 def test_bad_autoencoders_are_named(tmp_path):
     vae = tiny_vae()
     vae.save_pretrained(tmp_path / "pickle", safe_serialization=False)
-    with pytest.raises(UserError, match=r"safetensors.*pickle diffusion_pytorch_model\.bin"):
+    with pytest.raises(
+        UserError, match=r"no diffusion_pytorch_model\.safetensors, and pickle files such as \.bin"
+    ):
         load_autoencoder(tmp_path / "pickle")
     with pytest.raises(UserError, match="is a file"):
         load_autoencoder(tmp_path / "pickle" / "diffusion_pytorch_model.bin")
@@ -171,21 +172,41 @@ def test_bad_autoencoders_are_named(tmp_path):
         load_autoencoder(tmp_path / "channel")
 
 
-def test_hub_id_without_network_says_what_to_do(monkeypatch):
-    def no_network(self, name, timeout):
-        raise OSError("[Errno -2] Name or service not known")
+def fake_hub(monkeypatch, folder=None):
+    """Replace downloads: return ``folder``, or fail as without network. Return the calls."""
+    calls = []
 
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
-    with pytest.raises(UserError, match=r"someone/some-vae.*not known.*local folder"):
+    def snapshot_download(repository, allow_patterns, local_files_only=False):
+        calls.append((repository, local_files_only))
+        if local_files_only or folder is None:
+            raise OSError("[Errno -2] Name or service not known")
+        return str(folder)
+
+    monkeypatch.setattr("moh_dit.common.hub.snapshot_download", snapshot_download)
+    return calls
+
+
+def test_hub_id_without_network_says_what_to_do(monkeypatch):
+    fake_hub(monkeypatch)
+    with pytest.raises(UserError, match=r"autoencoder someone/some-vae.*not known.*local path"):
         load_autoencoder("someone/some-vae")
 
 
-def test_hub_pickle_is_refused(monkeypatch):
-    files = [SimpleNamespace(rfilename=f"vae/{n}") for n in ("config.json", "x.bin")]
-    info = SimpleNamespace(siblings=files)
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name, timeout: info)
+def test_hub_id_is_looked_up_in_the_cache_first(monkeypatch, tmp_path):
+    vae = tiny_vae()
+    vae.save_pretrained(tmp_path / "vae")
+    calls = fake_hub(monkeypatch, tmp_path)
+    loaded = load_autoencoder("someone/some-pipeline")
+    assert calls == [("someone/some-pipeline", True), ("someone/some-pipeline", False)]
+    assert autoencoder_identity(loaded) == autoencoder_identity(vae)
+    assert loaded.config["_name_or_path"] == "someone/some-pipeline"
+
+
+def test_hub_pickle_is_refused(monkeypatch, tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "vae", safe_serialization=False)
+    fake_hub(monkeypatch, tmp_path)
     with pytest.raises(
-        UserError, match=r"hub: expected .*safetensors, found only the pickle x\.bin"
+        UserError, match=r"some-pipeline has no diffusion_pytorch_model\.safetensors"
     ):
         load_autoencoder("someone/some-pipeline")
 

@@ -1,4 +1,4 @@
-"""Hugging Face data sets as they arrive: the latents that a stored set gives, nothing stored."""
+"""Encoding a stream gives the latents of the stored data set, and stores nothing else."""
 
 import io
 from pathlib import Path
@@ -34,7 +34,7 @@ def png(image):
 
 
 def write_files(folder, broken=()):
-    """Parquet files as the hub holds them; rows ``broken`` are no images."""
+    """Write Parquet files as on the Hub; the images of rows ``broken`` are truncated."""
     rng = np.random.default_rng(0)
     features = datasets.Features(
         {"kind": datasets.ClassLabel(names=["cat", "dog"]), "picture": datasets.Image()}
@@ -58,14 +58,22 @@ def files(tmp_path):
     return write_files(tmp_path / "files")
 
 
+def stream(files):
+    return f"hf://{files}?streaming=true"
+
+
+def config(**settings):
+    return EncodeConfig(autoencoder="digits", **settings)
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def test_a_stream_gives_the_latents_of_the_stored_set(files, tmp_path):
-    encode_data(EncodeConfig(data=f"hf-stream:{files}", output=str(tmp_path / "streamed")))
+    encode_data(config(data=stream(files), output=str(tmp_path / "streamed")))
     assert not list((tmp_path / "cache").rglob("*.arrow"))  # nothing was stored
-    encode_data(EncodeConfig(data=f"hf:{files}", output=str(tmp_path / "stored")))
+    encode_data(config(data=f"hf://{files}", output=str(tmp_path / "stored")))
     streamed, stored = (open_latents(tmp_path / name) for name in ("streamed", "stored"))
     assert streamed.class_names == ["cat", "dog"]
     np.testing.assert_array_equal(streamed.labels, stored.labels)
@@ -78,25 +86,23 @@ def test_a_stream_gives_the_latents_of_the_stored_set(files, tmp_path):
 
 def encode(data, output):
     encoding.MAX_IMAGES_PER_SHARD = 8
-    encode_data(EncodeConfig(data=data, output=output))
+    encode_data(config(data=data, output=output))
 
 
 def test_same_files_whatever_batch_size_and_processes(files, tmp_path):
-    encode_data(EncodeConfig(data=f"hf-stream:{files}", output=str(tmp_path / "one")))
-    again = EncodeConfig(
-        data=f"hf-stream:{files}", output=str(tmp_path / "two"), batch_size=20, num_workers=2
-    )
+    encode_data(config(data=stream(files), output=str(tmp_path / "one")))
+    again = config(data=stream(files), output=str(tmp_path / "two"), batch_size=20, num_workers=2)
     encode_data(again)
-    launch(encode, f"hf-stream:{files}", str(tmp_path / "three"), num_processes=2)
+    launch(encode, stream(files), str(tmp_path / "three"), num_processes=2)
     for name in ("two", "three"):
         assert contents(tmp_path / name) == contents(tmp_path / "one")
 
 
 @pytest.mark.parametrize("last_written", [0, 1, 2, 4])
 def test_resume_after_a_kill(files, tmp_path, monkeypatch, last_written):
-    config = EncodeConfig(data=f"hf-stream:{files}", output=str(tmp_path / "whole"))
-    encode_data(config)
-    config.output = str(tmp_path / "killed")
+    settings = config(data=stream(files), output=str(tmp_path / "whole"))
+    encode_data(settings)
+    settings.output = str(tmp_path / "killed")
     written = []
 
     def die(path, data, labels):
@@ -108,29 +114,29 @@ def test_resume_after_a_kill(files, tmp_path, monkeypatch, last_written):
     with monkeypatch.context() as patch:
         patch.setattr(encoding, "write_shard", die)
         with pytest.raises(KeyboardInterrupt):
-            encode_data(config)
+            encode_data(settings)
     times = {path: path.stat().st_mtime_ns for path in written}
-    config.resume = True
-    encode_data(config)
+    settings.resume = True
+    encode_data(settings)
     assert {path: path.stat().st_mtime_ns for path in written} == times  # not made again
-    assert contents(config.output) == contents(tmp_path / "whole")
+    assert contents(settings.output) == contents(tmp_path / "whole")
 
 
 def test_unreadable_images_are_named_or_left_out(tmp_path, capsys):
     files = write_files(tmp_path / "files", broken=(2, 17))
-    config = EncodeConfig(data=f"hf-stream:{files}", output=str(tmp_path / "latents"))
-    with pytest.raises(UserError, match=r"image 2 of file 0 of hf-stream:.* skip_unreadable"):
-        encode_data(config)
-    config.skip_unreadable = config.resume = True
-    encode_data(config)
+    settings = config(data=stream(files), output=str(tmp_path / "latents"))
+    with pytest.raises(UserError, match=r"image 2 of file 0 of hf://.* skip_unreadable"):
+        encode_data(settings)
+    settings.skip_unreadable = settings.resume = True
+    encode_data(settings)
     assert "skipped image 4 of file 1" in capsys.readouterr().err
-    streamed = open_latents(config.output)
-    stored = open_images(f"hf:{files}", 32, skip_unreadable=True, progress=False)
+    streamed = open_latents(settings.output)
+    stored = open_images(f"hf://{files}", 32, skip_unreadable=True, progress=False)
     np.testing.assert_array_equal(streamed.labels, stored.labels)
 
 
 def test_a_stream_that_breaks_off_can_be_resumed(files, tmp_path, monkeypatch):
-    config = EncodeConfig(data=f"hf-stream:{files}", output=str(tmp_path / "latents"))
+    settings = config(data=stream(files), output=str(tmp_path / "latents"))
     skip = datasets.IterableDataset.skip
 
     def breaking(self, count):
@@ -141,22 +147,28 @@ def test_a_stream_that_breaks_off_can_be_resumed(files, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(datasets.IterableDataset, "skip", breaking)
-        with pytest.raises(UserError, match=r"broke off \(Connection reset.*--resume"):
-            encode_data(config)
-    config.resume = True
-    encode_data(config)
-    assert len(open_latents(config.output)) == sum(ROWS)
+        with pytest.raises(UserError, match=r"failed \(Connection reset.*--resume"):
+            encode_data(settings)
+    settings.resume = True
+    encode_data(settings)
+    assert len(open_latents(settings.output)) == sum(ROWS)
 
 
 def test_mistakes(files, tmp_path):
-    with pytest.raises(UserError, match="any order: encode it once with moh-dit-encode"):
-        open_images(f"hf-stream:{files}", 32)
-    with pytest.raises(UserError, match="nobody/nothing cannot be opened"):
-        encode_data(EncodeConfig(data="hf-stream:nobody/nothing", output=str(tmp_path / "out")))
+    with pytest.raises(UserError, match="random order: encode it once with moh-dit encode"):
+        open_images(stream(files), 32)
+    with pytest.raises(UserError, match=r"nobody/nothing.* cannot be opened"):
+        encode_data(config(data=stream("nobody/nothing"), output=str(tmp_path / "out")))
     plain = datasets.Dataset.from_dict({"text": ["x"]})
     plain.save_to_disk(tmp_path / "plain")
     with pytest.raises(UserError, match=r"it has text \(Value\)"):
-        encode_data(
-            EncodeConfig(data=f"hf-stream:{tmp_path / 'plain'}", output=str(tmp_path / "out"))
-        )
+        encode_data(config(data=stream(tmp_path / "plain"), output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_syntax_of_version_0_1_still_streams(files, tmp_path):
+    encode_data(config(data=f"hf-stream:{files}", output=str(tmp_path / "old")))
+    encode_data(config(data=stream(files), output=str(tmp_path / "new")))
+    old, new = (contents(tmp_path / name) for name in ("old", "new"))
+    assert {**old, "index.json": b""} == {**new, "index.json": b""}
+    assert b"hf-stream:" in old["index.json"]  # the index stores the source as it was given

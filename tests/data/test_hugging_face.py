@@ -36,22 +36,22 @@ def saved(tmp_path):
 
 
 def test_saved_data_set(saved):
-    images = open_images(f"hf:{saved / 'one'}", 12, progress=False)
+    images = open_images(f"hf://{saved / 'one'}", 12, progress=False)
     assert images.class_names == ["cat", "dog"]
     np.testing.assert_array_equal(images.labels, [0, 1, 1, 0, 1])
     pixels, labels = load_batch(images, [4, 0])
     np.testing.assert_array_equal(pixels[0], np.asarray(pictures(5)[4]))
     np.testing.assert_array_equal(labels, [1, 0])
-    assert images.fingerprint() == open_images(f"hf:{saved / 'one'}", 12).fingerprint()
+    assert images.fingerprint() == open_images(f"hf://{saved / 'one'}", 12).fingerprint()
     ((again, _),) = read_batches(images, [[4, 0]], num_workers=1)
     np.testing.assert_array_equal(again, pixels)
 
 
 def test_splits(saved):
-    assert len(open_images(f"hf:{saved / 'dict'}", 8, progress=False)) == 5
-    assert len(open_images(f"hf:{saved / 'dict'}@test", 8, progress=False)) == 1
+    assert len(open_images(f"hf://{saved / 'dict'}", 8, progress=False)) == 5
+    assert len(open_images(f"hf://{saved / 'dict'}?split=test", 8, progress=False)) == 1
     with pytest.raises(UserError, match="nothing"):
-        open_images(f"hf:{saved / 'dict'}@nothing", 8)
+        open_images(f"hf://{saved / 'dict'}?split=nothing", 8)
 
 
 def test_image_folder_read_by_datasets(tmp_path):
@@ -59,7 +59,7 @@ def test_image_folder_read_by_datasets(tmp_path):
         path = tmp_path / "data" / "train" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
-    images = open_images(f"hf:{tmp_path / 'data'}", 12, progress=False)
+    images = open_images(f"hf://{tmp_path / 'data'}", 12, progress=False)
     assert images.class_names == ["a", "b"]
     assert len(images) == 4
 
@@ -68,19 +68,33 @@ def test_mistakes(saved):
     import datasets
 
     with pytest.raises(UserError, match="nobody/nothing cannot be opened"):
-        open_images("hf:nobody/nothing", 8)
+        open_images("hf://nobody/nothing", 8)
     plain = datasets.Dataset.from_dict({"text": ["x"]})
     plain.save_to_disk(saved / "plain")
-    with pytest.raises(UserError, match=r"type ClassLabel; it has text \(Value\)"):
-        open_images(f"hf:{saved / 'plain'}", 8)
+    with pytest.raises(UserError, match=r"one of type ClassLabel; it has text \(Value\)"):
+        open_images(f"hf://{saved / 'plain'}", 8)
     data = datasets.load_from_disk(saved / "one")
     data = data.map(lambda row: {"kind": -1})
     data.save_to_disk(saved / "unlabelled")
     with pytest.raises(UserError, match="without a label"):
-        open_images(f"hf:{saved / 'unlabelled'}", 8)
+        open_images(f"hf://{saved / 'unlabelled'}", 8)
 
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
-        open_images("hf:ylecun/mnist", 8)
+        open_images("hf://ylecun/mnist", 8)
+
+
+def test_the_syntax_of_version_0_1_is_accepted(saved):
+    assert len(open_images(f"hf:{saved / 'dict'}", 8, progress=False)) == 5
+    assert len(open_images(f"hf:{saved / 'dict'}@test", 8, progress=False)) == 1
+
+
+def test_columns_are_chosen_by_the_url(saved):
+    url = f"hf://{saved / 'one'}?image=picture&label=kind"
+    assert len(open_images(url, 8, progress=False)) == 5
+    with pytest.raises(UserError, match=r"one of type ClassLabel; it has id \(Value\), picture"):
+        open_images(f"hf://{saved / 'one'}?label=id", 8)
+    with pytest.raises(UserError, match="unknown option 'splitt'"):
+        open_images(f"hf://{saved / 'one'}?splitt=test", 8)

@@ -1,4 +1,4 @@
-"""Image sets: what they read, how they crop and convert, and what they refuse."""
+"""Image sets read, crop and convert images, and refuse unreadable ones."""
 
 import json
 
@@ -65,13 +65,15 @@ def test_classes_json_sets_the_labels(folder):
     assert images.class_names == ["b", "a"]
     np.testing.assert_array_equal(images.labels, [0, 0, 1, 1])
     (folder / "classes.json").write_text(json.dumps(["b", "c"]))
-    with pytest.raises(UserError, match=r"classes\.json must be a list of the 2 class folders"):
+    with pytest.raises(
+        UserError, match=r"classes\.json must be a list that names each of the 2 class folders"
+    ):
         open_images(folder, 8)
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (129, 96), (50, 67), (33, 300), (9, 12)])
 def test_crop_halves_then_bicubic_then_centre(width, height):
-    """Against the definition written out on arrays: box halving is the mean of 2×2 pixels."""
+    """Compare with the definition on arrays, where box halving is the mean of 2×2 pixels."""
     image = picture(width, height)
     size = 16
     expected = image
@@ -168,7 +170,7 @@ def test_bad_folders_are_named(folder, tmp_path):
     (folder / "c" / "readme.md").write_text("")
     with pytest.raises(UserError, match=r"class folder .*/c has no images"):
         open_images(folder, 8)
-    with pytest.raises(UserError, match="image size 0"):
+    with pytest.raises(UserError, match="image_size is 0"):
         open_images("digits", 0)
 
 

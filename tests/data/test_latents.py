@@ -1,4 +1,4 @@
-"""Latents of a data set: the right moments for every image, flipped or not."""
+"""Latents of a data set: moments of every image and its mirror image, on disk and in memory."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def test_size_must_divide(vae):
         encode_images(open_images("digits", 31), vae)
 
 
-# The store on disk -------------------------------------------------------------------------------
+# Latents on disk ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_same_bits_whatever_the_batch_size(config, tmp_path, small_shards):
 
 
 def test_same_bits_whatever_the_number_of_threads(tmp_path, small_shards):
-    """With the embedded autoencoder, whose convolutions do depend on it."""
+    """Use the embedded autoencoder, whose convolutions depend on the number of threads."""
     folder = tmp_path / "images" / "a"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -170,7 +170,7 @@ def test_same_bits_whatever_the_number_of_threads(tmp_path, small_shards):
         for number in (1, 2, 3):
             torch.set_num_threads(number)
             output = str(tmp_path / f"threads{number}")
-            encode_data(EncodeConfig(data=str(folder.parent), output=output))
+            encode_data(EncodeConfig(data=str(folder.parent), output=output, autoencoder="digits"))
             assert torch.get_num_threads() == number
     finally:
         torch.set_num_threads(before)
@@ -179,7 +179,7 @@ def test_same_bits_whatever_the_number_of_threads(tmp_path, small_shards):
 
 
 def test_same_bits_whatever_the_number_of_processes(tmp_path):
-    """The real command on two processes, against one process in here."""
+    """The command on two processes writes the same files as one process here."""
     root = tmp_path / "images"
     for name in "ab":
         (root / name).mkdir(parents=True)
@@ -187,10 +187,10 @@ def test_same_bits_whatever_the_number_of_processes(tmp_path):
     for i in range(20):
         pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
         Image.fromarray(pixels).save(root / "ab"[i % 2] / f"{i}.png")
-    options = dict(data=str(root), output=str(tmp_path / "two"))
+    options = dict(data=str(root), output=str(tmp_path / "two"), autoencoder="digits")
     program = (
-        "from moh_dit.data import encoding, latents;"
-        "encoding.MAX_IMAGES_PER_SHARD = 8; latents.main()"
+        "from moh_dit.__main__ import run_command; from moh_dit.data import encoding;"
+        "encoding.MAX_IMAGES_PER_SHARD = 8; run_command('encode')"
     )
     arguments = [word for key, value in options.items() for word in (f"--{key}", value)]
     script = tmp_path / "program.py"
@@ -206,7 +206,7 @@ def test_same_bits_whatever_the_number_of_processes(tmp_path):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "MAX_IMAGES_PER_SHARD", 8)
-        encode_data(EncodeConfig(data=str(root), output=str(tmp_path / "one")))
+        encode_data(EncodeConfig(**{**options, "output": str(tmp_path / "one")}))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert len(contents(tmp_path / "one")) == 5
 
@@ -227,14 +227,14 @@ def test_resume_after_a_kill(config, tmp_path, monkeypatch, small_shards):
         patch.setattr(shards, "atomic_write", die_in_second_shard)
         with pytest.raises(KeyboardInterrupt):
             encode_data(config)
-    with pytest.raises(UserError, match=r"not finished.*--resume"):
+    with pytest.raises(UserError, match=r"unfinished.*--resume"):
         open_latents(config.output)
-    with pytest.raises(UserError, match=r"exists.*--resume"):
+    with pytest.raises(UserError, match=r"is an unfinished encoding: continue it with --resume"):
         encode_data(config)
     first = Path(config.output) / "moments-00000-of-00002.npy"
     written = first.stat().st_mtime_ns
     config.resume = True
-    for change in (dict(image_size=16), dict(flip=False), dict(autoencoder="digits")):
+    for change in (dict(image_size=16), dict(horizontal_flip=False), dict(autoencoder="digits")):
         with pytest.raises(UserError, match=r"other settings|not divisible"):
             encode_data(EncodeConfig(**{**vars(config), **change}))
     encode_data(config)
@@ -263,10 +263,10 @@ def test_resume_refuses_changed_data(config, images, tmp_path, monkeypatch):
 
 
 def test_another_autoencoder_is_refused(config, vae, tmp_path):
-    config.flip = False
+    config.horizontal_flip = False
     encode_data(config)
     open_latents(config.output, load_autoencoder(config.autoencoder))
-    with pytest.raises(UserError, match=r"another autoencoder \(.*vae\)"):
+    with pytest.raises(UserError, match=r"made with the autoencoder .*vae, whose weights differ"):
         open_latents(config.output, load_autoencoder("digits"))
     with pytest.raises(UserError, match="no mirrored images"):
         open_latents(config.output, vae, flip=True)
@@ -283,18 +283,18 @@ def test_damage_is_found(config, small_shards, tmp_path):
     with pytest.raises(UserError, match=r"moments-00001-of-00002\.npy are damaged"):
         open_latents(config.output).verify()
     shard.write_bytes(whole[:-4])
-    with pytest.raises(UserError, match="cut off"):
+    with pytest.raises(UserError, match="incomplete"):
         open_latents(config.output)[12, False]
     shard.unlink()
     with pytest.raises(UserError, match=r"moments-00001-of-00002\.npy is missing"):
         open_latents(config.output)
-    with pytest.raises(UserError, match="holds no latents"):
+    with pytest.raises(UserError, match="contains no latents"):
         open_latents(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         open_latents(tmp_path / "nowhere")
 
 
-def test_full_disk_is_told(config, monkeypatch, tmp_path):
+def test_a_full_disk_is_reported(config, monkeypatch, tmp_path):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -310,7 +310,7 @@ def test_full_disk_is_told(config, monkeypatch, tmp_path):
 
 
 def test_imagenet_sized_store_stays_small(tmp_path):
-    """1.28 million images twice, as files with holes: opening and random access stay small."""
+    """Open and read latents of 1.28 million images and their mirror images (sparse files)."""
     make_synthetic_store(tmp_path / "store", num_images=1_281_167)
     program = """
 import sys
@@ -342,13 +342,13 @@ print(opened - before, peak - before, moments.nbytes * 160)
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     opened, peak, read = map(int, result.stdout.split())
-    assert read > 2.4 * LatentStore.RESIDENT_BYTES  # more was read than may stay
+    assert read > 2.4 * LatentStore.RESIDENT_BYTES  # more was read than may stay resident
     assert opened < 64 * 2**20
     assert peak < 2 * LatentStore.RESIDENT_BYTES
 
 
 def make_synthetic_store(folder, num_images, images_per_shard=4096):
-    """What the encoder would write for zeros, without writing them."""
+    """Write sparse files that look like the latents of zeros."""
     folder.mkdir()
     shape, num_shards = (8, 32, 32), -(-num_images // images_per_shard)
     shards = []

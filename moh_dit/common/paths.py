@@ -1,0 +1,67 @@
+"""Check paths and names that a user gives, without importing torch."""
+
+import re
+from pathlib import Path
+
+from .errors import UserError
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
+
+
+def require_data(source: str | Path) -> None:
+    """Raise ``UserError`` if ``source`` is a local path that does not exist.
+
+    The digits, Hugging Face data sets and patterns of tar shards are not local paths.
+    """
+    name = str(source)
+    if name == "digits" or name.startswith(("hf:", "hf-stream:")) or re.search(r"[*?\[{]", name):
+        return
+    if not Path(name).exists():
+        raise UserError(
+            f'data {name} does not exist: give "digits", a folder with one sub-folder for each '
+            "class, tar shards, or hf://OWNER/NAME"
+        )
+
+
+def require_autoencoder(name: str | Path) -> None:
+    """Raise ``UserError`` if no autoencoder can have this name.
+
+    An autoencoder is ``"digits"``, a local folder, or a repository ``owner/name`` on the Hub.
+    """
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"autoencoder {name} is a file: give the folder that contains it")
+    if str(name) != "digits" and not path.is_dir() and not HUB_ID.fullmatch(str(name)):
+        raise UserError(
+            f'autoencoder folder {name} does not exist: give "digits", a folder with config.json '
+            "and diffusion_pytorch_model.safetensors, or a Hub id (owner/name)"
+        )
+
+
+def choose_autoencoder(
+    autoencoder: str | None, source: str | Path, option: str = "--autoencoder"
+) -> str:
+    """Return the autoencoder for a data set.
+
+    Args:
+        autoencoder: the user's choice, or ``None`` for the default, which only the digits have.
+        source: the data set.
+        option: the option that sets the autoencoder, for the message.
+
+    Raises:
+        UserError: no autoencoder is given for a data set other than ``"digits"``.
+    """
+    if autoencoder is not None:
+        return autoencoder
+    if str(source) == "digits":
+        return "digits"
+    raise UserError(
+        f"no autoencoder is given for data {source}: set {option} to a folder or a Hub id, for "
+        "example stabilityai/sd-vae-ft-ema, or train one with moh-dit autoencoder"
+    )
+
+
+def require_new_output(output: Path) -> None:
+    """Raise ``UserError`` if the file or folder ``output`` exists."""
+    if output.exists():
+        raise UserError(f"output {output} exists: give another name, or move it away")
