@@ -17,7 +17,7 @@ from PIL import Image
 from fid_eval import evaluate
 from moh_dit.data.images import load_batch, open_images
 from moh_dit.sampling.config import SampleConfig
-from moh_dit.sampling.program import sample
+from moh_dit.sampling.sample import sample
 
 METRICS = {"fid": "fd_digits", "precision": "precision_digits", "recall": "recall_digits"}
 

@@ -29,7 +29,7 @@ from moh_dit.model.presets import build_model
 from moh_dit.model.transformer import MoHDiTTransformer2DModel
 from moh_dit.pipeline.pipeline import MoHDiTPipeline
 from moh_dit.sampling.config import SamplingSettings
-from moh_dit.sampling.engine import REQUEST, evaluation_mode, sample_latents, use_settings
+from moh_dit.sampling.engine import REQUEST, denoise_batch, evaluation_mode, use_settings
 from moh_dit.sampling.sample_set import sample_set, set_labels
 
 FULL, LIMITED = (0.0, 1.0), (0.1, 0.7)
@@ -125,10 +125,10 @@ def throughput(case, device, compile_mode):
     ideal = guided * 2 * batch / alone[2 * batch] + (len(timesteps) - guided) * batch / alone[batch]
 
     def loop():
-        return sample_latents(chosen, guidance, settings, requests)
+        return denoise_batch(chosen, guidance, settings, requests)
 
     with evaluation_mode(pipeline.transformer):
-        latents = sample_latents(
+        latents = denoise_batch(
             chosen, guidance, replace(settings, num_inference_steps=4), requests
         )
         seconds = wall(loop, device, 1 if steps > 100 else 3)

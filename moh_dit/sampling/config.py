@@ -1,101 +1,167 @@
-"""Everything that defines a sampling job. The docstring under a field is its help text."""
+"""Settings of sampling. The docstring under a field is its help text."""
 
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ..common.errors import UserError
+from ..common.paths import require_new_output
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(kw_only=True)
 class SamplingSettings:
-    """What an image depends on beside the weights, its index and its class."""
+    """Settings that determine an image, together with the weights, its index and its class."""
 
     num_inference_steps: int = 250
-    """Denoising steps, at most the length of the trained process."""
+    """Denoising steps, at most the number of training timesteps."""
     guidance_scale: float = 4.0
-    """Guidance weight; 1 for none."""
+    """Guidance weight; 1 turns guidance off."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guide only in this part of the process, as shares of it from 0 (image) to 1 (pure noise)."""
+    """Guide only between these two fractions of the process: 0 is the image, 1 is pure noise."""
     guidance_channels: int | None = None
-    """Guide only the first so many latent channels; 3 compares with the papers. None for all."""
+    """Guide only the first N latent channels (default: all). The papers guide 3 of 4."""
     scheduler: str | None = None
-    """Sampler by name, e.g. ddpm, ddim, dpmsolver++; the one saved with the model unless given."""
+    """Sampler, e.g. ddpm, ddim, dpmsolver++ (default: the one saved with the model)."""
     seed: int = 0
-    """Seed of all noise: an image depends on it, the image's index and its class alone."""
+    """Seed of all noise. The noise of an image depends only on the seed and the image's index."""
 
 
 @dataclass(kw_only=True)
-class FromTo:
+class InputAndOutput:
+    """The two required settings."""
+
     checkpoint: str
     """Run folder (its newest checkpoint), a checkpoint or pipeline folder, a published file, or a
-    hub id of any of these (docs/checkpoints.md)."""
+    Hub id of any of these (docs/checkpoints.md)."""
     output: str
-    """A grid: .png. Its denoising: .gif, .webp, .mp4. A set: .npz, .tar (WebDataset), a folder."""
+    """Grid: .png. Animation of the denoising: .gif, .webp, .mp4. Set of images: .npz, .tar
+    (WebDataset), or a folder (no suffix)."""
 
 
 @dataclass(kw_only=True)
-class SampleConfig(SamplingSettings, FromTo):  # the last base comes first in --help
-    """The job"""
+class SampleConfig(SamplingSettings, InputAndOutput):  # the last base comes first in --help
+    """What to sample"""
 
     weights: str = "transformer"
-    """Averaged weights to use: transformer (the first), raw, or a folder such as ema-0.999."""
+    """Weights to use: transformer (the first average), raw, or a folder such as ema-0.999."""
     autoencoder: str | None = None
     """Autoencoder for a checkpoint that has none, e.g. stabilityai/sd-vae-ft-ema."""
     guidance_checkpoint: str | None = None
-    """Autoguidance: guide away from this weaker model instead of from the null class."""
+    """Weaker model for autoguidance, used instead of the null class."""
     guidance_weights: str = "transformer"
-    """Which weights of guidance_checkpoint."""
+    """Weights of guidance_checkpoint to use."""
 
     class_labels: str | None = None
-    """Classes by name or id, separated by commas; all of them unless given."""
+    """Class names or ids, separated by commas (default: all classes)."""
     images_per_class: int = 8
     """Columns of a grid."""
     rows: str | None = None
-    """Sweep down a contact sheet, e.g. "guidance_scale=1,2,4"; also class_labels, seed,
-    num_inference_steps, scheduler, weights. Every cell has the same index, so the same noise."""
+    """Setting to vary from row to row of a contact sheet, e.g. "guidance_scale=1,2,4". Also
+    class_labels, seed, num_inference_steps, scheduler, weights. All cells share one image index."""
     columns: str | None = None
-    """Sweep across it, likewise; unless given, images_per_class different images."""
+    """Setting to vary from column to column, as in rows (default: images_per_class images)."""
     interpolate: int | None = None
-    """A strip per class instead, from its image 0 to its image 1 in so many images."""
+    """Draw a strip of N images per class that blends from its image 0 to its image 1."""
     frames: int = 24
     """Frames of an animation."""
 
     num_samples: int | None = None
-    """Make an exact set of so many images instead of a grid."""
+    """Sample a set of exactly N images instead of a grid."""
     labels: Literal["balanced", "drawn"] = "balanced"
-    """Classes of a set: in turn, or drawn evenly at random."""
+    """Classes of a set: balanced takes them in turn, drawn picks each uniformly at random."""
+    resume: bool = False
+    """Continue an unfinished set, or start if there is none."""
 
     batch_size: int = 64
-    """Images per batch and process; on the CPU rounded up to whole units (docs/sampling.md)."""
+    """Images per batch and process. The CPU rounds it up to whole units (docs/sampling.md)."""
     decode_batch_size: int | None = None
-    """Images that the autoencoder decodes at once; batch_size unless given."""
+    """Images that the autoencoder decodes at once (default: batch_size)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; a GPU if there is one unless given."""
+    """Device to run on; auto uses a GPU if there is one."""
     dtype: Precision = "float32"
-    """What the transformer runs in; latents and scheduler stay float32."""
+    """Precision of the transformer; latents and scheduler stay float32."""
     decode_dtype: Precision = "float32"
-    """What the autoencoder runs in."""
+    """Precision of the autoencoder."""
     allow_tf32: bool = False
-    """Let CUDA matrix products round their float32 inputs to TF32."""
+    """Let float32 matrix products on CUDA use TF32."""
     compile: bool = False
-    """torch.compile the transformer on a GPU; batches then have one size, the last one padded."""
+    """Compile the transformer with torch.compile (GPU only). The last batch is then padded."""
     cuda_graphs: bool = False
-    """Record the compiled transformer as CUDA graphs: for small models and batches."""
+    """Record the compiled transformer as CUDA graphs; helps small models and small batches."""
 
     def check(self) -> None:
-        """Raise ``UserError`` for values that mean nothing, before any work."""
+        """Raise ``UserError`` for values that are invalid for every model."""
         at_least = dict(num_samples=1, images_per_class=1, batch_size=1, decode_batch_size=1)
         for name, least in dict(at_least, interpolate=2, frames=2).items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"{name} is {value}; it must be at least {least}")
         if not 0 <= self.seed < 1 << 64:
-            raise UserError(f"seed is {self.seed}; give one in 0 … 2^64 - 1")
+            raise UserError(f"seed is {self.seed}; it must be between 0 and 2^64 - 1")
         sweep = bool(self.rows or self.columns)
         chosen = {"num_samples": self.num_samples, "interpolate": self.interpolate}
-        modes = [name for name, value in chosen.items() if value] + ["rows, columns"] * sweep
+        modes = [name for name, value in chosen.items() if value] + ["rows/columns"] * sweep
         if len(modes) > 1:
-            raise UserError(f"{modes[0]} and {modes[1]} exclude each other; give one")
+            raise UserError(f"{modes[0]} and {modes[1]} cannot be combined; give only one of them")
         if self.cuda_graphs and not self.compile:
-            raise UserError("cuda_graphs needs compile: add --compile true")
+            raise UserError("cuda_graphs needs compile; add --compile true")
+
+    def check_paths(self) -> None:
+        """Check the settings, the checkpoint paths and the output path, without importing torch.
+
+        Raises:
+            UserError: a checkpoint does not exist, or the output exists, is unfinished and
+                ``resume`` is not set, is not writable, or has the wrong suffix.
+        """
+        from .output_formats import (
+            ANIMATIONS,
+            check_animation,
+            check_set_output,
+            has_unfinished_set,
+            settings_path,
+        )
+
+        self.check()
+        require_checkpoint("checkpoint", self.checkpoint)
+        if self.guidance_checkpoint is not None:
+            require_checkpoint("guidance_checkpoint", self.guidance_checkpoint)
+        output = Path(self.output)
+        require_writable_output(output)
+        if self.num_samples is not None:
+            check_set_output(output, self.resume)
+        elif output.suffix not in (".png", *ANIMATIONS):
+            raise UserError(
+                f"output {output}: a grid is written as .png, an animation as "
+                f"{', '.join(ANIMATIONS)}; to write a set, give num_samples"
+            )
+        else:
+            check_animation(output)
+        if output.suffix in ANIMATIONS and (self.rows or self.columns or self.interpolate):
+            raise UserError(f"output {output}: rows, columns and interpolate are written as .png")
+        if settings_path(output).exists() and not has_unfinished_set(output):
+            raise UserError(
+                f"{settings_path(output)} exists, but {output} does not; give another name"
+            )
+
+
+def require_checkpoint(option: str, source: str) -> None:
+    """Raise ``UserError`` if ``source`` does not exist and cannot be a Hub id either.
+
+    Args:
+        option: name of the setting, for the message.
+        source: path, or Hub id ``owner/name`` or ``owner/name/path/to/file``.
+    """
+    hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+", source)
+    if not hub_id and not Path(source).exists():
+        raise UserError(f"{option} {source} does not exist; give a path or a Hub id (owner/name)")
+
+
+def require_writable_output(output: Path) -> None:
+    """Raise ``UserError`` if ``output`` exists or its folder is not writable."""
+    require_new_output(output)
+    folder = next(path for path in output.absolute().parents if path.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"output {output}: {folder} is not a writable folder")

@@ -1,10 +1,10 @@
-"""Images by (seed, index, class): the loop under grids and sets.
+"""Sample images identified by (seed, index, class). Grids and sets are built on this.
 
-On the CPU an image has the same bytes whatever else is sampled with it. Matrix products of
-different shapes, or split over a different number of threads, round differently; so there the work
-is cut into units of a fixed number of images (a function of the model alone), image i always sits
-in place i modulo that number, a unit runs on one thread, and as many units as there are threads
-run side by side. On other devices a unit is a batch.
+On the CPU the bytes of an image do not depend on the other images in its batch. Matrix products of
+another shape, or split over another number of threads, round differently. The CPU therefore
+computes units of a fixed number of images, which depends only on the model. Image i always sits in
+row ``i % unit`` of its unit. Each unit runs on one thread, and one unit per thread runs at a time.
+Other devices compute each batch at once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +20,15 @@ from ..diffusion.noise import BlendedNoise, ImageNoise
 from ..diffusion.samplers import named_scheduler, prepare_scheduler
 from ..model.attention import MoHAttention
 from ..model.transformer import MoHDiTTransformer2DModel
-from ..pipeline.pipeline import Guidance, MoHDiTPipeline
+from ..pipeline.guidance import Guidance
+from ..pipeline.pipeline import MoHDiTPipeline
 from .config import SamplingSettings
 
-# Fewer tokens at once leave a small model waiting for Python; more make a lone image wait for the
-# empty places of its unit.
+# With fewer tokens per unit, Python overhead dominates for small models. With more, sampling a
+# single image spends most of its time on the padding of its unit.
 TOKENS_PER_UNIT = 256
 
-# ``position``: which of the asked images it is, -1 for one that only fills up a batch.
+# One requested image. ``position``: its place among the requested images, -1 for padding.
 REQUEST = np.dtype(
     [("label", "i8"), ("index", "i8"), ("other", "i8"), ("fraction", "f8"), ("position", "i8")]
 )
@@ -39,9 +40,12 @@ def use_settings(
     settings: SamplingSettings,
     guidance_model: MoHDiTTransformer2DModel | None = None,
 ) -> tuple[MoHDiTPipeline, Guidance]:
-    """The pipeline with the scheduler of ``settings``, and their guidance; checks both.
+    """Return a pipeline with the scheduler of ``settings``, and the guidance of ``settings``.
 
-    The pipeline is a new one over the same modules: the caller's stays as it is.
+    The returned pipeline shares the modules of ``pipeline``, which is not changed.
+
+    Raises:
+        UserError: the settings do not fit the model.
     """
     scheduler = pipeline.scheduler
     if settings.scheduler is not None:
@@ -66,36 +70,41 @@ def generate(
     settings: SamplingSettings,
     *,
     indices: Sequence[int] | np.ndarray | None = None,
-    towards: tuple[Sequence[int], Sequence[float]] | None = None,
+    towards: tuple[Sequence[int] | np.ndarray, Sequence[float] | np.ndarray] | None = None,
     frames: int = 0,
     batch_size: int = 64,
+    batches: Sequence[tuple[int, int]] | None = None,
     pad: bool | None = None,
     decode_batch_size: int | None = None,
     guidance_model: MoHDiTTransformer2DModel | None = None,
     on_step: OnStep | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images of ``class_labels``, batch by batch.
+    """Sample one image per class label, batch by batch.
 
     Args:
-        pipeline: model, autoencoder and trained process; left as it is, whatever mode the model
-            is in.
-        class_labels: ids or names, N of them.
+        pipeline: model, autoencoder and noise process. It is not changed; the model may be in
+            training mode.
+        class_labels: N class ids or names.
         settings: steps, guidance, scheduler and seed.
-        indices: image number of each label; ``0 … N-1`` unless given.
-        towards: N further image numbers and N fractions in 0 … 1: start from noise that far on
-            the way from the one image's to the other's.
-        frames: also show the way there, in so many frames with the image as the last.
-        batch_size: images at once; on the CPU rounded up to whole units.
-        pad: fill up the last batch, so that all have one shape (not on the CPU); where there is
-            more than one batch unless given.
-        decode_batch_size: images decoded at once; on the CPU always one.
-        guidance_model: the weaker model of autoguidance.
-        on_step: called after each evaluation of the model as ``f(positions, step, latents)``:
-            int64 (B,), which of the N the rows are (-1: none, a filler), the number of the step,
-            and (B, C, h, w); on the CPU from several threads. What it raises ends the work.
+        indices: index of each image (N,); default ``0 … N-1``.
+        towards: ``(other_indices, fractions)``, both (N,): start from noise that is this fraction
+            (0 … 1) of the way from the noise of the image to the noise of the other index.
+        frames: if positive, also return the denoising in this number of frames. The last frame is
+            the image.
+        batch_size: images per batch. The CPU rounds it up to whole units.
+        batches: ranges ``(start, stop)`` of the images to sample, one per batch, each at most
+            ``batch_size`` long; default: all images.
+        pad: fill the last batch with images that are thrown away, so that all batches have one
+            shape (ignored on the CPU); default: if there is more than one batch.
+        decode_batch_size: images to decode at once; always one on the CPU.
+        guidance_model: weaker model for autoguidance.
+        on_step: called after each evaluation of the model as ``on_step(positions, step, latents)``:
+            int64 (B,) positions in ``class_labels`` (-1 for padding), the number of the step, and
+            latents (B, C, h, w). On the CPU it is called from several threads. An exception that it
+            raises ends the sampling.
 
     Yields:
-        ``(positions, images)``: int64 (B,), which of the N these are, and uint8 (B, H, W, 3), or
+        ``(positions, images)``: int64 (B,) positions in ``class_labels``, and uint8 (B, H, W, 3) or
         (B, frames, H, W, 3).
 
     Raises:
@@ -108,32 +117,37 @@ def generate(
     requests["index"] = requests["position"] if indices is None else indices
     if towards is not None:
         requests["other"], requests["fraction"] = towards
-    on_cpu = works_in_units(chosen.transformer)
-    batch_size = whole_units(chosen.transformer, batch_size)
+    on_cpu = runs_in_units(chosen.transformer)
+    batch_size = round_up_to_units(chosen.transformer, batch_size)
+    if batches is None:
+        starts = range(0, len(requests), batch_size)
+        batches = [(start, min(start + batch_size, len(requests))) for start in starts]
     pad = len(requests) > batch_size if pad is None else pad
 
     def images_of(requests: np.ndarray) -> np.ndarray:
         decoded_at_once = 1 if on_cpu else decode_batch_size
-        return render(chosen, guidance, settings, requests, frames, decoded_at_once, on_step)
+        return generate_batch(
+            chosen, guidance, settings, requests, frames, decoded_at_once, on_step
+        )
 
-    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(0, len(requests), batch_size):
-            batch = requests[start : start + batch_size]
+    def sample_batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start, stop in batches:
+            batch = requests[start:stop]
             with evaluation_mode(chosen.transformer, guidance_model), torch.no_grad():
                 if on_cpu:
-                    images = run_units(chosen.transformer, images_of, batch)
+                    images = run_in_units(chosen.transformer, images_of, batch)
                 elif pad:
-                    filler = np.zeros(batch_size - len(batch), REQUEST)
-                    filler["position"] = -1
-                    images = images_of(np.concatenate([batch, filler]))[: len(batch)]
+                    padding = np.zeros(batch_size - len(batch), REQUEST)
+                    padding["position"] = -1
+                    images = images_of(np.concatenate([batch, padding]))[: len(batch)]
                 else:
                     images = images_of(batch)
-            yield np.arange(start, start + len(batch)), images
+            yield np.arange(start, stop), images
 
-    return batches()
+    return sample_batches()
 
 
-def render(
+def generate_batch(
     pipeline: MoHDiTPipeline,
     guidance: Guidance,
     settings: SamplingSettings,
@@ -142,49 +156,49 @@ def render(
     decode_batch_size: int | None = None,
     on_step: OnStep | None = None,
 ) -> np.ndarray:
-    """One batch as it is: uint8 (B, H, W, 3), or (B, frames, H, W, 3)."""
-    shown: list[Tensor] = []
-    wanted: set[int] = set()
+    """Sample one batch at once: uint8 (B, H, W, 3), or (B, frames, H, W, 3)."""
+    kept: list[Tensor] = []
+    kept_steps: set[int] = set()
     if frames:
         steps = count_steps(pipeline, settings)
-        wanted = set(np.linspace(0, steps - 1, frames).round().astype(int).tolist())
+        kept_steps = set(np.linspace(0, steps - 1, frames).round().astype(int).tolist())
 
     def callback(pipeline: Any, step: int, timestep: Tensor, tensors: dict) -> None:
-        if step in wanted:
-            shown.append(tensors["latents"])
+        if step in kept_steps:
+            kept.append(tensors["latents"])
         if on_step is not None:
             on_step(requests["position"], step, tensors["latents"])
 
-    latents = sample_latents(pipeline, guidance, settings, requests, callback)
+    latents = denoise_batch(pipeline, guidance, settings, requests, callback)
     images = to_uint8(pipeline.decode(latents, decode_batch_size))
     if not frames:
         return images
-    states = [decode_state(pipeline, state, decode_batch_size) for state in shown[:-1]]
+    states = [decode_noisy(pipeline, state, decode_batch_size) for state in kept[:-1]]
     return np.stack([*states, images], axis=1)
 
 
 def count_steps(pipeline: MoHDiTPipeline, settings: SamplingSettings) -> int:
-    """Evaluations of the model on the way to an image: some samplers take two a step."""
+    """Return the number of model evaluations per image; some samplers need two per step."""
     return len(prepare_scheduler(pipeline.scheduler, settings.num_inference_steps).timesteps)
 
 
-def decode_state(
+def decode_noisy(
     pipeline: MoHDiTPipeline, latents: Tensor, decode_batch_size: int | None = None
 ) -> np.ndarray:
-    """A state of the process (B, C, h, w) to look at: uint8 (B, H, W, 3)."""
-    # Early states may be far larger than what the autoencoder knows.
+    """Decode noisy latents (B, C, h, w) for display: uint8 (B, H, W, 3)."""
+    # Latents of early steps may be far larger than any that the autoencoder was trained on.
     scale = latents.std(dim=(1, 2, 3), keepdim=True).clamp(min=1)
     return to_uint8(pipeline.decode(latents / scale, decode_batch_size))
 
 
-def sample_latents(
+def denoise_batch(
     pipeline: MoHDiTPipeline,
     guidance: Guidance,
     settings: SamplingSettings,
     requests: np.ndarray,
     callback: Any = None,
 ) -> Tensor:
-    """Latents (B, C, h, w) of one batch, as it is."""
+    """Sample the latents (B, C, h, w) of one batch at once, without decoding them."""
     device, seed = pipeline.transformer.device, settings.seed
     request = {name: torch.from_numpy(requests[name].copy()) for name in requests.dtype.names or ()}
     noise = ImageNoise(seed, request["index"], device)
@@ -197,82 +211,83 @@ def sample_latents(
     )
 
 
-def works_in_units(transformer: MoHDiTTransformer2DModel) -> bool:
-    """Whether images are computed so that their bytes are free of the batch."""
+def runs_in_units(transformer: MoHDiTTransformer2DModel) -> bool:
+    """Return whether this model samples in units, so that bytes do not depend on the batch."""
     return transformer.device.type == "cpu"
 
 
 def images_per_unit(transformer: MoHDiTTransformer2DModel) -> int:
-    """How many images the CPU computes together, whatever the batch size."""
+    """Return how many images form a unit on the CPU; the batch size does not matter."""
     config = transformer.config
     return max(1, TOKENS_PER_UNIT // (config.sample_size // config.patch_size) ** 2)
 
 
-def whole_units(transformer: MoHDiTTransformer2DModel, batch_size: int) -> int:
-    """The batch size that leaves no place of a unit empty; as it is where there are no units."""
-    unit = images_per_unit(transformer) if works_in_units(transformer) else 1
+def round_up_to_units(transformer: MoHDiTTransformer2DModel, batch_size: int) -> int:
+    """Round a batch size up to a multiple of the unit size (CPU only)."""
+    unit = images_per_unit(transformer) if runs_in_units(transformer) else 1
     return -(-batch_size // unit) * unit
 
 
 def plan_units(indices: np.ndarray, size: int) -> list[np.ndarray]:
-    """Spread images over units of ``size`` places, image i in place i mod ``size``.
+    """Distribute images over units of ``size`` rows, image i in row ``i % size``.
 
     Returns:
-        For each unit an int64 (size,) of positions in ``indices``, -1 for an empty place.
+        For each unit an int64 (size,) array of positions in ``indices``, -1 for an empty row.
     """
     units: list[np.ndarray] = []
-    taken = [0] * size  # units whose place is taken, they fill up in order
+    filled = [0] * size  # for each row, the number of units in which it is filled
     for position, index in enumerate(indices.tolist()):
-        place = index % size
-        if taken[place] == len(units):
+        row = index % size
+        if filled[row] == len(units):
             units.append(np.full(size, -1))
-        units[taken[place]][place] = position
-        taken[place] += 1
+        units[filled[row]][row] = position
+        filled[row] += 1
     return units
 
 
-def run_units(
+def run_in_units(
     transformer: MoHDiTTransformer2DModel,
     compute: Callable[[np.ndarray], np.ndarray],
     requests: np.ndarray,
 ) -> np.ndarray:
-    """``compute`` for a batch, unit by unit on single threads: an array (B, …)."""
+    """Call ``compute`` on each unit of a batch, one thread per unit; returns an array (B, …)."""
     size = images_per_unit(transformer)
 
     @torch.no_grad()
     def run(unit: np.ndarray) -> np.ndarray:
-        # An empty place computes image number ``place`` of class 0, and is thrown away.
+        # An empty row computes an image of class 0, which is thrown away.
         filled = unit >= 0
-        asked = np.zeros(size, REQUEST)
-        asked["index"], asked["position"] = np.arange(size), -1
-        asked[filled] = requests[unit[filled]]
-        return compute(asked)[filled]
+        padded = np.zeros(size, REQUEST)
+        padded["index"], padded["position"] = np.arange(size), -1
+        padded[filled] = requests[unit[filled]]
+        return compute(padded)[filled]
 
     units, threads = plan_units(requests["index"], size), torch.get_num_threads()
-    # diffusers' caches live in the model: units that share them take turns.
+    # diffusers' caches are stored in the model, so units cannot use them at the same time.
     workers = 1 if transformer.is_cache_enabled else min(threads, len(units))
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             parts = np.concatenate(list(pool.map(run, units)))
     finally:
-        torch.set_num_threads(threads)  # the default of threads to come
+        torch.set_num_threads(threads)  # the workers' call also set the default of new threads
     result = np.empty_like(parts)
     result[np.concatenate([unit[unit >= 0] for unit in units])] = parts
     return result
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images (B, 3, H, W) in -1 … 1 → uint8 (B, H, W, 3), rounded to the nearest."""
+    """Convert images (B, 3, H, W) in -1 … 1 to uint8 (B, H, W, 3), rounding to the nearest."""
     scaled = ((images / 2 + 0.5) * 255).round().to(torch.uint8)
     return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 @contextmanager
 def evaluation_mode(*models: MoHDiTTransformer2DModel | None) -> Iterator[None]:
-    """Put models in evaluation mode, and back.
+    """Put models in evaluation mode inside the block; restore their mode on exit.
 
-    On the CPU also let every image attend alone: the gathered backend pads an image's lists of
-    queries to its neighbours', and products of other shapes round differently.
+    On the CPU this also selects the reference attention backend for models whose units hold several
+    images. The gathered backend pads each image to the longest list of queries in its unit. Its
+    products would have other shapes, and round differently, beside other images.
     """
     given = [model for model in models if model is not None]
     training = [model for model in given if model.training]
@@ -280,7 +295,7 @@ def evaluation_mode(*models: MoHDiTTransformer2DModel | None) -> Iterator[None]:
         (layer, layer.attention_backend)
         for model in given
         for layer in model.modules()
-        if isinstance(layer, MoHAttention) and works_in_units(model)
+        if isinstance(layer, MoHAttention) and runs_in_units(model)
         if images_per_unit(model) > 1
     ]
     for model in training:

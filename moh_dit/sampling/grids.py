@@ -1,22 +1,18 @@
-"""Sheets of images with labels: a row per class, an interpolation strip, the denoising itself."""
+"""Draw labelled sheets of images: a grid of classes, an interpolation strip, the denoising."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
-from ..common.errors import UserError
 from ..pipeline.pipeline import MoHDiTPipeline
 from .config import SamplingSettings
 from .engine import generate
 
-SMALLEST_CELL = 64  # pixels; smaller images are enlarged by a whole factor
+SMALLEST_CELL = 64  # pixels; smaller images are enlarged by an integer factor
 GAP = 2
 BACKGROUND, INK = "white", "black"
-FRAME_MS, LAST_FRAME_MS = 120, 1500
 
 
 def sample_grid(
@@ -26,13 +22,13 @@ def sample_grid(
     images_per_class: int = 8,
     **options: Any,
 ) -> Image.Image:
-    """A row of images for each class, labelled with its name.
+    """Sample a grid with a row of images for each class, labelled with the class name.
 
     Args:
-        pipeline: what to sample from; left as it is.
+        pipeline: the pipeline to sample from; it is not changed.
         settings: steps, guidance, scheduler and seed.
         class_labels: ids or names; ``None`` for all classes.
-        images_per_class: columns. The image in row r and column c has index
+        images_per_class: number of columns. The image in row r and column c has index
             ``r * images_per_class + c``.
         options: ``batch_size``, ``decode_batch_size``, ``guidance_model`` and ``on_step`` of
             :func:`~moh_dit.sampling.engine.generate`.
@@ -40,7 +36,7 @@ def sample_grid(
     Raises:
         UserError: before any work, for settings or labels that do not fit the model.
     """
-    return draw_sheet(*class_rows(pipeline, settings, class_labels, images_per_class, **options))
+    return draw_sheet(*sample_rows(pipeline, settings, class_labels, images_per_class, **options))
 
 
 def sample_animation(
@@ -52,31 +48,14 @@ def sample_animation(
     frames: int = 24,
     **options: Any,
 ) -> list[Image.Image]:
-    """The grid of :func:`sample_grid` emerging from noise, in at most ``frames`` sheets.
+    """Sample the grid of :func:`sample_grid` and draw its denoising in ``frames`` sheets.
 
-    Frames are decoded states of the process, reduced to unit variance where theirs is larger; the
-    last one is the grid.
+    Each frame decodes the latents after one step, scaled down to unit variance if theirs is larger.
+    The last frame is the grid.
     """
     options = {**options, "frames": frames}
-    images, names = class_rows(pipeline, settings, class_labels, images_per_class, **options)
+    images, names = sample_rows(pipeline, settings, class_labels, images_per_class, **options)
     return [draw_sheet(images[:, :, frame], names) for frame in range(images.shape[2])]
-
-
-def class_rows(
-    pipeline: MoHDiTPipeline,
-    settings: SamplingSettings,
-    class_labels: Sequence[int | str] | None,
-    images_per_class: int,
-    **options: Any,
-) -> tuple[np.ndarray, list[str]]:
-    """What :func:`sample_grid` draws: uint8 (rows, columns, H, W, 3) and the name of each row."""
-    if class_labels is None:
-        class_labels = range(pipeline.transformer.config.num_classes)
-    rows = pipeline.label_ids(class_labels)
-    batches = generate(pipeline, np.repeat(rows, images_per_class).tolist(), settings, **options)
-    images = np.concatenate([images for _, images in batches])
-    names = [class_name(pipeline, label) for label in rows]
-    return images.reshape(len(rows), images_per_class, *images.shape[1:]), names
 
 
 def sample_strip(
@@ -86,32 +65,45 @@ def sample_strip(
     steps: int = 9,
     **options: Any,
 ) -> Image.Image:
-    """For each class a row from its image of index 0 to its image of index 1.
+    """Sample for each class a row that blends from its image of index 0 to its image of index 1.
 
-    All noise is interpolated on the arc between the two images' (see
-    :class:`~moh_dit.diffusion.noise.BlendedNoise`), that of stochastic schedulers too.
+    All noise, that of stochastic schedulers included, is interpolated on the arc between the noise
+    of the two images (see :class:`~moh_dit.diffusion.noise.BlendedNoise`).
     """
     if class_labels is None:
         class_labels = range(pipeline.transformer.config.num_classes)
     rows = pipeline.label_ids(class_labels)
-    count = len(rows) * steps
-    fractions = np.tile(np.linspace(0, 1, steps), len(rows))
-    batches = generate(
-        pipeline,
-        np.repeat(rows, steps).tolist(),
-        settings,
-        indices=np.zeros(count, np.int64),
-        towards=(np.ones(count, np.int64), fractions),  # type: ignore[arg-type]
-        **options,
-    )
+    fractions = np.linspace(0, 1, steps)
+    first = np.zeros(len(rows) * steps, np.int64)
+    blend = dict(indices=first, towards=(first + 1, np.tile(fractions, len(rows))))
+    images, names = sample_rows(pipeline, settings, rows, steps, **blend, **options)
+    return draw_sheet(images, names, [f"{100 * fraction:.0f} %" for fraction in fractions])
+
+
+def sample_rows(
+    pipeline: MoHDiTPipeline,
+    settings: SamplingSettings,
+    class_labels: Sequence[int | str] | None,
+    columns: int,
+    **options: Any,
+) -> tuple[np.ndarray, list[str]]:
+    """Sample a row of images for each class.
+
+    Returns:
+        ``(images, names)``: uint8 (rows, columns, H, W, 3), or (rows, columns, frames, H, W, 3),
+        and the class name of each row.
+    """
+    if class_labels is None:
+        class_labels = range(pipeline.transformer.config.num_classes)
+    rows = pipeline.label_ids(class_labels)
+    batches = generate(pipeline, np.repeat(rows, columns).tolist(), settings, **options)
     images = np.concatenate([images for _, images in batches])
     names = [class_name(pipeline, label) for label in rows]
-    columns = [f"{100 * fraction:.0f} %" for fraction in fractions[:steps]]
-    return draw_sheet(images.reshape(len(rows), steps, *images.shape[1:]), names, columns)
+    return images.reshape(len(rows), columns, *images.shape[1:]), names
 
 
 def class_name(pipeline: MoHDiTPipeline, label: int) -> str:
-    """The name of a class, its id where it has none."""
+    """Return the name of a class, or its id if it has no name."""
     names = pipeline.config.class_names
     return names[label] if names and label < len(names) else str(label)
 
@@ -119,7 +111,7 @@ def class_name(pipeline: MoHDiTPipeline, label: int) -> str:
 def draw_sheet(
     images: np.ndarray, row_labels: Sequence[str], column_labels: Sequence[str] = ()
 ) -> Image.Image:
-    """A contact sheet of uint8 (rows, columns, H, W, 3) with labels at the left and above."""
+    """Draw images, uint8 (rows, columns, H, W, 3), as a sheet with labels at the left and above."""
     rows, columns, height, width = images.shape[:4]
     zoom = max(1, -(-SMALLEST_CELL // max(height, width)))
     height, width = height * zoom, width * zoom
@@ -146,48 +138,3 @@ def draw_sheet(
             image = image.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(image, (left + column * step + (step - width) // 2, y))
     return sheet
-
-
-def save_sheet(sheet: Image.Image, file: Path | BinaryIO, settings: str) -> None:
-    """Write a PNG with its settings inside (chunk ``settings``), which ``--config`` reads."""
-    text = PngInfo()
-    text.add_itxt("settings", settings)
-    sheet.save(file, format="PNG", pnginfo=text)
-
-
-ANIMATIONS = (".gif", ".webp", ".mp4")
-
-
-def check_animation(output: Path) -> None:
-    """Raise ``UserError`` where an animation cannot be written."""
-    if output.suffix == ".mp4":
-        try:
-            import imageio_ffmpeg  # noqa: F401
-        except ImportError:
-            raise UserError(
-                f"output {output}: MP4 needs pip install imageio imageio-ffmpeg; .gif and .webp "
-                "need nothing more"
-            ) from None
-
-
-def save_animation(frames: Sequence[Image.Image], path: Path) -> None:
-    """Write frames as ``.gif``, ``.webp`` or ``.mp4``; the last one stays longer."""
-    if path.suffix == ".mp4":
-        from imageio.v2 import mimwrite
-
-        stay = [frames[-1]] * (LAST_FRAME_MS // FRAME_MS)
-        # An even number of pixels a side, which the codec asks for.
-        even = [np.asarray(f)[: f.height // 2 * 2, : f.width // 2 * 2] for f in [*frames, *stay]]
-        mimwrite(path, even, format="mp4", fps=1000 / FRAME_MS, macro_block_size=2)  # type: ignore[arg-type]
-        return
-    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
-    options: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
-    frames[0].save(
-        path,
-        format=path.suffix[1:].upper(),
-        save_all=True,
-        append_images=frames[1:],
-        duration=durations,
-        loop=0,
-        **options,
-    )

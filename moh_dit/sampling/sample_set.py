@@ -1,10 +1,10 @@
-"""Exactly so many images, over any number of processes, finished after any interruption.
+"""Sample a set of exactly N images on any number of processes, resumable after any interruption.
 
-    samples.npz.partial/           while it is being made, beside the output
-      settings.json                what the images depend on; another run must agree to finish it
-      images-START-STOP.npy        uint8 (STOP-START, H, W, 3), written aside and renamed when whole
+    samples.npz.partial/           exists beside the output until the set is finished
+      settings.json                settings that determine the images; resuming requires the same
+      images-START-STOP.npy        uint8 (STOP-START, H, W, 3), written atomically
 
-Image i has the same bytes whoever makes it, so nothing else has to be remembered.
+The bytes of image i do not depend on the process that samples it, so no other state is stored.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ from ..common.progress import progress_bar
 from ..diffusion.noise import WORD, philox
 from ..model.transformer import MoHDiTTransformer2DModel
 from ..pipeline.pipeline import MoHDiTPipeline
-from .config import SamplingSettings
-from .engine import generate, use_settings, whole_units
-from .output_formats import FORMATS, format_of
+from .config import SamplingSettings, require_writable_output
+from .engine import generate, round_up_to_units, use_settings
+from .output_formats import FORMATS, check_set_output, partial_folder, settings_path
 
 SPARE_BYTES = 64 << 20
 
@@ -40,11 +40,15 @@ SPARE_BYTES = 64 << 20
 def set_labels(
     num_samples: int, classes: Sequence[int], how: Literal["balanced", "drawn"], seed: int
 ) -> np.ndarray:
-    """Class ids of a set, int64 (N,): in turn, or drawn evenly at random by (seed, index)."""
+    """Return the class ids of a set, int64 (N,).
+
+    ``"balanced"`` takes the classes in turn. ``"drawn"`` picks each uniformly at random, determined
+    by (seed, index).
+    """
     index = torch.arange(num_samples)
     if how == "drawn":
         zero = torch.zeros_like(index)
-        # This draw number is no image's: noise counts its draws from 0.
+        # Image noise counts its draws from 0 and never reaches this draw number.
         word = philox((zero, zero + WORD, index & WORD, index >> 32), seed)[0]
         choice = word * len(classes) >> 32
     else:
@@ -58,94 +62,92 @@ def sample_set(
     output: Path,
     labels: np.ndarray,
     *,
+    resume: bool = False,
     batch_size: int = 64,
     decode_batch_size: int | None = None,
-    record: str | None = None,
+    settings_yaml: str | None = None,
     state: PartialState | None = None,
     guidance_model: MoHDiTTransformer2DModel | None = None,
     quiet: bool = False,
 ) -> float | None:
-    """Write the images of int64 ``labels`` (N,) to ``output``; image i has index i.
+    """Sample an image for each label and write them to ``output``; image i has index i.
 
-    Called by every process. A half-finished output of the same settings is finished.
+    Every process must call this function.
 
     Args:
-        pipeline: what to sample from; left as it is.
+        pipeline: the pipeline to sample from; it is not changed.
         settings: steps, guidance, scheduler and seed.
         output: ``.npz`` (ADM: ``arr_0`` uint8 (N, H, W, 3), ``arr_1`` int64 (N,)), ``.tar``
             (WebDataset) or, without a suffix, a folder of PNG files with ``labels.csv``.
-        labels: class ids.
-        batch_size: images per batch and process, on the CPU rounded up to whole units; also the
-            images that an interruption can cost.
-        decode_batch_size: images decoded at once.
-        record: the settings as YAML, written beside the output.
-        state: the processes, as accelerate knows them; those already started unless given.
-        guidance_model: the weaker model of autoguidance.
-        quiet: no progress.
+        labels: class ids, int64 (N,).
+        resume: continue an unfinished set with the same settings; start if there is none.
+        batch_size: images per batch and process. The CPU rounds it up to whole units. An
+            interruption loses at most one batch per process.
+        decode_batch_size: images to decode at once.
+        settings_yaml: text to write beside the output as ``OUTPUT.yaml``.
+        state: accelerate's state of the processes; created if not given.
+        guidance_model: weaker model for autoguidance.
+        quiet: show no progress.
 
     Returns:
-        Images per second over all processes without the first batch of each and without joining
-        the shards; ``None`` where nothing is left of it, and on all processes but the first.
+        On the main process images per second over all processes, without the first batch and the
+        writing of the output. ``None`` if there was only one batch, and on the other processes.
 
     Raises:
-        UserError: before any work: the output exists, a half-finished one was made with other
-            settings, the disk is too full, or settings do not fit the model.
+        UserError: before any work: the output exists; an unfinished set exists, but ``resume`` is
+            not set or the settings differ; the disk is too full; the settings do not fit the model.
     """
     state = state or PartialState()
     chosen, _ = use_settings(pipeline, settings, guidance_model)
-    described = describe(chosen, settings, labels, guidance_model)
+    identity = set_identity(chosen, settings, labels, guidance_model)
     partial = partial_folder(output)
-    check_output(output, partial, described)
-    to_write = 2 * len(labels) - images_done(partial)
-    needed = to_write * image_bytes(chosen) + SPARE_BYTES
-    require_disk_space(output, needed, f"output {output}")
-    state.wait_for_everyone()  # every process has looked before the first one writes
+    require_writable_output(output)
+    check_set_output(output, resume)
+    check_same_settings(partial, identity)
+    # The images are stored twice while they are copied from the partial folder to the output.
+    needed = (2 * len(labels) - count_images(partial)) * image_bytes(chosen)
+    require_disk_space(output, needed + SPARE_BYTES, f"output {output}")
+    state.wait_for_everyone()  # all processes check before the first one writes
 
     if state.is_main_process:
         partial.mkdir(parents=True, exist_ok=True)
-        atomic_write(partial / "settings.json", json.dumps(described, indent=1).encode())
+        atomic_write(partial / "settings.json", json.dumps(identity, indent=1).encode())
     state.wait_for_everyone()
-    batch_size = whole_units(chosen.transformer, batch_size)
+    batch_size = round_up_to_units(chosen.transformer, batch_size)
     batches = missing_batches(partial, len(labels), batch_size)
-    state.wait_for_everyone()  # every process has the same list before it changes
+    state.wait_for_everyone()  # all processes list the missing batches before the first new one
 
-    progress = Progress(partial, len(labels), state.is_main_process, quiet)
+    progress = SetProgress(partial, len(labels), state.is_main_process, quiet)
     with progress:
-        for start, stop in batches[state.process_index :: state.num_processes]:
-            ((_, images),) = generate(
-                pipeline,
-                labels[start:stop].tolist(),
-                settings,
-                indices=range(start, stop),
-                batch_size=batch_size,
-                pad=len(labels) > batch_size,
-                decode_batch_size=decode_batch_size,
-                guidance_model=guidance_model,
-            )
-            write_shard(partial, start, images)
+        for positions, images in generate(
+            pipeline,
+            labels.tolist(),
+            settings,
+            batch_size=batch_size,
+            batches=batches[state.process_index :: state.num_processes],
+            pad=len(labels) > batch_size,
+            decode_batch_size=decode_batch_size,
+            guidance_model=guidance_model,
+        ):
+            write_shard(partial, int(positions[0]), images)
             progress.update()
         state.wait_for_everyone()
         progress.update()
     if state.is_main_process:
-        finish(partial, output, labels, chosen.config.class_names, record)
+        join_shards(partial, output, labels, chosen.config.class_names, settings_yaml)
     state.wait_for_everyone()
     return progress.rate
 
 
-def partial_folder(output: Path) -> Path:
-    """Where an output is while it is being made."""
-    return output.with_name(output.name + ".partial")
-
-
-def describe(
+def set_identity(
     pipeline: MoHDiTPipeline,
     settings: SamplingSettings,
     labels: np.ndarray,
     guidance_model: MoHDiTTransformer2DModel | None = None,
 ) -> dict[str, Any]:
-    """What the images of a set depend on, as JSON knows it."""
+    """Return everything that determines the images of a set, as it reads back from JSON."""
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
-    described = {
+    identity = {
         **{field.name: getattr(settings, field.name) for field in fields(SamplingSettings)},
         "scheduler": {"class": type(pipeline.scheduler).__name__, **scheduler},
         "num_samples": len(labels),
@@ -156,11 +158,11 @@ def describe(
         "decode_dtype": str(pipeline.vae.dtype).removeprefix("torch."),
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
     }
-    return json.loads(json.dumps(described, default=str))
+    return json.loads(json.dumps(identity, default=str))
 
 
 def weights_digest(module: nn.Module) -> str:
-    """SHA-256 over names and bytes of all weights."""
+    """Return the SHA-256 digest of the names and bytes of all weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -168,46 +170,41 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_output(output: Path, partial: Path, described: dict[str, Any]) -> None:
-    """Raise ``UserError`` where something already produced would be lost."""
-    format_of(output)
-    if output.exists():
-        raise UserError(f"output {output} exists; give another name")
+def check_same_settings(partial: Path, identity: dict[str, Any]) -> None:
+    """Raise ``UserError`` if an unfinished set was started with other settings."""
     if not (partial / "settings.json").is_file():
-        if any(not file.name.startswith(".") for file in partial.glob("*")):
-            raise UserError(f"{partial} is in the way: it is not a half-finished output")
         return
-    before = json.loads((partial / "settings.json").read_text())
-    was, now = flattened(before), flattened(described)
+    before = flatten_dict(json.loads((partial / "settings.json").read_text()))
+    now = flatten_dict(identity)
     differing = [
-        f"{key} {was.get(key)!r}, now {now.get(key)!r}"
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key)
+        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
     ]
     if differing:
         raise UserError(
-            f"{partial} was begun with other settings: {'; '.join(differing)}; finish it with "
-            "those, delete it, or give another output"
+            f"{partial} was started with other settings: {'; '.join(differing)}; resume with the "
+            "same settings, delete the folder, or give another output"
         )
 
 
-def flattened(settings: dict[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries under dotted keys."""
+def flatten_dict(nested: dict[str, Any]) -> dict[str, Any]:
+    """Turn nested dictionaries into one dictionary with dotted keys."""
     flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        inner = flattened(value) if isinstance(value, dict) else {"": value}
+    for key, value in nested.items():
+        inner = flatten_dict(value) if isinstance(value, dict) else {"": value}
         flat |= {f"{key}.{name}".rstrip("."): item for name, item in inner.items()}
     return flat
 
 
 def image_bytes(pipeline: MoHDiTPipeline) -> int:
-    """Bytes of one image of the pipeline, as uint8."""
+    """Return the size in bytes of one image of the pipeline, as uint8."""
     side = pipeline.transformer.config.sample_size * downsampling_factor(pipeline.vae)
     return side * side * 3
 
 
-def shards(partial: Path) -> list[tuple[int, int, Path]]:
-    """``(start, stop, file)`` of what is done, in order."""
+def list_shards(partial: Path) -> list[tuple[int, int, Path]]:
+    """Return ``(start, stop, file)`` of each finished shard, in order."""
     found = []
     for file in partial.glob("images-*-*.npy"):
         start, stop = file.stem.split("-")[1:]
@@ -215,16 +212,16 @@ def shards(partial: Path) -> list[tuple[int, int, Path]]:
     return sorted(found)
 
 
-def images_done(partial: Path) -> int:
-    """How many images a half-finished output has."""
-    return sum(stop - start for start, stop, _ in shards(partial))
+def count_images(partial: Path) -> int:
+    """Return how many images of an unfinished set are done."""
+    return sum(stop - start for start, stop, _ in list_shards(partial))
 
 
 def missing_batches(partial: Path, num_samples: int, batch_size: int) -> list[tuple[int, int]]:
-    """Ranges of images still to make, none longer than ``batch_size``."""
+    """Return the ranges ``(start, stop)`` of missing images, each at most ``batch_size`` long."""
     batches = []
     position = 0
-    for start, stop, _ in [*shards(partial), (num_samples, num_samples, partial)]:
+    for start, stop, _ in [*list_shards(partial), (num_samples, num_samples, partial)]:
         cuts = range(position, start, batch_size)
         batches += [(cut, min(cut + batch_size, start)) for cut in cuts]
         position = stop
@@ -232,75 +229,75 @@ def missing_batches(partial: Path, num_samples: int, batch_size: int) -> list[tu
 
 
 def write_shard(partial: Path, start: int, images: np.ndarray) -> None:
-    """Keep finished images, whole or not at all."""
+    """Write finished images to a shard, atomically."""
     name = f"images-{start:09d}-{start + len(images):09d}.npy"
-    aside = partial / f".{name}.{os.getpid()}"
-    with aside.open("wb") as file:
+    temporary = partial / f".{name}.{os.getpid()}"
+    with temporary.open("wb") as file:
         np.save(file, images)
-    aside.replace(partial / name)
+    temporary.replace(partial / name)
 
 
-def finish(
+def join_shards(
     partial: Path,
     output: Path,
     labels: np.ndarray,
     class_names: Sequence[str] | None,
-    record: str | None,
+    settings_yaml: str | None,
 ) -> None:
-    """Join the shards into ``output`` and remove them."""
-    found = shards(partial)
-    assert images_done(partial) == len(labels)
-    assert [start for start, _, _ in found] == [0, *(stop for _, stop, _ in found[:-1])]
-    arrays = (np.load(file) for _, _, file in found)
-    aside = partial / "joined"
-    if aside.is_dir():  # an interrupted folder; a file is written over
-        shutil.rmtree(aside)
-    FORMATS[format_of(output)](aside, arrays, labels, class_names)
-    if record is not None:
-        atomic_write(output.with_name(output.name + ".yaml"), record.encode())
-    aside.replace(output)
+    """Join the shards into ``output`` and delete them."""
+    shards = list_shards(partial)
+    assert count_images(partial) == len(labels)
+    assert [start for start, _, _ in shards] == [0, *(stop for _, stop, _ in shards[:-1])]
+    arrays = (np.load(file) for _, _, file in shards)
+    joined = partial / "joined"
+    if joined.is_dir():  # left by an interruption; a file is overwritten
+        shutil.rmtree(joined)
+    FORMATS[output.suffix](joined, arrays, labels, class_names)
+    if settings_yaml is not None:
+        atomic_write(settings_path(output), settings_yaml.encode())
+    joined.replace(output)
     shutil.rmtree(partial)
 
 
-class Progress:
-    """A bar over the images of all processes; its rate leaves out the first batch.
+class SetProgress:
+    """A progress bar over the images of all processes. Its rate leaves out the first batch.
 
     Args:
-        partial: where the images appear.
-        total: how many there will be.
-        first_process: whether this process is the one that tells.
-        quiet: whether it only measures.
+        partial: folder with the finished shards.
+        total: number of images of the set.
+        is_main_process: whether this process measures and shows progress.
+        quiet: measure without showing anything.
     """
 
-    def __init__(self, partial: Path, total: int, first_process: bool, quiet: bool):
-        self.partial, self.total, self.measuring = partial, total, first_process
-        self.shown = first_process and not quiet
+    def __init__(self, partial: Path, total: int, is_main_process: bool, quiet: bool):
+        self.partial, self.total, self.measuring = partial, total, is_main_process
+        self.visible = is_main_process and not quiet
         self.bar: Any = None
         self.rate: float | None = None
-        if self.shown:
-            done = images_done(partial)
-            known = f", {done} of them made before" if done else ""
-            print(f"{total} images{known}; the rate leaves out the first batch")
+        if self.visible:
+            done = count_images(partial)
+            resumed = f", {done} of them already finished" if done else ""
+            print(f"sampling {total} images{resumed}; the rate leaves out the first batch")
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "SetProgress":
         return self
 
     def update(self) -> None:
-        """Look at what is done; the first look, after a batch, starts the clock."""
+        """Count the finished images. The first call, after the first batch, starts the clock."""
         if not self.measuring:
             return
-        done = images_done(self.partial)
+        done = count_images(self.partial)
         if self.bar is None and done < self.total:
             self.bar = progress_bar(
-                self.total, desc="images", unit="image", initial=done, enabled=self.shown
+                self.total, desc="images", unit="image", initial=done, enabled=self.visible
             )
-            self.began, self.before = time.monotonic(), done
+            self.start_time, self.start_count = time.monotonic(), done
         elif self.bar is not None:
-            self.rate = (done - self.before) / (time.monotonic() - self.began)
+            self.rate = (done - self.start_count) / (time.monotonic() - self.start_time)
             self.bar.update(done - self.bar.n)
 
     def __exit__(self, *exception: object) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.shown and self.rate:
+        if self.visible and self.rate:
             print(f"{self.rate:.2f} images/s")

@@ -1,4 +1,4 @@
-"""Contact sheets over any two of: class, seed, guidance scale, steps, scheduler, weights."""
+"""Draw contact sheets over any two of class, seed, guidance scale, steps, scheduler and weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from .config import SamplingSettings
 from .engine import generate, use_settings
 from .grids import class_name, draw_sheet
 
-# What can be swept: how a value is read, and how it is written on the sheet.
+# For each name that a sheet can vary: the function that reads a value, and the label of a value.
 AXES: dict[str, tuple[Callable[[str], Any], str]] = {
     "class_labels": (str, "{}"),
     "seed": (int, "seed {}"),
@@ -24,33 +24,33 @@ AXES: dict[str, tuple[Callable[[str], Any], str]] = {
     "weights": (str, "{}"),
     "index": (int, "{}"),
 }
-# Settings of an image; the others choose class, weights and index.
+# Names in AXES that are fields of SamplingSettings.
 SETTINGS = ("seed", "guidance_scale", "num_inference_steps", "scheduler")
 
 
 @dataclass
 class Axis:
-    """One side of a sheet: a key of ``AXES`` and the values along it."""
+    """One side of a sheet: a name in ``AXES`` and its values."""
 
     name: str
     values: list[Any]
 
     def labels(self, pipeline: MoHDiTPipeline) -> list[str]:
-        """What is written beside the rows or above the columns."""
+        """Return the labels of the rows or columns."""
         if self.name == "class_labels":
             return [class_name(pipeline, value) for value in self.values]
         return [AXES[self.name][1].format(value) for value in self.values]
 
 
 def parse_axis(text: str, parse_labels: Callable[[str], list[int]]) -> Axis:
-    """Read ``"guidance_scale=1,2,4"``.
+    """Parse an axis such as ``"guidance_scale=1,2,4"``.
 
     Args:
         text: name and values.
-        parse_labels: reads the values of ``class_labels``.
+        parse_labels: parses the values of ``class_labels``.
 
     Raises:
-        UserError: for an unknown name (the nearest is named) or a value of the wrong type.
+        UserError: for an unknown name (the message suggests the nearest) or an invalid value.
     """
     name, _, values = text.partition("=")
     name = name.strip()
@@ -58,16 +58,17 @@ def parse_axis(text: str, parse_labels: Callable[[str], list[int]]) -> Axis:
     if name not in known:
         nearest = nearest_key(name, known)
         hint = f"did you mean {nearest}?" if nearest else f"one of {', '.join(known)}"
-        raise UserError(f"sweep {text!r}: {name!r} cannot be swept ({hint})")
+        raise UserError(f"rows/columns {text!r}: {name!r} cannot be varied ({hint})")
     if not values.strip():
-        raise UserError(f"sweep {text!r} has no values; write {name}=VALUE,VALUE")
+        raise UserError(f"rows/columns {text!r} has no values; write {name}=VALUE,VALUE")
     if name == "class_labels":
         return Axis(name, parse_labels(values))
     read = AXES[name][0]
     try:
         return Axis(name, [read(value.strip()) for value in values.split(",")])
-    except ValueError as error:
-        raise UserError(f"sweep {text!r}: {error}") from None
+    except ValueError:
+        kind = "whole numbers" if read is int else "numbers"
+        raise UserError(f"rows/columns {text!r}: the values of {name} must be {kind}") from None
 
 
 def sample_sweep(
@@ -80,14 +81,14 @@ def sample_sweep(
     weights: str = "transformer",
     **options: Any,
 ) -> Image.Image:
-    """A sheet in which every cell differs from its neighbours in what is swept alone.
+    """Sample a sheet whose cells differ only in the values of ``rows`` and ``columns``.
 
     Args:
-        load: gives the pipeline with the named weights.
-        settings: what is not swept.
-        rows, columns: what is; two different names.
-        class_label: the class, unless swept.
-        weights: the weights, unless swept.
+        load: returns the pipeline with the given weights.
+        settings: settings of all cells, apart from the two axes.
+        rows, columns: the two axes, with different names.
+        class_label: class of all cells unless an axis varies it.
+        weights: weights of all cells unless an axis varies them.
         options: ``batch_size``, ``decode_batch_size`` and ``guidance_model`` of
             :func:`~moh_dit.sampling.engine.generate`.
 
@@ -95,30 +96,31 @@ def sample_sweep(
         UserError: before any work, for values that do not fit the model or each other.
     """
     if rows.name == columns.name:
-        raise UserError(f"rows and columns both sweep {rows.name}; give two different ones")
-    jobs: dict[tuple, list[tuple[int, int, int, int]]] = {}
+        raise UserError(f"rows and columns both vary {rows.name}; give two different settings")
+    # Cells with the same weights and settings are sampled together.
+    groups: dict[tuple, list[tuple[int, int, int, int]]] = {}
     for row, row_value in enumerate(rows.values):
         for column, column_value in enumerate(columns.values):
-            cell = {rows.name: row_value, columns.name: column_value}
-            changed = tuple((key, cell[key]) for key in SETTINGS if key in cell)
-            place = (row, column, cell.get("class_labels", class_label), cell.get("index", 0))
-            jobs.setdefault((cell.get("weights", weights), changed), []).append(place)
+            varied = {rows.name: row_value, columns.name: column_value}
+            changed = tuple((key, varied[key]) for key in SETTINGS if key in varied)
+            cell = (row, column, varied.get("class_labels", class_label), varied.get("index", 0))
+            groups.setdefault((varied.get("weights", weights), changed), []).append(cell)
 
-    pipelines = {name: load(name) for name in dict.fromkeys(name for name, _ in jobs)}
-    todo = []
-    for (name, changed), places in jobs.items():
-        chosen = replace(settings, **dict(changed))
-        use_settings(pipelines[name], chosen, options.get("guidance_model"))
-        todo.append((pipelines[name], chosen, places))
+    pipelines = {name: load(name) for name in dict.fromkeys(name for name, _ in groups)}
+    jobs = []
+    for (name, changed), cells in groups.items():
+        cell_settings = replace(settings, **dict(changed))
+        use_settings(pipelines[name], cell_settings, options.get("guidance_model"))
+        jobs.append((pipelines[name], cell_settings, cells))
     images: np.ndarray | None = None
-    for pipeline, chosen, places in todo:
-        down, across, labels, indices = (list(part) for part in zip(*places, strict=True))
-        batches = generate(pipeline, labels, chosen, indices=indices, **options)
-        made = np.concatenate([batch for _, batch in batches])
+    for pipeline, cell_settings, cells in jobs:
+        down, across, labels, indices = (list(part) for part in zip(*cells, strict=True))
+        batches = generate(pipeline, labels, cell_settings, indices=indices, **options)
+        sampled = np.concatenate([batch for _, batch in batches])
         if images is None:
-            shape = (len(rows.values), len(columns.values), *made.shape[1:])
+            shape = (len(rows.values), len(columns.values), *sampled.shape[1:])
             images = np.zeros(shape, np.uint8)
-        images[down, across] = made
+        images[down, across] = sampled
     assert images is not None
     any_pipeline = next(iter(pipelines.values()))
     return draw_sheet(images, rows.labels(any_pipeline), columns.labels(any_pipeline))

@@ -10,12 +10,12 @@ from moh_dit.diffusion.noise import ImageNoise, philox, philox_normal
 from moh_dit.sampling.config import SamplingSettings
 from moh_dit.sampling.engine import (
     REQUEST,
+    denoise_batch,
     evaluation_mode,
     generate,
     images_per_unit,
     plan_units,
-    run_units,
-    sample_latents,
+    run_in_units,
     to_uint8,
     use_settings,
 )
@@ -98,13 +98,13 @@ def test_latents_agree_to_the_last_bit():
     # Bytes of images forgive small differences; the latents behind them do not.
     pipeline, settings = tiny_pipeline(), SamplingSettings(num_inference_steps=STEPS)
     chosen, guidance = use_settings(pipeline, settings)
-    compute = lambda asked: sample_latents(chosen, guidance, settings, asked).numpy()  # noqa: E731
+    compute = lambda asked: denoise_batch(chosen, guidance, settings, asked).numpy()  # noqa: E731
     requests = np.zeros(40, REQUEST)
     requests["index"], requests["label"] = np.arange(40), np.arange(40) % 5
     with evaluation_mode(pipeline.transformer):
-        whole = run_units(pipeline.transformer, compute, requests)
+        whole = run_in_units(pipeline.transformer, compute, requests)
         for some in ([3], [39, 2, 18], list(range(5, 30))):
-            part = run_units(pipeline.transformer, compute, requests[some])
+            part = run_in_units(pipeline.transformer, compute, requests[some])
             assert np.array_equal(part, whole[some])
 
 
@@ -126,7 +126,7 @@ def test_threads_do_not_change_bytes():
 def test_batches_of_an_accelerator_have_one_size(monkeypatch):
     pipeline, labels = tiny_pipeline(), [index % 5 for index in range(11)]
     in_units = sampled(pipeline, labels, None, 4)
-    monkeypatch.setattr("moh_dit.sampling.engine.works_in_units", lambda transformer: False)
+    monkeypatch.setattr("moh_dit.sampling.engine.runs_in_units", lambda transformer: False)
     sizes = []
     pipeline.transformer.register_forward_pre_hook(
         lambda module, arguments: sizes.append(len(arguments[0]))
@@ -139,7 +139,7 @@ def test_batches_of_an_accelerator_have_one_size(monkeypatch):
 @pytest.mark.parametrize("in_units", [True, False])
 def test_every_step_of_every_image_can_be_watched(monkeypatch, in_units):
     pipeline, labels = tiny_pipeline(), [index % 5 for index in range(11)]
-    monkeypatch.setattr("moh_dit.sampling.engine.works_in_units", lambda transformer: in_units)
+    monkeypatch.setattr("moh_dit.sampling.engine.runs_in_units", lambda transformer: in_units)
     states = {}
 
     def watch(positions, step, latents):
@@ -200,7 +200,7 @@ def test_a_live_model_is_left_in_its_mode():
         ({"scheduler": "magic"}, "unknown; those that fit are ddpm"),
         ({"num_inference_steps": 1001}, "1 … 1000"),
         ({"guidance_interval": (0.8, 0.2)}, "low ≤ high"),
-        ({"guidance_channels": 5}, "4 channels"),
+        ({"guidance_channels": 5}, "between 1 and 4"),
     ],
 )
 def test_settings_that_do_not_fit_are_errors(settings, message):

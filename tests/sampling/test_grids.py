@@ -13,8 +13,8 @@ from moh_dit.sampling.grids import (
     sample_animation,
     sample_grid,
     sample_strip,
-    save_animation,
 )
+from moh_dit.sampling.output_formats import save_animation
 from moh_dit.sampling.sweeps import Axis, parse_axis, sample_sweep
 
 NAMES = ["cat", "dog", "eel", "fox", "gnu"]
@@ -84,7 +84,7 @@ def test_sweep_changes_what_is_swept_alone(cells):
     [
         ("guidance_scal=1", "did you mean guidance_scale"),
         ("seed", "no values"),
-        ("seed=1,x", "invalid literal"),
+        ("seed=1,x", "values of seed must be whole numbers"),
     ],
 )
 def test_wrong_sweeps_are_errors(text, message):
@@ -98,7 +98,7 @@ def test_sweep_is_checked_before_work(monkeypatch):
     rows = Axis("num_inference_steps", [2, 2000])
     with pytest.raises(UserError, match="1 … 1000"):
         sample_sweep(lambda name: pipeline, SETTINGS, rows, Axis("index", [0]))
-    with pytest.raises(UserError, match="both sweep seed"):
+    with pytest.raises(UserError, match="both vary seed"):
         sample_sweep(lambda name: pipeline, SETTINGS, Axis("seed", [1]), Axis("seed", [2]))
 
 

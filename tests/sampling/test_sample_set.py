@@ -1,4 +1,4 @@
-"""Exact sets: as many as asked, the same file after any interruption."""
+"""Sets have exactly the requested size and the same bytes after any interruption."""
 
 import json
 
@@ -8,9 +8,9 @@ import yaml
 from helpers.models import tiny_pipeline
 
 from moh_dit.common.errors import UserError
-from moh_dit.sampling import sample_set as exact
+from moh_dit.sampling import sample_set as module
 from moh_dit.sampling.config import SamplingSettings
-from moh_dit.sampling.sample_set import missing_batches, sample_set, set_labels, shards
+from moh_dit.sampling.sample_set import list_shards, missing_batches, sample_set, set_labels
 
 SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=1.5)
 LABELS = set_labels(55, range(5), "balanced", 0)
@@ -23,7 +23,7 @@ def make(path, pipeline=None, settings=SETTINGS, labels=LABELS, batch_size=8, **
 
 
 def test_adm_file_of_exactly_that_many(tmp_path):
-    make(tmp_path / "s.npz", record="seed: 0\n")
+    make(tmp_path / "s.npz", settings_yaml="seed: 0\n")
     arrays = np.load(tmp_path / "s.npz")
     assert arrays["arr_0"].shape == (55, 16, 16, 3)
     assert arrays["arr_0"].dtype == np.uint8
@@ -52,20 +52,23 @@ def test_interrupted_set_is_finished_to_the_same_bytes(tmp_path, monkeypatch):
         written.append(start)
         write_shard(partial, start, images)
 
-    write_shard = exact.write_shard
-    monkeypatch.setattr(exact, "write_shard", stop_after_two)
+    write_shard = module.write_shard
+    monkeypatch.setattr(module, "write_shard", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "s.npz")
-    monkeypatch.setattr(exact, "write_shard", lambda p, s, i: written.append(s) or
+    monkeypatch.setattr(module, "write_shard", lambda p, s, i: written.append(s) or
                         write_shard(p, s, i))  # fmt: skip
-    assert [shard[:2] for shard in shards(tmp_path / "s.npz.partial")] == [(0, 16), (16, 32)]
-    assert make(tmp_path / "s.npz", batch_size=30) == expected  # another batch size even
+    assert [shard[:2] for shard in list_shards(tmp_path / "s.npz.partial")] == [(0, 16), (16, 32)]
+    with pytest.raises(UserError, match=r"unfinished set; continue it with --resume"):
+        make(tmp_path / "s.npz")
+    # Resuming with another batch size gives the same bytes.
+    assert make(tmp_path / "s.npz", batch_size=30, resume=True) == expected
     assert written == [0, 16, 32]
 
 
 def test_gaps_are_filled(tmp_path):
     for start, stop in [(4, 8), (10, 11)]:
-        exact.write_shard(tmp_path, start, np.zeros((stop - start, 2, 2, 3), np.uint8))
+        module.write_shard(tmp_path, start, np.zeros((stop - start, 2, 2, 3), np.uint8))
     assert missing_batches(tmp_path, 14, 3) == [(0, 3), (3, 4), (8, 10), (11, 14)]
 
 
@@ -78,26 +81,27 @@ def test_nothing_is_written_over(tmp_path):
 
 
 def test_half_finished_with_other_settings_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(exact, "finish", lambda *arguments: None)
+    monkeypatch.setattr(module, "join_shards", lambda *arguments: None)
     with pytest.raises(FileNotFoundError):
-        make(tmp_path / "s.npz")
+        make(tmp_path / "s.npz", resume=True)  # starts: there is nothing to continue
     before = (tmp_path / "s.npz.partial" / "settings.json").read_text()
     other = SamplingSettings(num_inference_steps=2, guidance_scale=3.0)
-    with pytest.raises(UserError, match=r"guidance_scale 1\.5, now 3\.0"):
-        make(tmp_path / "s.npz", settings=other)
-    with pytest.raises(UserError, match=r"scheduler\.class 'DDPMScheduler', now 'DDIMScheduler'"):
-        make(tmp_path / "s.npz", settings=SamplingSettings(num_inference_steps=2, scheduler="ddim"))
+    with pytest.raises(UserError, match=r"guidance_scale was 1\.5, now 3\.0"):
+        make(tmp_path / "s.npz", settings=other, resume=True)
+    other = SamplingSettings(num_inference_steps=2, scheduler="ddim")
+    with pytest.raises(UserError, match="class was 'DDPMScheduler', now 'DDIMScheduler'"):
+        make(tmp_path / "s.npz", settings=other, resume=True)
     weights = tiny_pipeline()
     weights.transformer.final_layer.linear.bias.data[0] += 1
-    with pytest.raises(UserError, match="transformer '"):
-        make(tmp_path / "s.npz", pipeline=weights)
+    with pytest.raises(UserError, match="transformer was '"):
+        make(tmp_path / "s.npz", pipeline=weights, resume=True)
     assert (tmp_path / "s.npz.partial" / "settings.json").read_text() == before
     assert json.loads(before)["num_samples"] == 55
 
 
 def test_full_disk_is_said_before_work(tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": exact.SPARE_BYTES + 20_000})
-    monkeypatch.setattr(exact.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(UserError, match="MiB are free"):
+    usage = type("Usage", (), {"free": module.SPARE_BYTES + 20_000})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(UserError, match=r"s\.npz needs .* MiB are free"):
         make(tmp_path / "s.npz")
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from PIL import Image
 import sample_dit
 from moh_dit.common.errors import UserError
 from moh_dit.sampling.config import SampleConfig
-from moh_dit.sampling.program import parse_labels, place
+from moh_dit.sampling.sample import load_for_sampling, parse_labels
 from moh_dit.sampling.sample_set import set_labels
 
 NAMES = ["cat", "dog, domestic", "eel", "fox", "gnu"]
@@ -28,7 +28,7 @@ PROGRAM = Path(sample_dit.__file__)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder with one checkpoint, as training leaves it (see moh_dit.checkpoints.opening)."""
+    """A run folder with one checkpoint, as training leaves it (see moh_dit.checkpoints.runs)."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     pipeline = tiny_pipeline()
     pipeline.vae.save_pretrained(folder / "vae")
@@ -107,13 +107,13 @@ def test_other_weights_strips_and_sweeps(run, tmp_path, monkeypatch):
         (["--class_labels=-1"], "class label -1 is out of range 0 … 4"),
         (["--num_inference_steps", "1001"], "1 … 1000"),
         (["--scheduler", "flow-euler"], "those that fit are ddpm, ddim"),
-        (["--weights", "ema-0.9"], "has no weights 'ema-0.9'"),
+        (["--weights", "ema-0.9"], "has no weights named 'ema-0.9'"),
         (["--num_samples", "100000000000", "--output", "set.npz"], "set.npz needs"),
         (["--num_samples", "0"], "must be at least 1"),
         (["--num_samples", "5"], "a set is written as"),
-        (["--num_samples", "5", "--interpolate", "3"], "exclude each other"),
-        (["--rows", "seed=1", "--columns", "seed=2"], "both sweep seed"),
-        (["--compile", "true"], "for GPUs"),
+        (["--num_samples", "5", "--interpolate", "3"], "cannot be combined"),
+        (["--rows", "seed=1", "--columns", "seed=2"], "both vary seed"),
+        (["--compile", "true"], "compile needs a GPU"),
         (["--guidance_checkpoint", "nowhere"], "nowhere does not exist"),
         (["--guidance_scal", "2"], "did you mean guidance_scale"),
     ],
@@ -139,7 +139,7 @@ def test_an_output_that_cannot_be_written_is_found_out_before_sampling(
         with pytest.raises(SystemExit) as end:
             command(monkeypatch, run, tmp_path / "file" / name, *more)
         assert end.value.code == 2
-        assert f"{tmp_path / 'file'} is no folder that can be written to" in capsys.readouterr().err
+        assert f"{tmp_path / 'file'} is not a writable folder" in capsys.readouterr().err
 
 
 def test_nothing_is_written_over(run, tmp_path, monkeypatch, capsys):
@@ -154,7 +154,7 @@ def test_nothing_is_written_over(run, tmp_path, monkeypatch, capsys):
 
 def test_the_sampler_joins_projections_in_its_precision(run):
     config = SampleConfig(checkpoint=str(run), output="x.png", dtype="bfloat16")
-    model = place(config, torch.device("cpu"), str(run), "transformer").transformer
+    model = load_for_sampling(config, torch.device("cpu"), str(run), "transformer").transformer
     joined = [layer.fused_weight for layer in model.routed_layers.values()]
     assert len(joined) == 3
     assert all(weight is not None and weight.dtype == torch.bfloat16 for weight in joined)
@@ -207,11 +207,11 @@ def test_two_processes_killed_and_resumed_make_the_file_of_one(run, tmp_path, mo
     assert not output.exists()
 
     said = []
-    for process in two_processes(*common, 7):
+    for process in two_processes(*common, 7, "--resume"):
         text, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors.decode()
         said.append(text.decode())
-    assert "made before" in said[0]
+    assert "already finished" in said[0]
     assert not said[1]  # it knows that it is not the first
     assert output.read_bytes() == expected
     labels = np.load(output)["arr_1"]

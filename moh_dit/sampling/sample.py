@@ -1,0 +1,194 @@
+"""Sample from a checkpoint (`moh-dit sample`): a grid, an animation or a set, with its settings."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import timedelta
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import InitProcessGroupKwargs
+
+from ..checkpoints.opening import load_pipeline
+from ..checkpoints.runs import resolve_checkpoint
+from ..common.atomic_write import atomic_output
+from ..common.disk_space import require_disk_space
+from ..common.errors import UserError
+from ..common.version import __version__
+from ..pipeline.pipeline import MoHDiTPipeline
+from .config import SampleConfig
+from .grids import sample_animation, sample_grid, sample_strip
+from .output_formats import ANIMATIONS, save_animation, save_sheet, settings_path
+from .sample_set import image_bytes, sample_set, set_labels, weights_digest
+from .sweeps import Axis, parse_axis, sample_sweep
+
+
+def sample(config: SampleConfig) -> None:
+    """Sample as ``config`` says and write the output. Every process of a launch must call this."""
+    config.check_paths()
+    output = Path(config.output)
+    config = replace(config, checkpoint=pin_checkpoint(config.checkpoint))
+    if config.guidance_checkpoint is not None:
+        config = replace(config, guidance_checkpoint=pin_checkpoint(config.guidance_checkpoint))
+    state = start_processes(config.device)
+    load = partial(load_for_sampling, config, state.device)
+    pipeline = load(config.checkpoint, config.weights)
+    options: dict[str, Any] = dict(
+        batch_size=config.batch_size,
+        decode_batch_size=config.decode_batch_size or config.batch_size,
+    )
+    if config.guidance_checkpoint is not None:
+        weaker = load(config.guidance_checkpoint, config.guidance_weights)
+        options["guidance_model"] = weaker.transformer
+    labels = parse_labels(pipeline, config.class_labels)
+    settings = settings_yaml(config, provenance_comments(config, pipeline))
+
+    if config.num_samples is not None:
+        # Labels of a set that does not fit on the disk may not fit into memory either.
+        needed = config.num_samples * image_bytes(pipeline)
+        require_disk_space(output, needed, f"output {output}")
+        classes = set_labels(config.num_samples, labels, config.labels, config.seed)
+        options |= dict(resume=config.resume, settings_yaml=settings, state=state)
+        sample_set(pipeline, config, output, classes, **options)
+    elif state.is_main_process:
+        save = sample_picture(config, pipeline, load, labels, settings, options)
+        with atomic_output(output) as temporary:
+            save(temporary)
+            settings_path(output).write_text(settings)
+    if state.num_processes > 1:
+        state.destroy_process_group()
+    if state.is_main_process:
+        print(f"wrote {output}; its settings are in {settings_path(output).name}")
+
+
+def start_processes(device: str) -> PartialState:
+    """Join the processes of this launch and choose the device of this one.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"`` for a GPU if there is one.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch finds no CUDA GPU; give auto or cpu")
+    # Without `cpu`, accelerate starts no process group on a machine that has no GPU.
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    # Processes wait for the last batch of the slowest one, which may take long.
+    timeout = InitProcessGroupKwargs(timeout=timedelta(days=7)).to_kwargs()
+    return PartialState(cpu=cpu, **timeout)
+
+
+def sample_picture(
+    config: SampleConfig,
+    pipeline: MoHDiTPipeline,
+    load: Callable[[str, str], MoHDiTPipeline],
+    labels: list[int],
+    settings: str,
+    options: dict[str, Any],
+) -> Callable[[Path], None]:
+    """Sample a grid, animation, strip or sweep; return the function that writes it to a path."""
+    per_class = config.images_per_class
+    if Path(config.output).suffix in ANIMATIONS:
+        frames = sample_animation(
+            pipeline, config, labels, per_class, frames=config.frames, **options
+        )
+        return lambda path: save_animation(frames, path)
+    if config.interpolate:
+        sheet = sample_strip(pipeline, config, labels, config.interpolate, **options)
+    elif config.rows or config.columns:
+        parse = partial(parse_axis, parse_labels=partial(parse_labels, pipeline))
+        images = Axis("index", list(range(per_class)))
+        rows = parse(config.rows) if config.rows else images
+        columns = parse(config.columns) if config.columns else images
+        load_weights = cache(partial(load, config.checkpoint))
+        sheet = sample_sweep(
+            lambda name: pipeline if name == config.weights else load_weights(name),
+            config,
+            rows,
+            columns,
+            class_label=labels[0],
+            weights=config.weights,
+            **options,
+        )
+    else:
+        sheet = sample_grid(pipeline, config, labels, per_class, **options)
+    return lambda path: save_sheet(sheet, path, settings)
+
+
+def load_for_sampling(
+    config: SampleConfig, device: torch.device, checkpoint: str, weights: str
+) -> MoHDiTPipeline:
+    """Load a pipeline with the precision and compilation of ``config``, on ``device``."""
+    if config.compile and device.type != "cuda":
+        raise UserError(f"compile needs a GPU, but the device is {device.type}; leave out compile")
+    pipeline = load_pipeline(checkpoint, weights, config.autoencoder)
+    for module, dtype in (
+        (pipeline.transformer, config.dtype),
+        (pipeline.vae, config.decode_dtype),
+    ):
+        if dtype != "float32":
+            # ModelMixin.to of diffusers does the same, with a warning that does not apply here.
+            torch.nn.Module.to(module, getattr(torch, dtype))
+    if config.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    pipeline.to(device)
+    pipeline.transformer.fuse_qkv_projections()  # after the last change of the weights
+    if config.compile:
+        # All batches have one size, guided or not, so static shapes need only two compilations.
+        if config.cuda_graphs:
+            pipeline.transformer.compile(mode="reduce-overhead", dynamic=False)
+        else:  # blocks with the same numbers of heads share one compilation
+            pipeline.transformer.compile_repeated_blocks(dynamic=False)
+    return pipeline
+
+
+def pin_checkpoint(path: str) -> str:
+    """Replace a run folder by its newest checkpoint; return any other path or Hub id unchanged."""
+    if (Path(path) / "config.yaml").is_file():
+        return str(resolve_checkpoint(Path(path))[1])
+    return path
+
+
+def parse_labels(pipeline: MoHDiTPipeline, text: str | None) -> list[int]:
+    """Return the class ids of ``"golden retriever,88"``; all classes for ``None``.
+
+    A class name may contain commas; the longest name that matches is used.
+    """
+    if text is None:
+        return list(range(pipeline.transformer.config.num_classes))
+    names = set(pipeline.config.class_names or [])
+    parts = text.split(",")
+    labels = []
+    while parts:
+        for length in range(len(parts), 0, -1):
+            if (name := ",".join(parts[:length]).strip()) in names or length == 1:
+                labels.append(name)
+                parts = parts[length:]
+                break
+    return pipeline.label_ids(labels)
+
+
+def provenance_comments(config: SampleConfig, pipeline: MoHDiTPipeline) -> str:
+    """Return YAML comments with the versions, weight digests and guided channels of a sampling."""
+    channels = pipeline.transformer.config.in_channels
+    guided = config.guidance_channels or channels
+    lines = [
+        f"moh-dit {__version__}, torch {torch.__version__}, {pipeline.device.type}",
+        f"transformer sha256 {weights_digest(pipeline.transformer)}",
+        f"autoencoder sha256 {weights_digest(pipeline.vae)}",
+        f"guidance on {'all' if guided == channels else f'the first {guided} of'} {channels} "
+        "latent channels",
+    ]
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def settings_yaml(config: SampleConfig, comments: str) -> str:
+    """Return ``comments`` and the resolved configuration as YAML, which ``--config`` reads.
+
+    ``resume`` is left out: it does not change the images.
+    """
+    settings = json.loads(json.dumps(asdict(config)))
+    del settings["resume"]
+    return comments + yaml.safe_dump(settings, sort_keys=False)
