@@ -1,10 +1,17 @@
-"""The commands that look inside: what each takes. The docstring under a field is its help text."""
+"""Settings of the analysis commands. The docstring under a field is its help text."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from ..common.errors import UserError
-from ..sampling.config import Precision, SampleConfig, SamplingSettings
+from ..sampling.config import (
+    Precision,
+    SampleConfig,
+    SamplingSettings,
+    require_checkpoint,
+    require_writable_output,
+)
 from ..training.config import TrainConfig
 
 
@@ -13,87 +20,101 @@ class HeadLoadConfig(SamplingSettings):
     """What to sample, count and draw"""
 
     checkpoint: str
-    """Run folder (its newest checkpoint), one of its checkpoints, or a saved pipeline folder."""
+    """Run folder (its newest checkpoint), a checkpoint or pipeline folder, or a Hub id."""
     output: str
-    """Folder for the pictures and numbers; must not exist."""
+    """Folder for figures and numbers; it must not exist."""
     weights: str = "transformer"
-    """Averaged weights to use: transformer (the first), raw, or a folder such as ema-0.999."""
+    """Weights to use: transformer (the first average), raw, or a folder such as ema-0.999."""
     class_labels: str | None = None
-    """Classes by name or id, separated by commas; all of them unless given."""
+    """Class names or ids, separated by commas (default: all classes)."""
     images_per_class: int = 8
-    """Images to sample of each class: those of sample_dit.py's grid with the same settings."""
+    """Images to sample per class: the same as sample_dit.py samples with these settings."""
     timestep_ranges: int = 10
-    """Equal parts of the process to keep apart."""
+    """Number of equal timestep ranges to count separately."""
     layer: int | None = None
-    """Layer of the bar charts, the timestep heat map and the maps; the last that routes unless
-    given."""
+    """Layer of the class figures, the timestep figure and the patch maps (default: the last layer
+    with routed heads)."""
     map_images: int = 6
-    """Rows of the sheet of maps, the first image of a class each."""
+    """Rows of the sheet of patch maps; row i shows the first image of class i."""
     map_steps: int = 6
-    """Columns of the sheet of maps: steps, evenly from noise to image."""
+    """Columns of the sheet of patch maps: steps, evenly spaced from noise to image."""
     batch_size: int = 64
     """Images per batch and process."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; a GPU if there is one unless given."""
+    """Device to run on; auto uses a GPU if there is one."""
     dtype: Precision = "float32"
-    """What the transformer runs in; latents and scheduler stay float32."""
+    """Precision of the transformer; latents and scheduler stay float32."""
 
-    def as_sampling(self, checkpoint: str) -> SampleConfig:
-        """What ``sample_dit.py`` would be told to make the same images; checks the values."""
+    def check_paths(self) -> None:
+        """Check the settings and both paths without importing torch."""
+        self.to_sample_config()
+        require_checkpoint("checkpoint", self.checkpoint)
+        require_writable_output(Path(self.output))
+
+    def to_sample_config(self) -> SampleConfig:
+        """Return the settings with which ``sample_dit.py`` samples the same images.
+
+        Raises:
+            UserError: a value is invalid.
+        """
         at_least = dict(timestep_ranges=1, map_images=0, map_steps=1)
         for name, least in at_least.items():
             if (value := getattr(self, name)) < least:
                 raise UserError(f"{name} is {value}; it must be at least {least}")
-        own = ("output", "checkpoint", "timestep_ranges", "layer", "map_images", "map_steps")
+        own = ("output", "timestep_ranges", "layer", "map_images", "map_steps")
         shared = {name: value for name, value in vars(self).items() if name not in own}
-        config = SampleConfig(checkpoint=checkpoint, output="grid.png", **shared)
+        config = SampleConfig(output="grid.png", **shared)
         config.check()
         return config
 
 
 @dataclass
 class CostConfig(TrainConfig):
-    """A run, given as train_dit.py takes it or in short, and the GPUs it is to run on"""
+    """A training run and the GPUs to run it on"""
 
     preset: str | None = None
-    """A published model as published (1000 classes, factor-8 autoencoder), e.g. MoH-DiT-XL/2-75."""
+    """Published model, e.g. MoH-DiT-XL/2-75, with 1000 classes and a factor-8 autoencoder."""
     image_size: int | None = None
-    """Side of the images in pixels: short for data.image_size; 256 with preset unless given."""
+    """Side of the images in pixels: short for data.image_size (default with preset: 256)."""
     checkpoint: str | None = None
-    """A run, one of its checkpoints or a saved pipeline instead: its model, and a run's settings
-    of training where the next five are not given."""
+    """Run, checkpoint or saved pipeline to take the model from. A run also provides the defaults of
+    the next five settings."""
     num_steps: int | None = None  # type: ignore[assignment]
-    """Optimizer steps; those of checkpoint, else 400000."""
+    """Number of optimizer steps (default: the checkpoint's, or 400,000)."""
     batch_size: int | None = None  # type: ignore[assignment]
-    """Images per optimizer step over all GPUs; that of checkpoint, else 256."""
+    """Images per optimizer step over all GPUs (default: the checkpoint's, or 256)."""
     gradient_accumulation_steps: int | None = None  # type: ignore[assignment]
-    """Micro-batches per optimizer step; those of checkpoint, else 1."""
+    """Micro-batches per optimizer step (default: the checkpoint's, or 1)."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # type: ignore[assignment]
-    """Arithmetic of the model; that of checkpoint, else no."""
+    """Precision of the model's arithmetic (default: the checkpoint's, or no)."""
     gradient_checkpointing: bool | None = None  # type: ignore[assignment]
-    """Recompute activations in the backward pass; as checkpoint does, else false."""
+    """Recompute activations in the backward pass (default: as the checkpoint's run, or false)."""
     gpu: str = "H100"
-    """GPU whose peak is the measure: A100, H100, H100 PCIe, H100 NVL, H200, H200 NVL, GH200."""
+    """GPU type: A100, H100, H100 PCIe, H100 NVL, H200, H200 NVL, GH200."""
     num_gpus: int = 1
-    """GPUs that share a batch."""
+    """Number of GPUs that share a batch."""
     mfu: float = 0.4
-    """Share of the peak that training reaches (model FLOP utilisation)."""
+    """Model FLOP utilisation: fraction of the peak FLOP/s that training reaches."""
     json: bool = False
-    """Print everything as JSON instead of a table."""
+    """Print the result as JSON instead of a table."""
 
-    OPEN: ClassVar = ("num_steps", "batch_size", "gradient_accumulation_steps", "mixed_precision",
-                      "gradient_checkpointing")  # fmt: skip
+    FROM_CHECKPOINT: ClassVar = ("num_steps", "batch_size", "gradient_accumulation_steps",
+                                 "mixed_precision", "gradient_checkpointing")  # fmt: skip
 
-    def check_choice(self) -> None:
-        """Raise ``UserError`` where the model is named twice."""
+    def check_paths(self) -> None:
+        """Raise ``UserError`` for contradicting settings and for a checkpoint that is missing."""
         own = [f"model.{name}" for name, value in vars(self.model).items() if value is not None]
         if self.checkpoint is not None and (self.preset or self.image_size or own):
             second = "preset" if self.preset else "image_size" if self.image_size else own[0]
-            raise UserError(f"checkpoint says what the model is; leave out {second}")
+            raise UserError(f"checkpoint already determines the model; leave out {second}")
         if self.preset is not None and self.model.preset is not None:
             raise UserError("preset and model.preset are both given; leave one out")
         if self.num_gpus < 1:
             raise UserError(f"num_gpus is {self.num_gpus}; it must be at least 1")
+        if not 0 < self.mfu <= 1:
+            raise UserError(f"mfu is {self.mfu}; it must be above 0 and at most 1")
+        if self.checkpoint is not None and not Path(self.checkpoint).exists():
+            raise UserError(f"checkpoint {self.checkpoint} does not exist")
 
 
 @dataclass
@@ -101,10 +122,23 @@ class ReportConfig:
     """The runs and their report"""
 
     runs: list[str]
-    """Run folders: one, or several to set side by side."""
+    """Run folders; several runs are shown side by side."""
     output: str
-    """The report, an .html file; must not exist."""
+    """Path of the report, an .html file."""
     replace: bool = False
-    """Write over a report that exists, as one does while a run goes on."""
+    """Overwrite an existing report, e.g. to update it while a run continues."""
     max_grids: int = 24
-    """Pictures of samples to embed of each run, evenly over its steps."""
+    """Maximum number of sample grids per run, evenly spaced over its steps."""
+
+    def check_paths(self) -> None:
+        """Raise ``UserError`` for missing runs or an invalid output, without importing torch."""
+        output = Path(self.output)
+        if output.suffix not in (".html", ".htm"):
+            raise UserError(f"output {output}: a report is an .html file")
+        if output.exists() and not self.replace:
+            raise UserError(f"output {output} exists; give another name, or --replace")
+        if self.max_grids < 1:
+            raise UserError(f"max_grids is {self.max_grids}; it must be at least 1")
+        for run in self.runs:
+            if not Path(run).is_dir():
+                raise UserError(f"run {run} does not exist, or is not a folder")

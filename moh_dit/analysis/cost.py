@@ -1,4 +1,4 @@
-"""What a configuration costs: parameters, arithmetic, memory and GPU-hours, before it is run."""
+"""Estimate parameters, FLOPs, memory and GPU-hours of a training run without running it."""
 
 import json
 from dataclasses import fields, replace
@@ -8,21 +8,23 @@ from typing import Any
 import torch
 
 from ..autoencoder import EMBEDDED
-from ..checkpoints.opening import resolve_checkpoint
+from ..checkpoints.runs import resolve_checkpoint
 from ..common.cli import load_config
 from ..common.errors import UserError
+from ..common.paths import choose_autoencoder
 from ..common.version import __version__
+from ..model.blocks import DiTBlock
 from ..model.flops import PEAKS, count_flops, peak_of, skipped_flops, skipped_heads
-from ..model.transformer import DiTBlock, MoHDiTTransformer2DModel
+from ..model.transformer import MoHDiTTransformer2DModel
 from ..training.config import TrainConfig
-from ..training.setup import build_model
+from ..training.setup import create_model
 from .config import CostConfig
 from .memory_estimate import activation_bytes, state_bytes
 
 GIB = 2**30
 DIGITS_CLASSES, IMAGENET_CLASSES = 10, 1000
-PUBLISHED_LATENTS = (4, 8)  # channels, and image pixels per latent position along a side
-# Parts of the parameters, by what a name contains; the first that fits counts.
+PUBLISHED_LATENTS = (4, 8)  # latent channels; side of the image over side of the latent
+# Parts of the model, with strings in the names of their parameters. The first match counts.
 PARTS = {
     "routers": (".wg",),
     "attention": (".attn.",),
@@ -34,20 +36,20 @@ PARTS = {
 }
 
 
-def account(config: CostConfig) -> dict[str, Any]:
-    """Everything there is to say about ``config``; FLOPs, bytes and hours as plain numbers.
+def estimate_cost(config: CostConfig) -> dict[str, Any]:
+    """Estimate the cost of ``config``.
+
+    Returns:
+        A dictionary for JSON with counts of parameters, FLOPs, bytes and hours.
 
     Raises:
-        UserError: settings that contradict each other or leave the model open.
+        UserError: settings contradict each other or do not determine the model.
     """
-    config.check_choice()
+    config.check_paths()
     train = training_settings(config)
     model, notes = build_on_meta(config, train)
-    share = config.num_gpus * train.gradient_accumulation_steps
     train.check(config.num_gpus)
-    if not 0 < config.mfu <= 1:
-        raise UserError(f"mfu is {config.mfu}; give a share of the peak, in (0, 1]")
-    at_once = train.batch_size // share
+    micro_batch = train.batch_size // (config.num_gpus * train.gradient_accumulation_steps)
     flops = count_flops(model)
     per_image, skipped = sum(flops.values()), skipped_flops(model)
     averages = len(train.ema_decays) + len(train.ema_power_stds)
@@ -58,16 +60,17 @@ def account(config: CostConfig) -> dict[str, Any]:
             images,
             autocast=train.mixed_precision != "no",
             compiled=train.compile,
-            fused_gates=True,  # as the kernels on a GPU do
+            fused_gates=True,  # in the Triton kernels, which run on a GPU
             checkpointing=train.gradient_checkpointing,
         )
-        for images in (at_once, at_once + 1)
+        for images in (micro_batch, micro_batch + 1)
     )
     peak = train.peak_tflops and train.peak_tflops * 1e12
     peak = peak or peak_of(config.gpu, train.mixed_precision, train.allow_tf32)
     if peak is None:
         raise UserError(
-            f"gpu {config.gpu!r}: no peak is known; give one of {', '.join(PEAKS)}, or peak_tflops"
+            f"gpu {config.gpu!r}: its peak is unknown; give one of {', '.join(PEAKS)}, or set "
+            "peak_tflops"
         )
     images = train.batch_size * train.num_steps
     layers = [block.attn for block in model.blocks if isinstance(block, DiTBlock)]
@@ -83,14 +86,14 @@ def account(config: CostConfig) -> dict[str, Any]:
             "heads": heads,
             "active_heads": heads - sum(map(skipped_heads, layers)),
         },
-        "parameters": {"total": sum(p.numel() for p in model.parameters()), **by_part(model)},
+        "parameters": {"total": model.num_parameters(), **parameters_by_part(model)},
         "flops_per_image": {
             "total": per_image,
             **flops,
             "saved_by_skipped_heads": skipped,
         },
         "memory_per_gpu": {
-            "batch": at_once,
+            "batch": micro_batch,
             "total": sum(state.values()) + activations,
             "activations": activations,
             "activations_per_image": one_more - activations,
@@ -114,33 +117,34 @@ def account(config: CostConfig) -> dict[str, Any]:
 
 
 def print_cost(config: CostConfig) -> None:
-    """Print the cost of a configuration as a table, or as JSON."""
-    found = account(config)
-    print(json.dumps(found, indent=1) if config.json else table(found))
+    """Print the estimated cost of a configuration as a table, or as JSON."""
+    cost = estimate_cost(config)
+    print(json.dumps(cost, indent=1) if config.json else format_cost(cost))
 
 
 def training_settings(config: CostConfig) -> TrainConfig:
-    """The run that is asked about: what is given, else what the run folder says, else defaults."""
-    names = [field.name for field in fields(TrainConfig)]
-    values = {name: getattr(config, name) for name in names}
+    """Return the settings of the run: given values, then the checkpoint's, then the defaults."""
+    values = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    given = {name: values[name] for name in config.FROM_CHECKPOINT if values[name] is not None}
+    base = TrainConfig()
     if config.checkpoint is not None:
         saved = Path(config.checkpoint) / "config.yaml"
         if not saved.is_file() and not (Path(config.checkpoint) / "model_index.json").is_file():
             saved = resolve_checkpoint(Path(config.checkpoint))[0] / "config.yaml"
-        base = load_config(TrainConfig, saved) if saved.is_file() else TrainConfig()
-        asked = {name: getattr(config, name) for name in config.OPEN}
-        return replace(base, **{name: v for name, v in asked.items() if v is not None})
-    defaults = TrainConfig()
-    for name in config.OPEN:
-        if values[name] is None:
-            values[name] = getattr(defaults, name)
-    return TrainConfig(**values)
+        base = load_config(TrainConfig, saved) if saved.is_file() else base
+        return replace(base, **given)
+    defaults = {name: getattr(base, name) for name in config.FROM_CHECKPOINT}
+    return TrainConfig(**{**values, **defaults, **given})
 
 
 def build_on_meta(
     config: CostConfig, train: TrainConfig
 ) -> tuple[MoHDiTTransformer2DModel, list[str]]:
-    """The model without its weights, and what had to be assumed for it."""
+    """Build the model on the meta device.
+
+    Returns:
+        The model, and a note for each assumption that was made.
+    """
     if config.checkpoint is not None:
         path = Path(config.checkpoint)
         if not (path / "model_index.json").is_file():
@@ -155,37 +159,46 @@ def build_on_meta(
         data = replace(data, image_size=256)
     if config.image_size is not None:
         data = replace(data, image_size=config.image_size)
-    channels, factor, known = (
-        (*PUBLISHED_LATENTS, True) if config.preset else latent_layout(data.autoencoder)
-    )
-    if not known:
-        notes.append(f"autoencoder {data.autoencoder}: taken for 4 channels at 1/8 of the side")
+    channels, factor = PUBLISHED_LATENTS
+    if config.preset is None:
+        autoencoder = choose_autoencoder(data.autoencoder, data.source)
+        if layout := latent_layout(autoencoder):
+            channels, factor = layout
+        else:
+            notes.append(
+                f"autoencoder {autoencoder} is not on this machine; assuming {channels} latent "
+                f"channels and a downsampling factor of {factor}"
+            )
     classes = plan.num_classes or (DIGITS_CLASSES if data.source == "digits" else None)
     if classes is None:
         raise UserError(
-            f"model.num_classes is not set, and {data.source} is not opened to count them; give it"
+            f"model.num_classes is not set; set it, because {data.source} is not opened to count "
+            "its classes"
         )
     if data.image_size % factor:
-        raise UserError(f"image_size {data.image_size} is no multiple of {factor}")
+        raise UserError(f"image_size is {data.image_size}; it must be a multiple of {factor}")
     size = data.image_size // factor
     train = replace(train, model=plan, data=data, init_from=None)
     objective = train.objective.build("cpu")
     with torch.device("meta"):
-        return build_model(train, objective, (channels, size, size), classes), notes
+        return create_model(train, objective, (channels, size, size), classes), notes
 
 
-def latent_layout(autoencoder: str) -> tuple[int, int, bool]:
-    """``(channels, factor, known)`` of an autoencoder, from its configuration where it is here."""
+def latent_layout(autoencoder: str) -> tuple[int, int] | None:
+    """Return the latent channels and the downsampling factor of an autoencoder.
+
+    Returns ``None`` if the configuration of the autoencoder is not on this machine.
+    """
     folder = EMBEDDED.get(autoencoder, Path(autoencoder))
     for file in (folder / "config.json", folder / "vae" / "config.json"):
         if file.is_file():
             found = json.loads(file.read_text())
-            return found["latent_channels"], 2 ** (len(found["block_out_channels"]) - 1), True
-    return *PUBLISHED_LATENTS, False
+            return found["latent_channels"], 2 ** (len(found["block_out_channels"]) - 1)
+    return None
 
 
-def by_part(model: MoHDiTTransformer2DModel) -> dict[str, int]:
-    """Parameters of each of ``PARTS`` that there are."""
+def parameters_by_part(model: MoHDiTTransformer2DModel) -> dict[str, int]:
+    """Count the parameters of each part of the model, without empty parts."""
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         part = next(p for p, marks in PARTS.items() if any(mark in name for mark in marks))
@@ -193,21 +206,21 @@ def by_part(model: MoHDiTTransformer2DModel) -> dict[str, int]:
     return {part: count for part, count in counts.items() if count}
 
 
-def table(found: dict[str, Any]) -> str:
-    """What :func:`account` found, for people."""
-    model, flops, memory = found["model"], found["flops_per_image"], found["memory_per_gpu"]
-    training = found["training"]
+def format_cost(cost: dict[str, Any]) -> str:
+    """Format the result of :func:`estimate_cost` as a table."""
+    model, flops, memory = cost["model"], cost["flops_per_image"], cost["memory_per_gpu"]
+    training = cost["training"]
     skipped = flops["saved_by_skipped_heads"]
     attention = flops["attention"]
     lines = [
         f"{model['layers']} layers of width {model['width']}, {model['tokens']} tokens; "
         f"{model['active_heads']} of {model['heads']} heads active, "
-        f"{model['routed_layers']} layers route",
+        f"{model['routed_layers']} layers with routed heads",
         "",
-        *_section("parameters", found["parameters"], lambda n: f"{n:,}"),
+        *_section("parameters", cost["parameters"], lambda n: f"{n:,}"),
         "",
         *_section(
-            "forward pass of one image, GFLOP (2 × multiply-adds)",
+            "forward pass of one image, GFLOP (2 per multiply-add)",
             {k: v for k, v in flops.items() if k != "saved_by_skipped_heads"},
             lambda n: f"{n / 1e9:,.3f}",
         ),
@@ -215,27 +228,27 @@ def table(found: dict[str, Any]) -> str:
         f"attention, {_percent(skipped, flops['total'] + skipped)} of all",
         "",
         *_section(
-            f"memory of a GPU that trains {memory['batch']} images at once, GiB",
+            f"memory per GPU at a micro-batch of {memory['batch']}, GiB",
             {k: v for k, v in memory.items() if k not in ("batch", "activations_per_image")},
             lambda n: f"{n / GIB:,.2f}",
         ),
-        f"  each further image takes {memory['activations_per_image'] / 2**20:,.1f} MiB; "
-        "kernels' buffers and the allocator's slack come on top",
+        f"  each further image adds {memory['activations_per_image'] / 2**20:,.1f} MiB; kernel "
+        "workspaces and allocator overhead are not included",
         "",
         f"training: {training['num_steps']:,} steps of {training['batch_size']:,} images, "
         f"precision {training['mixed_precision']}",
-        f"  {training['flops']:.3g} FLOP; at {training['mfu']:.0%} of "
-        f"{training['peak_flops'] / 1e12:,.1f} TFLOP/s ({training['gpu']}) "
-        f"{training['images_per_second_per_gpu']:,.1f} images/s a GPU",
+        f"  {training['flops']:.3g} FLOP; {training['images_per_second_per_gpu']:,.1f} images/s "
+        f"per GPU at {training['mfu']:.0%} of {training['peak_flops'] / 1e12:,.1f} TFLOP/s "
+        f"({training['gpu']})",
         f"  {_amount(training['gpu_hours'])} GPU-hours, {_duration(training)} on "
         f"{training['num_gpus']} GPU{'s' if training['num_gpus'] > 1 else ''}",
-        *(f"note: {note}" for note in found["notes"]),
+        *(f"note: {note}" for note in cost["notes"]),
     ]
     return "\n".join(lines)
 
 
 def _section(title: str, rows: dict[str, Any], form: Any) -> list[str]:
-    """A heading with the total, and a line for every part with its share of it."""
+    """Format a heading and one line per part, with its percentage of the total."""
     total = rows["total"]
     width = max(map(len, rows))
     cells = {name: form(value) for name, value in rows.items()}

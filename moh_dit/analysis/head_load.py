@@ -1,4 +1,4 @@
-"""Which heads the tokens choose while images are made (MoH, figure 4), recorded through hooks.
+"""Record through hooks which heads the tokens activate during sampling (MoH, figure 4).
 
     with HeadLoadRecorder(pipeline.transformer) as recorder:
         batches = generate(pipeline, labels, settings, on_step=recorder.on_step)
@@ -6,8 +6,8 @@
     load = recorder.result()
     load.share(load.layers[-1], "class")        # float64 (classes, E)
 
-Hooks exist inside the ``with`` alone; a model that nobody looks into does nothing more. What a
-head's kernel keeps to itself is computed again from the layer's input, by ``MoHAttention.route``.
+Hooks exist only inside the ``with`` block, so other forward passes have no overhead. The attention
+kernels do not return the gates, so ``MoHAttention.route`` recomputes them from the layer's input.
 """
 
 import threading
@@ -32,16 +32,18 @@ AXES = ("class", "half", "timestep")
 
 @dataclass
 class HeadLoad:
-    """Counts behind the share of tokens that activate each routed head.
+    """Numbers of tokens that activated each routed head, by layer.
+
+    Axis 0 of the arrays is the class. Axis 1 is the half of guidance: ``HALVES``. Axis 2 is the
+    timestep range.
 
     Attributes:
         classes: class ids along axis 0.
         timestep_edges: float64 (T + 1,), bounds of the timestep ranges along axis 2.
-        activated: for each routed layer int64 (classes, 2, T, E), tokens that activated each
-            routed head; axis 1 is the half of guidance, as in ``HALVES``.
-        tokens: for each routed layer int64 (classes, 2, T), tokens that chose.
-        num_shared: shared heads s of these layers: routed head i is head s + i of its layer.
-        num_active: routed heads k that a token activates in them.
+        activated: for each routed layer int64 (classes, 2, T, E), tokens that activated each head.
+        tokens: for each routed layer int64 (classes, 2, T), all tokens.
+        num_shared: for each routed layer the number s of shared heads. Routed head i is head s + i.
+        num_active: for each routed layer the number k of routed heads that a token activates.
     """
 
     classes: list[int]
@@ -53,22 +55,22 @@ class HeadLoad:
 
     @property
     def layers(self) -> list[int]:
-        """Indices of the routed layers."""
+        """Return the indices of the routed layers."""
         return list(self.activated)
 
-    def even(self, layer: int) -> float:
-        """The share of every head at even routing, k / E."""
+    def balanced_share(self, layer: int) -> float:
+        """Return the share of each head at balanced routing, k / E."""
         return self.num_active[layer] / self.activated[layer].shape[-1]
 
     def share(self, layer: int, *by: str) -> np.ndarray:
-        """Share of tokens that activate each routed head, 0 … 1; they sum to k.
+        """Return the share of tokens that activate each routed head, 0 … 1, with sum k.
 
         Args:
             layer: index of a routed layer.
-            by: what to keep apart, of ``AXES`` and in their order; all else is pooled.
+            by: axes to keep, from ``AXES`` and in their order. The other axes are summed.
 
         Returns:
-            float64 (…, E), an axis for each of ``by``; NaN where there were no tokens.
+            float64 (…, E) with one axis for each of ``by``; NaN for cells without tokens.
         """
         pooled = tuple(axis for axis, name in enumerate(AXES) if name not in by)
         tokens = self.tokens[layer].sum(pooled)[..., None]
@@ -76,7 +78,7 @@ class HeadLoad:
             return self.activated[layer].sum(pooled) / tokens
 
     def to_dict(self, class_names: list[str]) -> dict[str, Any]:
-        """All of it for JSON, with ``class_names`` of the classes; null where no tokens were."""
+        """Return all shares and token counts for JSON; shares of cells without tokens are None."""
         ranges = np.stack([self.timestep_edges[:-1], self.timestep_edges[1:]], axis=-1)
         named = zip(self.classes, class_names, strict=True)
         return {
@@ -100,13 +102,13 @@ class HeadLoad:
 
 @dataclass
 class HeadMap:
-    """What the patches of one image chose at one step.
+    """The routed head of each patch of one image at one step.
 
     Attributes:
-        timestep: of the process, as the model is told it.
-        latents: (C, h, w), the state after the step.
-        heads: for each routed layer uint8 (N,), the routed head of greatest gate of each token,
-            row by row, with the class (not the null half).
+        timestep: timestep that the model was given.
+        latents: (C, h, w), latents after the step.
+        heads: for each routed layer uint8 (N,), the routed head with the greatest gate of each
+            token, in raster order, from the evaluation with the class.
     """
 
     timestep: float
@@ -116,7 +118,7 @@ class HeadMap:
 
 @dataclass
 class _Evaluation:
-    """What the hooks saw of one forward pass; ``gates`` (rows, N, E) of each layer."""
+    """Inputs and gates of one forward pass; ``gates`` (rows, N, E) by layer."""
 
     timestep: Tensor
     class_labels: Tensor
@@ -124,20 +126,20 @@ class _Evaluation:
 
 
 class HeadLoadRecorder:
-    """Counts, for the images made inside its ``with``, which routed heads their tokens activate.
+    """Counts which routed heads the tokens activate, for images sampled inside its ``with`` block.
 
-    A head counts as activated where its gate is not zero. Steps may run on several threads, as
-    they do on the CPU. Compiled models run uncompiled inside the ``with``.
+    A head is activated where its gate is not zero. Sampling may run on several threads, as it does
+    on the CPU. Compiled models run in eager mode inside the block.
 
     Args:
-        model: the model to look into; left as it is afterwards.
-        timestep_ranges: equal parts T of the process to keep apart.
-        num_train_timesteps: length of the process.
-        map_images: images to keep :class:`HeadMap` of, by position (see ``generate``) ...
-        map_steps: ... after these steps of sampling.
+        model: the model to record; it is restored on exit.
+        timestep_ranges: number T of equal timestep ranges to count separately.
+        num_train_timesteps: number of training timesteps.
+        map_images: positions (see ``generate``) of images to keep a :class:`HeadMap` of.
+        map_steps: steps of sampling to keep a :class:`HeadMap` of.
 
     Raises:
-        UserError: when no layer of the model routes.
+        UserError: the model has no routed heads.
     """
 
     def __init__(
@@ -151,20 +153,19 @@ class HeadLoadRecorder:
     ):
         if not model.routed_layers:
             raise UserError(
-                "the model has no routed heads: every token uses all heads of every layer, so "
-                "there is no head load to look at; give a MoH-DiT with "
+                "the model has no routed heads, so it has no head load; give a MoH-DiT with "
                 "num_active_routed_heads above 0"
             )
         self.model = model
         self.timestep_ranges, self.num_train_timesteps = timestep_ranges, num_train_timesteps
         self.map_images, self.map_steps = frozenset(map_images), frozenset(map_steps)
         self.maps: dict[tuple[int, int], HeadMap] = {}
-        """By (position of the image, step)."""
+        """Maps by (position of the image, step)."""
         cells = (model.config.num_classes * len(HALVES) * timestep_ranges,)
         new, device = torch.zeros, model.device
         self._tokens = {i: new(cells, dtype=torch.int64, device=device) for i in self._layers}
         self._activated = {
-            i: new((*cells, _routed(layer)), dtype=torch.int64, device=device)
+            i: new((*cells, _count_routed_heads(layer)), dtype=torch.int64, device=device)
             for i, layer in self._layers.items()
         }
         self._seen = threading.local()
@@ -177,7 +178,7 @@ class HeadLoadRecorder:
 
     def __enter__(self) -> "HeadLoadRecorder":
         with ExitStack() as attached:
-            # Compiled code would not see the hooks.
+            # Compiled code does not run hooks that are registered after compilation.
             attached.enter_context(torch.compiler.set_stance("force_eager"))
             hook = self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
             attached.callback(hook.remove)
@@ -198,22 +199,22 @@ class HeadLoadRecorder:
         @torch.no_grad()
         def hook(layer: MoHAttention, args: tuple) -> None:
             gates, _ = layer.route(args[0])
-            assert gates is not None  # the layers that route have a router
+            assert gates is not None  # routed layers have a router
             self._seen.evaluation.gates[index] = gates[..., layer.num_shared_heads or 0 :]
 
         return hook
 
     def on_step(self, positions: np.ndarray, step: int, latents: Tensor) -> None:
-        """Count the evaluation of the model that this thread has just made; for ``generate``.
+        """Count the last model evaluation of this thread. Pass this to ``generate``.
 
         Args:
-            positions: int64 (B,), which image each row is; -1 for one that only fills a batch.
-            step: number of the evaluation on the way to these images.
-            latents: (B, C, h, w), their state after it.
+            positions: int64 (B,), the image in each row, -1 for padding.
+            step: number of the evaluation within the sampling of these images.
+            latents: (B, C, h, w), latents after the step.
         """
         seen: _Evaluation = self._seen.evaluation
         device, rows = latents.device, len(seen.class_labels)
-        halves = rows // len(positions)  # guided: with the class, then without
+        halves = rows // len(positions)  # guided: rows with the class, then rows without it
         labels = seen.class_labels[: len(positions)].repeat(halves)
         half = torch.arange(halves, device=device).repeat_interleave(len(positions))
         part = seen.timestep.expand(rows) * self.timestep_ranges / self.num_train_timesteps
@@ -231,18 +232,17 @@ class HeadLoadRecorder:
                     self.maps[position, step] = HeadMap(
                         float(seen.timestep.expand(rows)[row]),
                         latents[row].cpu(),
-                        {i: _best(gates[row]) for i, gates in seen.gates.items()},
+                        {i: _greatest_gate(gates[row]) for i, gates in seen.gates.items()},
                     )
 
     def result(self) -> HeadLoad:
-        """What was counted so far, summed over all processes; called by every one of them."""
+        """Return the counts so far, summed over all processes. Every process must call this."""
         shape = (self.model.config.num_classes, len(HALVES), self.timestep_ranges)
-        tokens = {i: _over_processes(count).reshape(shape) for i, count in self._tokens.items()}
+        tokens = {i: _all_reduce(count).reshape(shape) for i, count in self._tokens.items()}
         activated = {
-            i: _over_processes(count).reshape(*shape, -1) for i, count in self._activated.items()
+            i: _all_reduce(count).reshape(*shape, -1) for i, count in self._activated.items()
         }
-        seen = sum(count.sum((1, 2)) for count in tokens.values())
-        (classes,) = np.nonzero(seen)
+        (classes,) = np.nonzero(sum(count.sum((1, 2)) for count in tokens.values()))
         return HeadLoad(
             classes.tolist(),
             np.linspace(0, self.num_train_timesteps, self.timestep_ranges + 1),
@@ -253,20 +253,20 @@ class HeadLoadRecorder:
         )
 
 
-def _routed(layer: MoHAttention) -> int:
+def _count_routed_heads(layer: MoHAttention) -> int:
     return layer.num_heads - (layer.num_shared_heads or 0)
 
 
-def _over_processes(counts: Tensor) -> np.ndarray:
+def _all_reduce(counts: Tensor) -> np.ndarray:
     return reduce(counts, "sum").cpu().numpy()
 
 
-def _best(gates: Tensor) -> np.ndarray:
+def _greatest_gate(gates: Tensor) -> np.ndarray:
     return gates.argmax(-1).to(torch.uint8).cpu().numpy()
 
 
 def _rounded(shares: np.ndarray) -> Any:
-    """Nested lists of six decimals, ``None`` for NaN."""
+    """Return nested lists of numbers with six decimals, ``None`` for NaN."""
     if shares.ndim:
         return [_rounded(part) for part in shares]
     return None if np.isnan(shares) else round(float(shares), 6)

@@ -1,4 +1,4 @@
-"""Head load as pictures: bar charts and heat maps (matplotlib), maps of patches (PIL)."""
+"""Draw head load as bar charts and heat maps (matplotlib) and as maps of patches (PIL)."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -15,16 +15,16 @@ from .head_load import HALVES, HeadLoad
 COLUMNS = 5
 MAX_BAR_CHARTS = 20
 MAX_NUMBERED_CELLS = 240
-CELL = 128  # pixels of an image under a map, at least
+MIN_MAP_SIZE = 128  # pixels; smaller images are enlarged by an integer factor
 OPACITY = 0.45
 LEGEND_SWATCH = 14
 
 
 def class_bars(load: HeadLoad, class_names: Sequence[str], layer: int) -> Figure:
-    """The papers' figure: for each class the share of tokens that activates each routed head.
+    """Draw the figure of the papers: a bar chart of the routed heads for each class.
 
-    Evaluations with the class alone: its null half would only even out what classes differ in.
-    Shows the first ``MAX_BAR_CHARTS`` classes; :func:`class_map` shows any number.
+    Only evaluations with the class are counted, because the null class hides differences between
+    classes. The figure shows the first ``MAX_BAR_CHARTS`` classes; :func:`class_map` shows all.
     """
     shares = load.share(layer, "class", "half")[:MAX_BAR_CHARTS, 0]
     heads = _head_numbers(load, layer)
@@ -35,12 +35,12 @@ def class_bars(load: HeadLoad, class_names: Sequence[str], layer: int) -> Figure
     colors = [rgb / 255 for rgb in head_colors(len(heads))]
     for axis, name, share in zip(axes.flat, class_names, shares, strict=False):
         axis.bar(range(len(heads)), share, color=colors)
-        axis.axhline(load.even(layer), color="gray", linewidth=0.8, linestyle="--")
+        axis.axhline(load.balanced_share(layer), color="gray", linewidth=0.8, linestyle="--")
         axis.set_title(name, fontsize=9)
         axis.set_xticks(range(len(heads)), heads, fontsize=8)
     for axis in axes.flat[len(shares) :]:
         axis.set_axis_off()
-    title = f"layer {layer}: tokens of each class that activate each routed head (dashed: even)"
+    title = f"layer {layer}: share of tokens per routed head, by class (dashed: balanced routing)"
     figure.suptitle(title, fontsize=10)
     for axis in axes[:, 0]:
         axis.tick_params(axis="y", labelsize=8)
@@ -50,7 +50,7 @@ def class_bars(load: HeadLoad, class_names: Sequence[str], layer: int) -> Figure
 
 
 def class_map(load: HeadLoad, class_names: Sequence[str], layer: int) -> Figure:
-    """Classes × routed heads of one layer, of evaluations with the class."""
+    """Draw classes × routed heads of one layer, counting evaluations with the class."""
     return _heat_maps(
         f"layer {layer}, by class",
         [("", load.share(layer, "class", "half")[:, 0])],
@@ -61,22 +61,23 @@ def class_map(load: HeadLoad, class_names: Sequence[str], layer: int) -> Figure:
 
 
 def layer_map(load: HeadLoad) -> Figure:
-    """Layers × routed heads for each half of guidance; blank where a layer has fewer heads."""
+    """Draw layers × routed heads for each half of guidance; missing heads are blank."""
     widest = max(counts.shape[-1] for counts in load.activated.values())
     shares = np.full((len(HALVES), len(load.layers), widest), np.nan)
     for row, layer in enumerate(load.layers):
         found = load.share(layer, "half")
         shares[:, row, : found.shape[1]] = found
     heads = [str(head) for head in range(widest)]
-    chosen = [f"{load.num_active[i]} of {load.activated[i].shape[-1]}" for i in load.layers]
-    rows = [f"layer {i}: {plan}" for i, plan in zip(load.layers, chosen, strict=True)]
-    title = "by layer: how many routed heads a token activates, and which"
+    rows = [
+        f"layer {i}: {load.num_active[i]} of {load.activated[i].shape[-1]}" for i in load.layers
+    ]
+    title = "by layer (active routed heads per token of all routed heads)"
     return _heat_maps(title, _halves(shares), rows, heads, "", "routed head")
 
 
 def timestep_map(load: HeadLoad, layer: int) -> Figure:
-    """Timestep ranges × routed heads of one layer for each half of guidance."""
-    shares = load.share(layer, "half", "timestep")[:, ::-1]  # as sampling goes: noise first
+    """Draw timestep ranges × routed heads of one layer for each half of guidance."""
+    shares = load.share(layer, "half", "timestep")[:, ::-1]  # in sampling order: noise first
     edges = load.timestep_edges
     ranges = [f"{low:g}–{high:g}" for low, high in pairwise(edges)][::-1]
     return _heat_maps(
@@ -86,13 +87,13 @@ def timestep_map(load: HeadLoad, layer: int) -> Figure:
 
 
 def _halves(shares: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Panels of (2, rows, E), those without any token left out."""
+    """Return title and shares (rows, E) of each half of guidance that has tokens."""
     titled = zip(("with the class", "null class"), shares, strict=True)
     return [(title, part) for title, part in titled if not np.isnan(part).all()]
 
 
 def _head_numbers(load: HeadLoad, layer: int) -> list[str]:
-    """The numbers of a layer's routed heads among all its heads."""
+    """Return the numbers of a layer's routed heads among all its heads."""
     first = load.num_shared[layer]
     return [str(first + i) for i in range(load.activated[layer].shape[-1])]
 
@@ -105,7 +106,7 @@ def _heat_maps(
     ylabel: str,
     xlabel: str = "head",
 ) -> Figure:
-    """Panels of (rows, heads) side by side on one colour scale."""
+    """Draw panels of (rows, heads) side by side on one colour scale."""
     height = 1.5 + min(12, 0.28 * len(rows))
     width = 2.2 + len(panels) * max(2.2, 0.45 * len(heads))
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -116,8 +117,8 @@ def _heat_maps(
         axis.set_title(name, fontsize=9)
         axis.set_xlabel(xlabel, fontsize=9)
         axis.set_xticks(range(len(heads)), heads, fontsize=8)
-        shown = range(0, len(rows), -(-len(rows) // 50))
-        axis.set_yticks(shown, [rows[row] for row in shown], fontsize=8)
+        ticks = range(0, len(rows), -(-len(rows) // 50))
+        axis.set_yticks(ticks, [rows[row] for row in ticks], fontsize=8)
         if shares.size <= MAX_NUMBERED_CELLS:
             for (row, head), share in np.ndenumerate(shares):
                 if not np.isnan(share):
@@ -133,7 +134,7 @@ def _heat_maps(
 
 
 def to_bytes(figure: Figure, format: str) -> bytes:
-    """A figure as ``"png"`` or ``"svg"``; the same numbers make the same bytes."""
+    """Encode a figure as ``"png"`` or ``"svg"``; equal figures give equal bytes."""
     buffer = BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "moh-dit", "svg.fonttype": "none"}):
         metadata = {"Date": None} if format == "svg" else None
@@ -142,23 +143,23 @@ def to_bytes(figure: Figure, format: str) -> bytes:
 
 
 def head_colors(count: int) -> np.ndarray:
-    """uint8 (count, 3), a colour for each routed head, the same in bars and maps."""
+    """Return uint8 (count, 3), a colour for each routed head, the same in bars and maps."""
     palette = matplotlib.colormaps["tab10" if count <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     return np.array([palette[i % len(palette)] for i in range(count)]) * 255
 
 
 def overlay_heads(image: np.ndarray, heads: np.ndarray, count: int) -> np.ndarray:
-    """Lay each patch's colour over an image.
+    """Tint each patch of an image with the colour of its head.
 
     Args:
         image: uint8 (H, W, 3), H = W.
-        heads: int (N,), the routed head of each of the √N × √N patches, row by row.
-        count: routed heads E of the layer.
+        heads: int (N,), the routed head of each of the √N × √N patches, in raster order.
+        count: number E of routed heads of the layer.
 
     Returns:
-        uint8 (H', W', 3), enlarged by a whole factor to at least ``CELL`` pixels.
+        uint8 (H', W', 3), enlarged by an integer factor to at least ``MIN_MAP_SIZE`` pixels.
     """
-    zoom = max(1, -(-CELL // len(image)))
+    zoom = max(1, -(-MIN_MAP_SIZE // len(image)))
     enlarged = image.repeat(zoom, 0).repeat(zoom, 1)
     grid = round(len(heads) ** 0.5)
     patch = len(enlarged) // grid
@@ -176,41 +177,42 @@ def draw_head_maps(
     column_labels: Sequence[str],
     first_head: int = 0,
 ) -> Image.Image:
-    """A contact sheet of what the patches chose through the denoising, and what came of it.
+    """Draw a sheet with the head of each patch during the denoising, and the final images.
 
     Args:
-        images: uint8 (rows, columns, H, W, 3), decoded states of the process.
-        heads: int (rows, columns, N), routed head of each patch there.
-        final: uint8 (rows, H, W, 3), finished images, shown as they are in a last column.
-        count: routed heads E of the layer.
-        row_labels, column_labels: what is written beside and above.
+        images: uint8 (rows, columns, H, W, 3), decoded latents after each step.
+        heads: int (rows, columns, N), the routed head of each patch.
+        final: uint8 (rows, H, W, 3), final images for the last column, without tint.
+        count: number E of routed heads of the layer.
+        row_labels, column_labels: labels at the left and above.
         first_head: number of the layer's first routed head, for the legend.
     """
-    plain = final.repeat(zoom := max(1, -(-CELL // final.shape[1])), 1).repeat(zoom, 2)
+    zoom = max(1, -(-MIN_MAP_SIZE // final.shape[1]))
+    enlarged = final.repeat(zoom, 1).repeat(zoom, 2)
     cells = [
-        [*(overlay_heads(i, h, count) for i, h in zip(states, chosen, strict=True)), whole]
-        for states, chosen, whole in zip(images, heads, plain, strict=True)
+        [*(overlay_heads(i, h, count) for i, h in zip(states, row_heads, strict=True)), last]
+        for states, row_heads, last in zip(images, heads, enlarged, strict=True)
     ]
     sheet = draw_sheet(np.array(cells), row_labels, [*column_labels, "image"])
     return _with_legend(sheet, [f"head {first_head + i}" for i in range(count)])
 
 
 def _with_legend(sheet: Image.Image, names: list[str]) -> Image.Image:
-    """A row of colours and names below a sheet, broken where it is full."""
+    """Add a legend of colours and names below a sheet, in as many lines as needed."""
     font = ImageFont.load_default(13)
-    places, x, y = [], 8, 8
+    corners, x, y = [], 8, 8
     for name in names:
         width = LEGEND_SWATCH + 6 + int(font.getlength(name)) + 14
         if x + width > sheet.width and x > 8:
             x, y = 8, y + LEGEND_SWATCH + 8
-        places.append((x, y))
+        corners.append((x, y))
         x += width
-    whole = Image.new("RGB", (sheet.width, sheet.height + y + LEGEND_SWATCH + 8), BACKGROUND)
-    whole.paste(sheet, (0, 0))
-    draw = ImageDraw.Draw(whole)
-    for (x, y), name, color in zip(places, names, head_colors(len(names)), strict=True):
+    extended = Image.new("RGB", (sheet.width, sheet.height + y + LEGEND_SWATCH + 8), BACKGROUND)
+    extended.paste(sheet, (0, 0))
+    draw = ImageDraw.Draw(extended)
+    for (x, y), name, color in zip(corners, names, head_colors(len(names)), strict=True):
         y += sheet.height
         fill = tuple(color.round().astype(int).tolist())
         draw.rectangle((x, y, x + LEGEND_SWATCH, y + LEGEND_SWATCH), fill=fill)
         draw.text((x + LEGEND_SWATCH + 6, y - 1), name, fill=INK, font=font)
-    return whole
+    return extended

@@ -1,23 +1,28 @@
-"""Memory of a training step, by formula.
+"""Estimate the memory of a training step by a formula.
 
-What autograd keeps of a block for its backward pass, in bytes per token, for width C, MLP width m,
-heads h of width d, routed heads E, shared heads s, P columns of the joint projection (3·h·d, and
-where there is a router its rows, padded to 64), r = 4 bytes of the residual stream and a bytes of
-a matrix product's operands (2 under autocast, else 4):
+The formula gives the bytes per token that autograd keeps of one block for the backward pass:
 
-    run op by op      4 r C + a (4 C + 2 m + P + h d)
-    compiled          r C + a (5 C + 2 m + P + h d)       4 C for 5 C without autocast
-    either            + 4 (h + 4)                         log-sum-exp; statistics of two norms
+    eager             4 r C + a (4 C + 2 m + P + h d)
+    compiled          r C + a (5 C + 2 m + P + h d)       4 C instead of 5 C without autocast
+    both              + 4 (h + 4)                         log-sum-exp; statistics of two norms
     with a router     + 24 E + 8 s + 20 + a h             scores and gates
-                      + a h d                             o_i before its gate, unless a kernel fuses
+                      + a h d                             o_i before its gate, if not fused
 
-Run op by op that is the block's input, its state between the branches, and the norms of both (r);
-what enters each branch and what it adds (a); q, k, v, attention's output; the MLP before and after
-GELU. Compiled, the norms are recomputed. To this come 9 a C per image and block of modulation;
-under autocast a copy of every weight matrix; else the joint weight of projection and router.
+    C  width                              r  bytes of a residual value: 4
+    m  MLP width                          a  bytes of a matrix operand: 2 under autocast, else 4
+    h  heads of width d                   P  columns of the joint projection: 3 h d, with a router
+    E  routed heads                          plus its rows, padded to a multiple of 64
+    s  shared heads
 
-With gradient checkpointing each block keeps its input alone, r C per token, and one at a time
-everything.
+In eager mode the r terms are the input of the block, the sum after the attention branch, and the
+norms of both. The a terms are the input and output of each branch, q, k, v, the attention output,
+and the MLP before and after GELU. Compiled blocks recompute the norms.
+
+Three terms do not depend on the number of tokens: 9 a C of modulation per image and block, under
+autocast a copy of each weight matrix, and otherwise the joint weight of projection and router.
+
+With gradient checkpointing each block keeps only its input, r C per token. In the backward pass one
+block at a time keeps everything.
 """
 
 from typing import cast
@@ -25,9 +30,10 @@ from typing import cast
 from torch import Tensor, nn
 
 from ..model.attention import MoHAttention
-from ..model.transformer import DiTBlock, MoHDiTTransformer2DModel
+from ..model.blocks import DiTBlock
+from ..model.transformer import MoHDiTTransformer2DModel
 
-RESIDUAL = 4  # bytes: weights, averages, residual stream and loss are float32
+RESIDUAL = 4  # bytes of a float32 value: weights, averages, residual stream, loss
 
 
 def activation_bytes(
@@ -39,15 +45,15 @@ def activation_bytes(
     fused_gates: bool = False,
     checkpointing: bool = False,
 ) -> int:
-    """Bytes that a forward pass of ``batch_size`` images keeps for the backward pass.
+    """Return the bytes that a forward pass keeps for the backward pass.
 
     Args:
-        model: may be on the meta device.
-        batch_size: images at once in one process.
-        autocast: matrix products in bf16 or fp16.
-        compiled: each block compiled.
-        fused_gates: gates are applied inside the attention kernel (the Triton backend).
-        checkpointing: gradient checkpointing, a block at a time.
+        model: the model, possibly on the meta device.
+        batch_size: images of one micro-batch in one process.
+        autocast: whether matrix products run in bf16 or fp16.
+        compiled: whether each block is compiled.
+        fused_gates: whether the attention kernel applies the gates (Triton backend).
+        checkpointing: whether each block is checkpointed.
     """
     config, operand = model.config, 2 if autocast else 4
     tokens, width = (config.sample_size // config.patch_size) ** 2, config.hidden_size
@@ -72,7 +78,7 @@ def activation_bytes(
 def _block_bytes(
     block: DiTBlock, images: int, tokens: int, operand: int, compiled: bool, fused_gates: bool
 ) -> int:
-    """What one block keeps for ``tokens`` of ``images``: the formula above."""
+    """Return the bytes that one block keeps for ``tokens`` tokens of ``images`` images."""
     attention, hidden = block.attn, block.mlp.fc1.out_features
     width, heads = block.mlp.fc1.in_features, attention.num_heads
     inner, projected = heads * attention.head_dim, projected_width(attention)
@@ -96,7 +102,7 @@ def _elements(*layers: nn.Module) -> int:
 
 
 def projected_width(attention: MoHAttention) -> int:
-    """Columns of the joint projection: queries, keys, values, router logits, padding."""
+    """Return the columns of the joint projection: q, k, v, router logits and padding."""
     rows = 3 * attention.num_heads * attention.head_dim
     if attention.num_shared_heads is None:
         return rows
@@ -105,7 +111,7 @@ def projected_width(attention: MoHAttention) -> int:
 
 
 def state_bytes(model: MoHDiTTransformer2DModel, num_averages: int) -> dict[str, int]:
-    """Bytes of what outlives a step in one process, all float32: by part."""
+    """Return the bytes that one process keeps between steps, by part; all values are float32."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
     return {

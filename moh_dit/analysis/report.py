@@ -1,49 +1,48 @@
-"""One HTML file about a run, or several side by side: opens anywhere, needs nothing else."""
+"""Write one self-contained HTML file about a run, or about several runs side by side."""
 
 import base64
 import io
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from ..common.atomic_write import atomic_write
 from ..common.errors import UserError
 from ..common.version import __version__
 from ..training.config import TrainConfig, flatten
-from .charts import COLORS, Series, line_chart, load_chart
 from .config import ReportConfig
-from .read_runs import Run, read_runs
+from .report_charts import COLORS, Series, head_load_chart, line_chart
+from .run_reader import Run, read_run_folders
 
 TEMPLATE = "report.html.jinja"
-KEEP_BYTES = 150_000  # a larger picture is stored as WebP
+MAX_PNG_BYTES = 150_000  # larger pictures are stored as WebP
 WEBP_QUALITY = 85
-# Logged quantities: title, key, logarithmic.
+# Logged quantities: title, key, whether the axis is logarithmic.
 LEARNING = [
     ("Noise MSE", "mse", True),
     ("VLB of the variance, bits/dim", "vlb", True),
-    ("Load balance, 1 at even routing", "balance", False),
+    ("Load balance (1 is balanced)", "balance", False),
     ("Gradient norm before clipping", "grad_norm", True),
     ("Learning rate", "learning_rate", False),
 ]
 SPEED = [
     ("Images per second", "images_per_second", False),
     ("Model FLOP utilisation", "mfu", False),
-    ("Share of time waiting for data", "data_wait", False),
+    ("Fraction of time spent waiting for data", "data_wait", False),
 ]
-LEAST_SPREAD = 0.05  # of head load around even routing, where colours end
-IRRELEVANT = ("run_dir", "resume")
+MIN_SPREAD = 0.05  # the colours of relative head load cover at least 1 ± MIN_SPREAD
+NOT_COMPARED = ("run_dir", "resume")
 
 
 @dataclass
 class Grid:
-    """A picture of samples, as a data URI."""
+    """A sample grid as a data URI, with its size in pixels."""
 
     step: int
     uri: str
@@ -52,35 +51,32 @@ class Grid:
 
 
 def write_report(config: ReportConfig) -> None:
-    """Read the runs of ``config`` and write its report."""
+    """Write the report of ``config.runs`` to ``config.output``."""
+    config.check_paths()
     output = Path(config.output)
-    if output.suffix not in (".html", ".htm"):
-        raise UserError(f"output {output}: a report is written as .html")
-    if output.exists() and not config.replace:
-        raise UserError(f"output {output} exists; give another name, or --replace")
-    if config.max_grids < 1:
-        raise UserError(f"max_grids is {config.max_grids}; it must be at least 1")
     if len(config.runs) > len(COLORS):
-        raise UserError(f"{len(config.runs)} runs: side by side go at most {len(COLORS)}")
-    page = render([*map(Path, config.runs)], config.max_grids)
+        raise UserError(f"{len(config.runs)} runs are given; a report shows at most {len(COLORS)}")
+    page = render_report([*map(Path, config.runs)], config.max_grids).encode()
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(output)
-    finally:
-        aside.unlink(missing_ok=True)
-    print(f"wrote {output} ({len(page.encode()) / 1e6:.1f} MB)")
+    atomic_write(output, page)
+    print(f"wrote {output} ({len(page) / 1e6:.1f} MB)")
 
 
-def render(folders: list[Path], max_grids: int = 24) -> str:
-    """The report of run folders as HTML.
+def render_report(folders: list[Path], max_grids: int = 24) -> str:
+    """Return the report of run folders as HTML.
 
     Args:
         folders: one or more run folders.
-        max_grids: pictures of samples to embed of each run, evenly over its steps.
+        max_grids: maximum number of sample grids per run, evenly spaced over its steps.
+
+    Raises:
+        UserError: a folder is not a run folder, or Jinja2 is not installed.
     """
-    runs = read_runs(folders)
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError:
+        raise UserError("a report needs Jinja2: pip install 'moh-dit[report]'") from None
+    runs = read_run_folders(folders)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -92,41 +88,41 @@ def render(folders: list[Path], max_grids: int = 24) -> str:
     grids = {run.name: embed_grids(run, max_grids) for run in runs}
     return environment.get_template(TEMPLATE).render(
         version=__version__,
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         runs=runs,
         colors=COLORS,
-        summary=summary(runs),
-        differences=differences(runs),
+        summary=summary_rows(runs),
+        differences=setting_differences(runs),
         learning=logged_charts(runs, LEARNING),
         loads=loads,
         spread=spread,
         grids=grids,
         steps=sorted({grid.step for some in grids.values() for grid in some}),
         metric_charts=metric_charts(runs),
-        metric_table=metric_table(runs),
+        metric_table=metric_rows(runs),
         speed=logged_charts(runs, SPEED),
         environments=environments(runs),
     )
 
 
-def summary(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """What a reader asks first: rows of a label and a value for each run."""
+def summary_rows(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """Return the rows of the summary: a label and one value per run."""
     rows: list[tuple[str, list[str]]] = [
         ("steps", [_progress(run) for run in runs]),
-        ("whole checkpoints", [_number(len(run.checkpoints)) for run in runs]),
+        ("complete checkpoints", [_number(len(run.checkpoints)) for run in runs]),
     ]
-    for label, key in (("loss, last", "loss"), ("noise MSE, last", "mse"),
-                       ("load balance, last", "balance")):  # fmt: skip
+    for label, key in (("last loss", "loss"), ("last noise MSE", "mse"),
+                       ("last load balance", "balance")):  # fmt: skip
         rows.append((label, [_number(_last(run.series(key)[1])) for run in runs]))
     for key in metric_keys(runs):
-        rows.append((f"{key}, last", [_number(_last(run.metrics(key)[1])) for run in runs]))
+        rows.append((f"last {key}", [_number(_last(run.metrics(key)[1])) for run in runs]))
     rates = [run.series("images_per_second")[1] for run in runs]
-    rows.append(("images per second, median", [_number(_median(rate)) for rate in rates]))
-    shares = [("model FLOP utilisation, median", "mfu"), ("waiting for data, median", "data_wait")]
+    rows.append(("median images per second", [_number(_median(rate)) for rate in rates]))
+    shares = [("median model FLOP utilisation", "mfu"), ("median wait for data", "data_wait")]
     for label, key in shares:
         found = [_median(run.series(key)[1]) for run in runs]
         rows.append((label, ["–" if v is None else f"{100 * v:.1f} %" for v in found]))
-    rows.append(("heads that no token chose, last", [_dead_heads(run) for run in runs]))
+    rows.append(("heads without tokens at the last step", [_dead_heads(run) for run in runs]))
     return [(label, values) for label, values in rows if set(values) != {"–"}]
 
 
@@ -142,15 +138,15 @@ def _dead_heads(run: Run) -> str:
     return str(sum(share == 0 for layer in loads[-1].values() for share in layer))
 
 
-def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Settings in which the runs differ; for a single run, in which it differs from the defaults.
+def setting_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """Return the settings that differ between the runs, or from the defaults for a single run.
 
-    Rows of a dotted key and a value for each run; beside a single run stands the default.
+    Each row has a dotted key and one value per run. For a single run, the default follows.
     """
     configs = [run.config for run in runs]
     if len(runs) == 1:
         configs = [*configs, flatten(TrainConfig())]
-    keys = [key for key in dict.fromkeys(k for c in configs for k in c) if key not in IRRELEVANT]
+    keys = [key for key in dict.fromkeys(k for c in configs for k in c) if key not in NOT_COMPARED]
     rows = [(key, [_setting(config, key) for config in configs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1 and any(configs[0])]
 
@@ -162,10 +158,12 @@ def _setting(config: dict[str, Any], key: str) -> str:
     return "none" if value is None else str(value)
 
 
-def logged_charts(runs: list[Run], what: list[tuple[str, str, bool]]) -> list[tuple[str, str]]:
-    """``(title, SVG)`` of logged quantities, those of which nothing was logged left out."""
+def logged_charts(
+    runs: list[Run], quantities: list[tuple[str, str, bool]]
+) -> list[tuple[str, str]]:
+    """Return ``(title, SVG)`` of each quantity that was logged."""
     charts = []
-    for title, key, log in what:
+    for title, key, log in quantities:
         pairs = zip(COLORS, runs, strict=False)
         series = [Series(run.name, color, *run.series(key)) for color, run in pairs]
         if any(value for line in series for value in line.values):
@@ -174,37 +172,41 @@ def logged_charts(runs: list[Run], what: list[tuple[str, str, bool]]) -> list[tu
 
 
 def head_load_charts(runs: list[Run]) -> tuple[dict[str, list[tuple[str, str]]], float]:
-    """For each run ``(layer, SVG)`` of its head load over training; and where the colours end."""
+    """Return ``(layer, SVG)`` of the head load over training for each run, and the colour spread.
+
+    The colours run from ``1 - spread`` to ``1 + spread``.
+    """
     loads = {run.name: relative_load(run) for run in runs}
-    everything = [load.ravel() for layers in loads.values() for load in layers.values()]
-    spread = LEAST_SPREAD
-    if everything:  # a few extreme entries, at the start of most runs, shall not wash out the rest
-        found = float(np.quantile(abs(np.concatenate(everything) - 1), 0.98))
-        spread = min(1.0, max(LEAST_SPREAD, round(found, 2)))
+    all_loads = [load.ravel() for layers in loads.values() for load in layers.values()]
+    spread = MIN_SPREAD
+    if all_loads:
+        # A quantile, because the first steps of most runs have a few extreme values.
+        quantile = float(np.quantile(abs(np.concatenate(all_loads) - 1), 0.98))
+        spread = min(1.0, max(MIN_SPREAD, round(quantile, 2)))
     charts: dict[str, list[tuple[str, str]]] = {}
     for run in runs:
         steps = [entry["step"] for entry in run.log if entry.get("head_load")]
         charts[run.name] = [
-            (f"layer {layer}", load_chart(f"{run.name}, layer {layer}", steps, load, spread))
+            (f"layer {layer}", head_load_chart(f"{run.name}, layer {layer}", steps, load, spread))
             for layer, load in loads[run.name].items()
         ]
     return charts, spread
 
 
 def relative_load(run: Run) -> dict[str, np.ndarray]:
-    """For each routed layer float (entries, E): logged load over that of even routing."""
+    """Return for each routed layer float (entries, E): load divided by balanced load."""
     entries = [entry["head_load"] for entry in run.log if entry.get("head_load")]
     loads = {layer: np.array([entry[layer] for entry in entries]) for layer in dict(*entries[:1])}
     return {layer: load / load.mean(1, keepdims=True) for layer, load in loads.items()}
 
 
 def metric_keys(runs: Iterable[Run]) -> list[str]:
-    """Names of all metrics that some run was evaluated by."""
+    """Return the names of all metrics in the evaluations of the runs."""
     return list(dict.fromkeys(k for run in runs for e in run.evaluations for k in e["metrics"]))
 
 
 def metric_charts(runs: list[Run]) -> list[tuple[str, str]]:
-    """``(title, SVG)`` of every metric over the steps."""
+    """Return ``(title, SVG)`` of each metric over the steps."""
     charts = []
     for key in metric_keys(runs):
         better = [e.get("higher_is_better", {}).get(key) for r in runs for e in r.evaluations]
@@ -217,8 +219,8 @@ def metric_charts(runs: list[Run]) -> list[tuple[str, str]]:
     return charts
 
 
-def metric_table(runs: list[Run]) -> list[dict[str, Any]]:
-    """Every evaluation with its conditions: run, step, samples, reference, metrics, warnings."""
+def metric_rows(runs: list[Run]) -> list[dict[str, Any]]:
+    """Return the metrics and conditions of each evaluation, formatted as text."""
     keys = metric_keys(runs)
     rows = []
     for run in runs:
@@ -239,12 +241,12 @@ def metric_table(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def environments(runs: list[Run]) -> list[tuple[str, dict[str, str]]]:
-    """For each start of each run its environment, flat and in words."""
+    """Return a title and the environment, as text, for each start of each run."""
     starts = []
     for run in runs:
         for start in run.starts:
             packages = start.get("packages") or {}
-            shown = {
+            facts = {
                 "time": start.get("time"),
                 "device": start.get("device"),
                 "host": start.get("host"),
@@ -254,16 +256,16 @@ def environments(runs: list[Run]) -> list[tuple[str, dict[str, str]]]:
                 "packages": ", ".join(f"{name} {v}" for name, v in packages.items() if v),
             }
             title = f"{run.name}, from step {start.get('start_step', 0):,}"
-            starts.append((title, {key: str(value) for key, value in shown.items() if value}))
+            starts.append((title, {key: str(value) for key, value in facts.items() if value}))
     return starts
 
 
-def embed_grids(run: Run, most: int) -> list[Grid]:
-    """Pictures of samples as data URIs, at most so many, evenly over the steps, with the last."""
+def embed_grids(run: Run, max_grids: int) -> list[Grid]:
+    """Return at most ``max_grids`` sample grids, evenly spaced and including the last one."""
     steps = list(run.grids)
-    if len(steps) > most:
-        kept = np.linspace(len(steps) - 1, 0, most).round().astype(int)[::-1]
-        run.missing.append(f"{len(steps) - most} of {len(steps)} sample grids are not shown")
+    if len(steps) > max_grids:
+        kept = np.linspace(len(steps) - 1, 0, max_grids).round().astype(int)[::-1]
+        run.missing.append(f"{len(steps) - max_grids} of {len(steps)} sample grids are left out")
         steps = [steps[index] for index in kept]
     return [_embedded(step, run.grids[step]) for step in steps]
 
@@ -272,7 +274,7 @@ def _embedded(step: int, path: Path) -> Grid:
     content, kind = path.read_bytes(), "png"
     with Image.open(io.BytesIO(content)) as image:
         width, height = image.size
-        if len(content) > KEEP_BYTES:
+        if len(content) > MAX_PNG_BYTES:
             smaller = io.BytesIO()
             image.convert("RGB").save(smaller, format="WEBP", quality=WEBP_QUALITY)
             if len(smaller.getvalue()) < len(content):

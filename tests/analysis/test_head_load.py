@@ -96,7 +96,7 @@ def test_every_token_of_every_image_is_counted_once():
         assert load.activated[layer].shape == (3, 2, 4, routed)
         assert np.array_equal(load.activated[layer].sum(-1), active * load.tokens[layer])
         assert np.allclose(load.share(layer, "class", "half").sum(-1), active)
-        assert load.even(layer) == active / routed
+        assert load.balanced_share(layer) == active / routed
 
 
 def test_a_compiled_model_is_looked_into_all_the_same():
@@ -184,7 +184,7 @@ def test_two_processes_find_what_one_finds(saved, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(layer=7), "layer 7 has no routed heads; those that have are 0, 1, 2"),
+        (dict(layer=7), "layer 7 has no routed heads; give one of 0, 1, 2"),
         (dict(class_labels="cta"), "the nearest are cat"),
         (dict(timestep_ranges=0), "timestep_ranges is 0; it must be at least 1"),
         (dict(images_per_class=0), "images_per_class is 0; it must be at least 1"),
@@ -197,7 +197,7 @@ def test_mistakes_leave_nothing(saved, tmp_path, options, message):
 
 
 def test_nothing_is_written_over(saved, tmp_path):
-    with pytest.raises(UserError, match="exists; give another name"):
+    with pytest.raises(UserError, match="exists"):
         measure(saved, tmp_path)
 
 

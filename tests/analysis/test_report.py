@@ -1,19 +1,26 @@
-"""A report holds what the runs hold, names what they lack, and needs nothing from outside."""
+"""A report shows the contents of the runs, lists missing parts, and is self-contained."""
 
 import base64
 import io
 import json
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from moh_dit.analysis import config as commands
-from moh_dit.analysis.charts import MAX_POINTS, Series, _thinned, line_chart
+from moh_dit.__main__ import run_command
 from moh_dit.analysis.config import ReportConfig
-from moh_dit.analysis.read_runs import read_runs
-from moh_dit.analysis.report import differences, metric_table, relative_load, render, write_report
+from moh_dit.analysis.report import (
+    metric_rows,
+    relative_load,
+    render_report,
+    setting_differences,
+    write_report,
+)
+from moh_dit.analysis.report_charts import MAX_POINTS, Series, downsample, line_chart
+from moh_dit.analysis.run_reader import read_run_folders
 from moh_dit.common.cli import save_config
 from moh_dit.common.errors import UserError
 from moh_dit.training.config import ModelConfig, TrainConfig
@@ -78,7 +85,7 @@ def make_run(folder, steps=4, **settings):
 
 
 def test_one_run_whole(tmp_path):
-    page = Page(text := render([make_run(tmp_path / "a", batch_size=7)]))
+    page = Page(text := render_report([make_run(tmp_path / "a", batch_size=7)]))
     assert "Missing or left out" not in page.text
     for words in ("40 of 40", "batch_", "7", "256", "125", "25", "abacus", "Note: few samples",
                   "50.0 %", "25.0 %", "fid, lower is better", "layer 1"):  # fmt: skip
@@ -98,7 +105,7 @@ def test_one_run_whole(tmp_path):
 
 def test_nothing_comes_from_outside(tmp_path):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
-    for tag, attributes in Page(render(runs)).elements:
+    for tag, attributes in Page(render_report(runs)).elements:
         assert tag not in ("link", "iframe", "object")
         for name in ("src", "href", "xlink:href"):
             if name in attributes:
@@ -108,19 +115,19 @@ def test_nothing_comes_from_outside(tmp_path):
 
 def test_runs_side_by_side_show_where_they_differ(tmp_path):
     folders = [make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run", seed=3)]
-    runs = read_runs(folders)
+    runs = read_run_folders(folders)
     assert [run.name for run in runs] == ["x/run", "y/run"]
-    assert differences(runs) == [("seed", ["0", "3"])]
-    assert [(row["run"], row["step"]) for row in metric_table(runs)] == [
+    assert setting_differences(runs) == [("seed", ["0", "3"])]
+    assert [(row["run"], row["step"]) for row in metric_rows(runs)] == [
         ("x/run", "20"), ("x/run", "40"), ("y/run", "20"), ("y/run", "40")
     ]  # fmt: skip
-    page = Page(render(folders))
+    page = Page(render_report(folders))
     assert len([div for div in page.all("figure") if "data-run" in div]) == 2
 
 
 def test_a_single_run_is_held_against_the_defaults(tmp_path):
-    (run,) = read_runs([make_run(tmp_path / "a", ema_decays=[0.5, 0.9])])
-    assert differences([run]) == [
+    (run,) = read_run_folders([make_run(tmp_path / "a", ema_decays=[0.5, 0.9])])
+    assert setting_differences([run]) == [
         ("model.hidden_size", ["32", "none"]),
         ("model.depth", ["2", "none"]),
         ("model.num_heads", ["4", "none"]),
@@ -139,9 +146,9 @@ def test_a_torn_run_still_reports_and_says_what_is_missing(tmp_path):
     samples[1].write_bytes(samples[1].read_bytes()[:40])
     (torn / "evaluations" / "step-00000040.json").write_text('{"step": 40')
     (torn / "config.yaml").write_text("num_steps: 50\nan_old_setting: 1\n")
-    page = Page(render([torn]))
+    page = Page(render_report([torn]))
     missing = " ".join(page.text)
-    assert "log.jsonl: line 5 is torn; it is left out" in missing
+    assert "log.jsonl: line 5 is incomplete; it is left out" in missing
     assert "samples/step-00000040.png (cannot be read)" in missing
     assert "evaluations/step-00000040.json (cannot be read)" in missing
     assert "an_old_setting" in missing
@@ -154,15 +161,15 @@ def test_any_part_alone_makes_a_report(tmp_path, name):
     whole = make_run(tmp_path / "whole")
     (tmp_path / "part").mkdir()
     (whole / name).rename(tmp_path / "part" / name)
-    page = Page(render([tmp_path / "part"]))
+    page = Page(render_report([tmp_path / "part"]))
     assert "Missing or left out" in page.text
-    both = Page(render([tmp_path / "part", make_run(tmp_path / "other")]))
+    both = Page(render_report([tmp_path / "part", make_run(tmp_path / "other")]))
     assert "part: no evaluation" in both.text
 
 
 def test_names_and_settings_are_text_and_no_markup(tmp_path):
     folder = make_run(tmp_path / "<b>&run", init_from="<script>alert(1)</script>")
-    page = Page(render([folder]))
+    page = Page(render_report([folder]))
     assert not page.all("b")
     assert len(page.all("script")) == 1
     assert "<script>alert(1)</script>" in page.text
@@ -172,9 +179,9 @@ def test_many_grids_are_thinned_evenly_with_the_last(tmp_path):
     folder = make_run(tmp_path / "a")
     for step in range(60, 241, 20):
         Image.new("RGB", (8, 8)).save(folder / "samples" / f"step-{step:08d}.png")
-    page = Page(render([folder], max_grids=4))
+    page = Page(render_report([folder], max_grids=4))
     assert [int(image["data-step"]) for image in page.all("img")] == [20, 100, 160, 240]
-    assert "8 of 12 sample grids are not shown" in page.text
+    assert "8 of 12 sample grids are left out" in page.text
 
 
 def test_large_pictures_shrink(tmp_path):
@@ -182,7 +189,7 @@ def test_large_pictures_shrink(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
     Image.fromarray(noise).save(folder / "samples" / "step-00000040.png")
     assert (folder / "samples" / "step-00000040.png").stat().st_size > 200_000
-    image = Page(render([folder])).all("img")[-1]
+    image = Page(render_report([folder])).all("img")[-1]
     assert image["src"].startswith("data:image/webp;base64,")
     assert (image["width"], image["height"]) == ("300", "300")
     assert len(image["src"]) < 200_000
@@ -190,37 +197,40 @@ def test_large_pictures_shrink(tmp_path):
 
 def test_lines_keep_their_mean_and_leave_out_what_is_not_finite():
     steps = np.arange(8_000)
-    line = _thinned(Series("a", "#000000", steps, np.where(steps % 10, steps, np.nan)))
+    line = downsample(Series("a", "#000000", steps, np.where(steps % 10, steps, np.nan)))
     assert len(line.steps) == MAX_POINTS
     assert np.allclose(line.steps, line.values)
     assert np.mean(line.values) == pytest.approx(steps[steps % 10 > 0].mean())
     assert line_chart("nothing", [Series("a", "#000000", [1], [float("nan")])]) == ""
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_the_command(tmp_path, capsys):
     runs = [str(make_run(tmp_path / name)) for name in "ab"]
     output = tmp_path / "new" / "report.html"
-    monkeypatch.setattr("sys.argv", ["moh-dit-report", *runs, "--output", str(output)])
-    commands.report()
+    run_command("report", [*runs, "--output", str(output)])
     assert "wrote" in capsys.readouterr().out
     assert "a · b" in Page(output.read_text()).text
     with pytest.raises(SystemExit):
-        commands.report()
+        run_command("report", [*runs, "--output", str(output)])
     assert "exists; give another name, or --replace" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["moh-dit-report", runs[0], "--output", str(output),
-                                     "--replace"])  # fmt: skip
-    commands.report()
+    run_command("report", [runs[0], "--output", str(output), "--replace"])
     assert [path.name for path in output.parent.iterdir()] == ["report.html"]
     assert "a · b" not in Page(output.read_text()).text
+
+
+def test_without_jinja2_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UserError, match=r"pip install 'moh-dit\[report\]'"):
+        render_report([make_run(tmp_path / "a")])
 
 
 @pytest.mark.parametrize(
     ("runs", "options", "message"),
     [
         (["nowhere"], {}, "nowhere does not exist"),
-        (["empty"], {}, "empty holds nothing of a run"),
+        (["empty"], {}, "empty is not a run folder"),
         (["a", "a"], {}, "a is given twice"),
-        (["a"], dict(output="r.pdf"), "a report is written as .html"),
+        (["a"], dict(output="r.pdf"), "a report is an .html file"),
         (["a"], dict(max_grids=0), "max_grids is 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a run folder holds, read with forgiveness: a run may be torn, or still going on."""
+"""Read run folders for a report. A run may be incomplete, damaged or still in progress."""
 
 import json
 from dataclasses import dataclass, field
@@ -8,30 +8,31 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from ..checkpoints.opening import checkpoint_step, list_checkpoints
+from ..checkpoints.runs import checkpoint_step, list_checkpoints
 from ..common.cli import load_config
 from ..common.errors import UserError
-from ..sampling.sample_set import flattened
+from ..sampling.sample_set import flatten_dict
 from ..training.config import TrainConfig, flatten
 from ..training.run_log import read_log
 
-KNOWN = ("config.yaml", "log.jsonl", "environment.jsonl", "samples", "evaluations", "checkpoints")
+RUN_CONTENTS = ("config.yaml", "log.jsonl", "environment.jsonl", "samples", "evaluations",
+                "checkpoints")  # fmt: skip
 
 
 @dataclass
 class Run:
-    """One run as far as it can be read.
+    """The readable contents of one run folder.
 
     Attributes:
-        name: how the report calls it.
-        folder: where it is.
+        name: name of the run in the report.
+        folder: path of the run.
         config: settings by dotted key.
-        starts: the environment of every start.
-        log: entries of averaged training values, by step.
-        evaluations: metrics and their conditions, by step.
-        grids: pictures of samples by step.
-        checkpoints: steps of whole checkpoints.
-        missing: what is not there or could not be read, in words.
+        starts: environment of each start of training.
+        log: averaged training values, in order of their steps.
+        evaluations: metrics and their conditions, in order of their steps.
+        grids: path of each sample grid, by step.
+        checkpoints: steps of the complete checkpoints.
+        missing: descriptions of everything that is missing or could not be read.
     """
 
     name: str
@@ -46,39 +47,38 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The last step that anything is known of."""
+        """Return the last step of any log entry, evaluation, grid or checkpoint."""
         ends = [entry["step"] for entry in self.log[-1:] + self.evaluations[-1:]]
         return max([*ends, *self.grids, *self.checkpoints], default=0)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a logged quantity."""
+        """Return the steps and values of a logged quantity."""
         found = [(e["step"], e[key]) for e in self.log if isinstance(e.get(key), (int, float))]
         return [step for step, _ in found], [value for _, value in found]
 
     def metrics(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of an evaluated metric."""
+        """Return the steps and values of an evaluated metric."""
         found = [(e["step"], e["metrics"][key]) for e in self.evaluations if key in e["metrics"]]
         return [step for step, _ in found], [value for _, value in found]
 
 
-def read_runs(folders: list[Path]) -> list[Run]:
-    """Read run folders, each under the shortest name that tells it from the others.
+def read_run_folders(folders: list[Path]) -> list[Run]:
+    """Read run folders and give each the shortest name that is unique among them.
 
     Raises:
-        UserError: a folder is missing, given twice, or holds nothing of a run.
+        UserError: a folder is given twice or is not a run folder.
     """
     resolved = [folder.resolve() for folder in folders]
     for folder, path in zip(folders, resolved, strict=True):
-        if not path.is_dir():
-            raise UserError(f"run {folder} does not exist, or is no folder")
         if resolved.count(path) > 1:
             raise UserError(f"run {folder} is given twice")
-        if not any((path / name).exists() for name in KNOWN):
-            raise UserError(f"{folder} holds nothing of a run (no {', '.join(KNOWN)})")
-    return [read_run(path, name) for path, name in zip(resolved, _names(resolved), strict=True)]
+        if not any((path / name).exists() for name in RUN_CONTENTS):
+            raise UserError(f"{folder} is not a run folder: it has no {', '.join(RUN_CONTENTS)}")
+    names = _shortest_unique_names(resolved)
+    return [read_run_folder(path, name) for path, name in zip(resolved, names, strict=True)]
 
 
-def _names(paths: list[Path]) -> list[str]:
+def _shortest_unique_names(paths: list[Path]) -> list[str]:
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
@@ -86,8 +86,8 @@ def _names(paths: list[Path]) -> list[str]:
     return names
 
 
-def read_run(folder: Path, name: str) -> Run:
-    """Read one run folder; whatever is missing or torn is left out and named."""
+def read_run_folder(folder: Path, name: str) -> Run:
+    """Read one run folder; list missing and damaged parts in ``Run.missing``."""
     run = Run(name, folder)
     run.config = _read_config(run)
     run.log = [e for e in _read_entries(run, "log.jsonl") if "loss" in e and "step" in e]
@@ -96,7 +96,7 @@ def read_run(folder: Path, name: str) -> Run:
     run.grids = _read_grids(run)
     run.checkpoints = [checkpoint_step(path) for path in list_checkpoints(folder)]
     if not run.checkpoints:
-        run.missing.append("no whole checkpoint")
+        run.missing.append("no complete checkpoint")
     planned = run.config.get("num_steps")
     if planned and run.step < planned:
         run.missing.append(f"not finished: step {run.step:,} of {planned:,}")
@@ -111,9 +111,9 @@ def _read_config(run: Run) -> dict[str, Any]:
     try:
         return flatten(load_config(TrainConfig, path))
     except UserError as error:
-        run.missing.append(f"settings as this version knows them ({error})")
-    try:  # of another version, perhaps
-        return flattened(yaml.safe_load(path.read_text()))
+        run.missing.append(f"config.yaml does not fit this version ({error})")
+    try:  # show the settings all the same: another version may have written them
+        return flatten_dict(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
         return {}
 
@@ -127,11 +127,11 @@ def _read_entries(run: Run, name: str) -> list[dict[str, Any]]:
         entries = read_log(path)
         lines = len(path.read_text().splitlines())
     except UnicodeDecodeError:
-        run.missing.append(f"{name} (no text)")
+        run.missing.append(f"{name} (not a text file)")
         return []
     if len(entries) < lines:
-        rest = "it is" if len(entries) == lines - 1 else "it and what follows are"
-        run.missing.append(f"{name}: line {len(entries) + 1} is torn; {rest} left out")
+        rest = "it is" if len(entries) == lines - 1 else "it and the following lines are"
+        run.missing.append(f"{name}: line {len(entries) + 1} is incomplete; {rest} left out")
     return [entry for entry in entries if isinstance(entry, dict)]
 
 

@@ -1,4 +1,4 @@
-"""Charts of a report: matplotlib's, as SVG that takes its ink from the page, light or dark."""
+"""Draw the charts of a report as SVG that follows the light or dark colours of the page."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 COLORS = [matplotlib.colors.to_hex(color) for color in matplotlib.colormaps["tab10"].colors]  # type: ignore[attr-defined]
-INK = "#0a0b0c"  # becomes the text colour of the page
+INK = "#0a0b0c"  # replaced by currentColor, the text colour of the page
 MAX_POINTS = 400
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -28,7 +27,7 @@ STYLE: Any = {
 
 
 class Series(NamedTuple):
-    """One run's values over its steps, both (n,)."""
+    """Values of one run over its steps, both (n,)."""
 
     run: str
     color: str
@@ -37,11 +36,11 @@ class Series(NamedTuple):
 
 
 def line_chart(title: str, series: Sequence[Series], *, log: bool = False) -> str:
-    """Values over steps, a line for each run, as an SVG element; empty where there are none.
+    """Draw one line per run as an SVG element; return ``""`` if there are no values.
 
-    More than ``MAX_POINTS`` are averaged down to so many; what is not finite is left out.
+    Values that are not finite are left out. Long lines are averaged down to ``MAX_POINTS`` points.
     """
-    lines = [line for line in map(_thinned, series) if len(line.steps)]
+    lines = [line for line in map(downsample, series) if len(line.steps)]
     if not lines:
         return ""
     with matplotlib.rc_context(STYLE):
@@ -55,27 +54,29 @@ def line_chart(title: str, series: Sequence[Series], *, log: bool = False) -> st
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
-        _by_step(axes)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         return _svg(figure, title)
 
 
-def load_chart(title: str, steps: Sequence[int], load: np.ndarray, spread: float) -> str:
-    """Head load of one layer over training as a heat map, an SVG element.
+def head_load_chart(title: str, steps: Sequence[int], load: np.ndarray, spread: float) -> str:
+    """Draw the head load of one layer over training as a heat map, an SVG element.
 
     Args:
-        title: what the chart is called to those who cannot see it.
+        title: label of the chart for screen readers.
         steps: (n,), steps of the entries.
-        load: float (n, E), the load of each routed head over that of even routing.
-        spread: the distance from 1 at which the colours end, blue below and red above.
+        load: float (n, E), load of each routed head divided by its load at balanced routing.
+        spread: colours run from ``1 - spread`` (blue) to ``1 + spread`` (red).
     """
-    shown = _means(load, MAX_POINTS // 2)
-    heads = shown.shape[1]
+    columns = _average_rows(load, MAX_POINTS // 2)
+    heads = columns.shape[1]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.4, 0.7 + 0.16 * max(heads, 4)), layout="constrained")
         axes = figure.subplots()
         end = steps[-1] + (steps[0] == steps[-1])
         axes.imshow(
-            shown.T, cmap="coolwarm", vmin=1 - spread, vmax=1 + spread, aspect="auto",
+            columns.T, cmap="coolwarm", vmin=1 - spread, vmax=1 + spread, aspect="auto",
             interpolation="nearest", extent=(steps[0], end, heads - 0.5, -0.5),
         )  # fmt: skip
         axes.set_yticks(range(0, heads, ceil(heads / 6)))
@@ -84,29 +85,24 @@ def load_chart(title: str, steps: Sequence[int], load: np.ndarray, spread: float
         return _svg(figure, title)
 
 
-def _by_step(axes: Axes) -> None:
-    axes.set_xlabel("step")
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-
-
-def _thinned(series: Series) -> Series:
+def downsample(series: Series) -> Series:
+    """Drop values that are not finite and average the rest down to ``MAX_POINTS`` points."""
     values = np.asarray(series.values, float)
     finite = np.isfinite(values)
     pairs = np.stack([np.asarray(series.steps, float)[finite], values[finite]], axis=-1)
-    steps, kept = _means(pairs, MAX_POINTS).T
+    steps, kept = _average_rows(pairs, MAX_POINTS).T
     return series._replace(steps=steps, values=kept)
 
 
-def _means(rows: np.ndarray, limit: int) -> np.ndarray:
-    """At most ``limit`` means of consecutive rows of (n, …)."""
+def _average_rows(rows: np.ndarray, limit: int) -> np.ndarray:
+    """Average consecutive rows of (n, …) so that at most ``limit`` rows remain."""
     if len(rows) <= limit:
         return rows
     return np.stack([part.mean(0) for part in np.array_split(rows, limit)])
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """The SVG element alone, as wide as the page allows."""
+    """Return the figure as an SVG element without a fixed size."""
     buffer = BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue().decode()
