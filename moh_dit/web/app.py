@@ -1,12 +1,12 @@
-"""The HTTP side: a page, and five addresses behind it.
+"""Serve the page and its HTTP interface.
 
     GET    /                    the page
-    GET    /model               what can be asked for
-    POST   /images              a request in, its progress out: a line of JSON for each change
-    GET    /images/ID/FILE      what was made: grid.png, cells.png, settings.yaml, head_load.json
+    GET    /model               classes, schedulers, defaults and limits, as JSON
+    POST   /images              sample images; streams the progress as lines of JSON
+    GET    /images/ID/FILE      results: grid.png, cells.png, settings.yaml, head_load.json
     DELETE /images/ID           cancel
 
-Whoever closes the connection of a POST cancels it too.
+Closing the connection of a POST cancels its job, too.
 """
 
 import asyncio
@@ -30,15 +30,15 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..common.errors import UserError
-from .jobs import FINISHED, Job, JobQueue, QueueFull
+from .job_queue import FINISHED, Job, JobQueue, QueueFull
 from .service import ImageService
 
 PAGE = Path(__file__).parent / "page"
-LARGEST_REQUEST = 1 << 16  # bytes
-SECONDS_BETWEEN_SIGNS_OF_LIFE = 15  # proxies close connections that are silent for a minute
+MAX_REQUEST_BYTES = 1 << 16
+KEEP_ALIVE_SECONDS = 15  # proxies close connections that are silent for a minute
 MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".yaml": "text/plain; charset=utf-8",
                ".json": "application/json"}  # fmt: skip
-# Everything comes from this server; no other page may embed or read it.
+# The browser may load resources only from this server, and other pages may not embed this one.
 HEADERS = {
     "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
     "form-action 'none'",
@@ -49,10 +49,10 @@ HEADERS = {
 
 
 class Server(uvicorn.Server):
-    """Serves :func:`create_app`; told to end, it first cancels all jobs, so that streams end."""
+    """Serves :func:`create_app`. On shutdown it first cancels all jobs, so that streams end."""
 
     def __init__(self, service: ImageService, allowed_hosts: list[str]):
-        self.jobs = JobQueue(service.make, service.config.max_waiting)
+        self.jobs = JobQueue(service.run_job, service.config.max_waiting)
         settings = uvicorn.Config(
             create_app(service, self.jobs, allowed_hosts),
             log_level="warning",
@@ -68,37 +68,37 @@ class Server(uvicorn.Server):
 
 
 def create_app(service: ImageService, jobs: JobQueue, allowed_hosts: list[str]) -> Starlette:
-    """The application for a service.
+    """Create the application.
 
     Args:
-        service: knows what may be asked.
-        jobs: makes it.
-        allowed_hosts: names in the ``Host`` header that are answered, ``*`` for any. A page that
-            listens on this machine alone answers to this machine's names alone, so that no other
-            site's name can be pointed at it.
+        service: checks requests and describes the model.
+        jobs: runs the jobs.
+        allowed_hosts: accepted names in the ``Host`` header, ``*`` for any. A server on the
+            loopback address accepts only its own names, so that a site whose domain name resolves
+            to this machine cannot read the page (DNS rebinding).
     """
 
     async def page(request: Request) -> Response:
         return FileResponse(PAGE / "index.html")
 
     async def model(request: Request) -> Response:
-        return JSONResponse(service.describe())
+        return JSONResponse(service.model_info())
 
     async def make(request: Request) -> Response:
-        settings = service.read(await read_json(request))
+        settings = service.parse_request(await read_json(request))
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
-        def tell() -> None:
-            with contextlib.suppress(RuntimeError):  # the server has stopped meanwhile
+        def notify() -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop may have stopped
                 loop.call_soon_threadsafe(changed.set)
 
-        job = Job(settings, tell)
+        job = Job(settings, notify)
         jobs.submit(job)
-        return StreamingResponse(follow(job, changed), media_type="application/x-ndjson",
+        return StreamingResponse(stream_states(job, changed), media_type="application/x-ndjson",
                                  headers={"x-accel-buffering": "no"})  # fmt: skip
 
-    async def follow(job: Job, changed: asyncio.Event) -> AsyncIterator[str]:
-        """The news of a job as they come; a slow reader gets the latest only."""
+    async def stream_states(job: Job, changed: asyncio.Event) -> AsyncIterator[str]:
+        """Yield each state of a job as a line; a slow reader gets only the latest state."""
         try:
             while True:
                 changed.clear()
@@ -107,24 +107,24 @@ def create_app(service: ImageService, jobs: JobQueue, allowed_hosts: list[str]) 
                 if state["status"] in FINISHED:
                     return
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(changed.wait(), SECONDS_BETWEEN_SIGNS_OF_LIFE)
+                    await asyncio.wait_for(changed.wait(), KEEP_ALIVE_SECONDS)
         finally:
-            jobs.cancel(job)  # nobody listens any more; no matter if it is done
+            jobs.cancel(job)  # the client has disconnected; no effect on a finished job
 
     async def file(request: Request) -> Response:
         name = request.path_params["name"]
-        content = find(request).files.get(name)
+        content = find_job(request).files.get(name)
         if content is None:
-            raise HTTPException(404, f"there is no {name} of these images")
+            raise HTTPException(404, f"these images have no file {name}")
         return Response(content, media_type=MEDIA_TYPES[Path(name).suffix])
 
     async def cancel(request: Request) -> Response:
-        jobs.cancel(find(request))
+        jobs.cancel(find_job(request))
         return Response(status_code=204)
 
-    def find(request: Request) -> Job:
+    def find_job(request: Request) -> Job:
         if (job := jobs.find(request.path_params["id"])) is None:
-            raise HTTPException(404, "these images are gone; make them again")
+            raise HTTPException(404, "these images no longer exist; generate them again")
         return job
 
     return Starlette(
@@ -137,35 +137,37 @@ def create_app(service: ImageService, jobs: JobQueue, allowed_hosts: list[str]) 
             Mount("/page", StaticFiles(directory=PAGE)),
         ],
         middleware=[
-            Middleware(with_headers),
+            Middleware(add_headers),
             Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts),
         ],
-        exception_handlers={UserError: say_what_is_wrong, HTTPException: say_what_is_wrong},
+        exception_handlers={UserError: error_response, HTTPException: error_response},
     )
 
 
 async def read_json(request: Request) -> Any:
-    """The body of a request.
+    """Return the decoded JSON body of a request.
+
+    The content type must be JSON, because browsers do not let other sites send that type without
+    this server's consent.
 
     Raises:
-        HTTPException: unless it is JSON of reasonable size. Its content type is asked for because
-            a browser lets no other site send that one without this server's consent.
+        HTTPException: the body is not JSON, or too large.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise HTTPException(415, "a request is JSON: content-type: application/json")
+        raise HTTPException(415, "a request must be JSON, with content-type: application/json")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > LARGEST_REQUEST:
-            raise HTTPException(413, f"a request has at most {LARGEST_REQUEST} bytes")
+        if len(body) > MAX_REQUEST_BYTES:
+            raise HTTPException(413, f"a request may have at most {MAX_REQUEST_BYTES} bytes")
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
         raise HTTPException(400, "the request is not valid JSON") from None
 
 
-async def say_what_is_wrong(request: Request, error: Exception) -> Response:
-    """``{"error": "one line"}``, whatever the mistake."""
+async def error_response(request: Request, error: Exception) -> Response:
+    """Answer any error with ``{"error": "one line"}``."""
     status, text = 400, str(error)
     if isinstance(error, HTTPException):
         status, text = error.status_code, error.detail
@@ -174,15 +176,15 @@ async def say_what_is_wrong(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": text}, status)
 
 
-def with_headers(app: ASGIApp) -> Callable[[Scope, Receive, Send], Any]:
-    """Put ``HEADERS`` on every response."""
+def add_headers(app: ASGIApp) -> Callable[[Scope, Receive, Send], Any]:
+    """Add ``HEADERS`` to each response."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_more(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        await app(scope, receive, send_more)
+        await app(scope, receive, send_with_headers)
 
     return answer

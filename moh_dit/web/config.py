@@ -1,62 +1,64 @@
-"""Everything that defines the page. The docstring under a field is its help text."""
+"""Settings of the demo page. The docstring under a field is its help text."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from ..common.errors import UserError
-from ..sampling.config import Precision, SampleConfig
+from ..sampling.config import Precision, SampleConfig, require_checkpoint
 
 
 @dataclass(kw_only=True)
 class DemoConfig:
-    """The page, who can reach it, and what a visitor may ask for:"""
+    """The model, the address of the page, and the limits of a request"""
 
     checkpoint: str
-    """Run folder (its newest checkpoint), one of its checkpoints, or a saved pipeline folder; may
-    be given without the name: moh-dit-demo RUN."""
+    """Run folder (its newest checkpoint), a checkpoint or a saved pipeline folder; may be given
+    without the name: moh-dit demo RUN."""
     weights: str = "transformer"
-    """Averaged weights to use: transformer (the first), raw, or a folder such as ema-0.999."""
+    """Weights to use: transformer (the first average), raw, or a folder such as ema-0.999."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. The page has no passwords: leave it at this machine's own unless
-    everyone who can reach it may use it (docs/web.md)."""
+    """Address to listen on. The page has no passwords: keep the default unless everyone who can
+    reach the address may use the page (docs/web.md)."""
     port: int = 7860
-    """Port to listen on; 0 for any that is free."""
+    """Port to listen on; 0 chooses a free port."""
 
     guidance_scale: float = 4.0
-    """Guidance weight that the page starts with."""
+    """Initial guidance weight on the page."""
     num_inference_steps: int = 50
-    """Denoising steps that the page starts with."""
+    """Initial number of denoising steps on the page."""
 
     max_images: int = 64
-    """Images that one request may ask for."""
+    """Maximum number of images per request."""
     max_inference_steps: int = 250
-    """Denoising steps that one request may ask for."""
+    """Maximum number of denoising steps per request."""
     max_waiting: int = 16
-    """Requests that may wait their turn; further ones are turned away."""
+    """Maximum number of waiting requests; further requests are rejected."""
     previews: int = 10
-    """Pictures on the way to the images, each decoded by the autoencoder; 0 for none."""
+    """Number of previews per request. The autoencoder decodes all images for each; 0 turns previews
+    off."""
 
     batch_size: int = 64
-    """Images per batch; on the CPU rounded up to whole units (docs/sampling.md)."""
+    """Images per batch. The CPU rounds it up to whole units (docs/sampling.md)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; a GPU if there is one unless given."""
+    """Device to run on; auto uses a GPU if there is one."""
     dtype: Precision = "float32"
-    """What the transformer runs in; latents and scheduler stay float32."""
+    """Precision of the transformer; latents and scheduler stay float32."""
     decode_dtype: Precision = "float32"
-    """What the autoencoder runs in."""
+    """Precision of the autoencoder."""
 
-    def check(self) -> None:
-        """Raise ``UserError`` for values that mean nothing, before any work."""
+    def check_paths(self) -> None:
+        """Raise ``UserError`` for invalid values and for a checkpoint that does not exist."""
         at_least = dict(max_images=1, max_inference_steps=1, max_waiting=0, previews=0)
         for name, least in dict(at_least, batch_size=1).items():
             if (value := getattr(self, name)) < least:
                 raise UserError(f"{name} is {value}; it must be at least {least}")
         if not 0 <= self.port < 1 << 16:
-            raise UserError(f"port is {self.port}; give one in 0 … 65535")
+            raise UserError(f"port is {self.port}; it must be between 0 and 65535")
+        require_checkpoint("checkpoint", self.checkpoint)
 
-    def sampling(self) -> SampleConfig:
-        """The settings that every request starts from."""
+    def to_sample_config(self) -> SampleConfig:
+        """Return the default settings of a request."""
         return SampleConfig(
             checkpoint=self.checkpoint,
             output="grid.png",

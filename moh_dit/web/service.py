@@ -1,4 +1,4 @@
-"""What may be asked of the page, and the making of it: a request in, files out."""
+"""Check requests of the page and sample their images."""
 
 import io
 import json
@@ -14,32 +14,33 @@ from typing import Any
 import torch
 
 from ..analysis.head_load import HeadLoad, HeadLoadRecorder
-from ..checkpoints.opening import resolve_checkpoint
+from ..checkpoints.runs import resolve_checkpoint
 from ..common.cli import nearest_key
 from ..common.errors import UserError
 from ..diffusion.samplers import samplers_for
 from ..pipeline.pipeline import MoHDiTPipeline
 from ..sampling.config import SampleConfig
 from ..sampling.engine import use_settings
-from ..sampling.grids import class_name, class_rows, draw_sheet, save_sheet
-from ..sampling.output_formats import to_png
-from ..sampling.program import facts, parse_labels, record
+from ..sampling.grids import class_name, draw_sheet, sample_rows
+from ..sampling.output_formats import save_sheet, to_png
+from ..sampling.sample import parse_labels, provenance_comments, settings_yaml
 from .config import DemoConfig
-from .jobs import Job
-from .watcher import Watcher, edge_to_edge
+from .job_progress import JobProgress, tile
+from .job_queue import Job
 
-LONGEST_NAME = 200
+MAX_NAME_LENGTH = 200
 
 
 class ImageService:
-    """Makes images for requests, within limits.
+    """Samples images for requests, within limits.
 
     Args:
-        pipeline: where they come from, on its device.
-        config: limits and defaults; ``checkpoint`` resolved, since it goes into every record.
+        pipeline: the pipeline to sample from, on its device.
+        config: limits and defaults. Its ``checkpoint`` is part of the settings of each sheet, so it
+            must name one checkpoint, not a run folder.
 
     Raises:
-        UserError: when the defaults do not fit the model.
+        UserError: the defaults do not fit the model.
     """
 
     def __init__(self, pipeline: MoHDiTPipeline, config: DemoConfig):
@@ -47,14 +48,15 @@ class ImageService:
         trained = pipeline.scheduler.config.num_train_timesteps
         self.max_inference_steps = min(config.max_inference_steps, trained)
         self.name = run_name(config.checkpoint)
-        defaults = config.sampling()
+        defaults = config.to_sample_config()
         steps = min(defaults.num_inference_steps, self.max_inference_steps)
         self.defaults = replace(defaults, num_inference_steps=steps)
         use_settings(pipeline, self.defaults)
-        self.facts = facts(self.defaults, pipeline)  # once: it hashes all weights
+        # Computed once, because it hashes all weights.
+        self.comments = provenance_comments(self.defaults, pipeline)
 
-    def describe(self) -> dict[str, Any]:
-        """What the page needs to know of the model, for JSON."""
+    def model_info(self) -> dict[str, Any]:
+        """Return classes, schedulers, defaults and limits for the page, as JSON."""
         classes = range(self.pipeline.transformer.config.num_classes)
         return {
             "name": self.name,
@@ -66,22 +68,25 @@ class ImageService:
             "max_images": self.config.max_images,
         }
 
-    def read(self, asked: Any) -> SampleConfig:
-        """The configuration that a request (decoded JSON) means, checked against model and limits.
+    def parse_request(self, request: Any) -> SampleConfig:
+        """Return the settings of a request, checked against the model and the limits.
 
-        What it leaves out, or gives as ``null`` or ``""``, is the default's.
+        Args:
+            request: decoded JSON. Settings that are missing, ``null`` or ``""`` keep their default.
 
         Raises:
-            UserError: in words for whoever asked.
+            UserError: the request is invalid.
         """
-        if not isinstance(asked, dict):
-            raise UserError('a request is a JSON object, such as {"class_labels": [0]}')
-        for key in asked:
+        if not isinstance(request, dict):
+            raise UserError('a request must be a JSON object, such as {"class_labels": [0]}')
+        for key in request:
             if key not in SETTINGS:
                 nearest = nearest_key(key, list(SETTINGS))
-                hint = f"did you mean {nearest}?" if nearest else f"there are {', '.join(SETTINGS)}"
+                hint = f"did you mean {nearest}?" if nearest else f"one of {', '.join(SETTINGS)}"
                 raise UserError(f"unknown setting {key!r} ({hint})")
-        given = {key: read_value(key, value) for key, value in asked.items() if value or value == 0}
+        given = {
+            key: parse_value(key, value) for key, value in request.items() if value or value == 0
+        }
         labels = self.pipeline.label_ids(given.pop("class_labels", []))
         if not labels:
             raise UserError("no class is chosen; choose at least one")
@@ -90,92 +95,92 @@ class ImageService:
         count = len(labels) * config.images_per_class
         if count > self.config.max_images:
             raise UserError(
-                f"{config.images_per_class} images of each of {len(labels)} classes are {count}; "
-                f"at most {self.config.max_images} are made at once"
+                f"{config.images_per_class} images of each of {len(labels)} classes are {count} "
+                f"images; at most {self.config.max_images} are allowed per request"
             )
         if config.num_inference_steps > self.max_inference_steps:
             raise UserError(
                 f"num_inference_steps is {config.num_inference_steps}; at most "
-                f"{self.max_inference_steps} are taken here"
+                f"{self.max_inference_steps} are allowed"
             )
         use_settings(self.pipeline, config)
         output = f"{self.name}-seed{config.seed}.png"
-        return replace(config, class_labels=self._written(labels), output=output)
+        return replace(config, class_labels=self._labels_text(labels), output=output)
 
-    def make(self, job: Job) -> dict[str, Any]:
-        """Make the images that ``job.request``, a configuration from :meth:`read`, asks for.
+    def run_job(self, job: Job) -> dict[str, Any]:
+        """Sample the images of ``job.request``, which comes from :meth:`parse_request`.
 
-        The job gets the files ``preview.jpg`` on the way and in the end ``grid.png``, the labelled
-        sheet with its settings inside; ``cells.png``, the images alone, edge to edge;
-        ``settings.yaml``; and ``head_load.json`` where the model has routed heads.
+        During sampling the job has the file ``preview.jpg``. At the end it has ``grid.png`` (the
+        labelled sheet with its settings inside), ``cells.png`` (the images without labels or gaps),
+        ``settings.yaml``, and ``head_load.json`` if the model has routed heads.
 
         Returns:
-            For JSON: name of the sheet, ``rows`` (class names), ``columns`` and ``head_load``.
+            For JSON: ``name`` of the sheet, ``rows`` (class names), ``columns`` and ``head_load``.
 
         Raises:
-            Cancelled: within a step of the job being cancelled.
-            UserError: when the memory of the GPU is not enough.
+            Cancelled: the job was cancelled; raised within one step.
+            UserError: the GPU has not enough memory.
         """
         config: SampleConfig = job.request
         labels = parse_labels(self.pipeline, config.class_labels)
         model = self.pipeline.transformer
         trained = self.pipeline.scheduler.config.num_train_timesteps
-        looking: Any = nullcontext()
+        recording: Any = nullcontext()
         if model.routed_layers:
-            looking = HeadLoadRecorder(model, num_train_timesteps=trained)
+            recording = HeadLoadRecorder(model, num_train_timesteps=trained)
         shape = (len(labels), config.images_per_class)
         chosen, _ = use_settings(self.pipeline, config)
         try:
-            with looking as recorder:
-                images, names = class_rows(
+            with recording as recorder:
+                images, names = sample_rows(
                     self.pipeline,
                     config,
                     labels,
                     config.images_per_class,
                     batch_size=config.batch_size,
                     decode_batch_size=config.batch_size,
-                    on_step=Watcher(chosen, config, shape, job, recorder, self.config.previews),
+                    on_step=JobProgress(chosen, config, shape, job, recorder, self.config.previews),
                 )
         except torch.OutOfMemoryError:
-            raise UserError("not enough memory on the GPU; ask for fewer images") from None
-        job.stop_if_unwanted()
-        settings, sheet = record(config, self.facts), io.BytesIO()
+            raise UserError("the GPU has not enough memory; request fewer images") from None
+        job.raise_if_cancelled()
+        settings, sheet = settings_yaml(config, self.comments), io.BytesIO()
         save_sheet(draw_sheet(images, names), sheet, settings)
         job.files = {
             "grid.png": sheet.getvalue(),
-            "cells.png": to_png(edge_to_edge(images)),
+            "cells.png": to_png(tile(images)),
             "settings.yaml": settings.encode(),
         }
-        news = {"name": config.output, "rows": names, "columns": config.images_per_class}
+        details = {"name": config.output, "rows": names, "columns": config.images_per_class}
         if recorder is None:
-            return news
+            return details
         load = recorder.result()
         all_names = [class_name(self.pipeline, label) for label in load.classes]
         job.files["head_load.json"] = json.dumps(load.to_dict(all_names)).encode()
-        return {**news, "head_load": summarize(load, all_names)}
+        return {**details, "head_load": summarize(load, all_names)}
 
-    def _written(self, labels: list[int]) -> str:
-        """Classes as in a configuration: by name where that means the same ones, else by id."""
+    def _labels_text(self, labels: list[int]) -> str:
+        """Return classes as text for the settings: by name if that is unambiguous, else by id."""
         names = ",".join(class_name(self.pipeline, label) for label in labels)
         try:
             if parse_labels(self.pipeline, names) == labels:
                 return names
         except UserError:
-            pass  # two classes of one name, or a comma that misleads
+            pass  # two classes have the same name, or a name contains a comma
         return ",".join(map(str, labels))
 
 
-def read_value(key: str, value: Any) -> Any:
-    """One setting of a request in its type; a ``UserError`` where it is none."""
-    read, form = SETTINGS[key]
+def parse_value(key: str, value: Any) -> Any:
+    """Convert one setting of a request to its type; raise ``UserError`` if that is impossible."""
+    parse, expected = SETTINGS[key]
     try:
-        return read(value)
+        return parse(value)
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{key} is {reprlib.repr(value)}; give {form}") from None
+        raise UserError(f"{key} is {reprlib.repr(value)}; give {expected}") from None
 
 
 def _of_type(value: Any, *types: type) -> Any:
-    if type(value) not in types:  # not isinstance: True is no number
+    if type(value) not in types:  # isinstance would accept True as a number
         raise TypeError
     return value
 
@@ -192,7 +197,7 @@ def _number(value: Any) -> float:
 
 
 def _name(value: Any) -> str:
-    if len(_of_type(value, str)) > LONGEST_NAME:
+    if len(_of_type(value, str)) > MAX_NAME_LENGTH:
         raise ValueError
     return value
 
@@ -201,7 +206,8 @@ def _labels(value: Any) -> list[int | str]:
     return [item if type(item) is int else _name(item) for item in _of_type(value, list)]
 
 
-# What a request may hold. Numbers may come as text: a browser's own are exact below 2^53 only.
+# Settings of a request, with parser and expected value. Numbers may be given as text, because
+# JavaScript represents integers exactly only below 2^53.
 SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "class_labels": (_labels, "a list of class names or ids"),
     "images_per_class": (_whole_number, "a whole number"),
@@ -213,7 +219,7 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 def run_name(checkpoint: str) -> str:
-    """What files of a checkpoint are called: the run and the step, or the pipeline's folder."""
+    """Return a name for files sampled from a checkpoint: run and step, or the pipeline folder."""
     path = Path(checkpoint).resolve()
     if (path / "model_index.json").is_file():
         name = path.name
@@ -224,10 +230,10 @@ def run_name(checkpoint: str) -> str:
 
 
 def summarize(load: HeadLoad, class_names: list[str]) -> dict[str, Any]:
-    """Head load as the page shows it: a share for each view, layer and routed head.
+    """Return the head load for the page: a share for each view, layer and routed head.
 
-    Views are all classes, each class (both as seen by the half of guidance that is given the
-    class), and the half that is given none.
+    The views are all classes, each class, and the null class of guidance. The first two count only
+    evaluations with the class.
     """
     layers = load.layers
     with_class, without = zip(*(load.share(layer, "half") for layer in layers), strict=True)
@@ -237,14 +243,14 @@ def summarize(load: HeadLoad, class_names: list[str]) -> dict[str, Any]:
         for row, name in enumerate(class_names):
             views[name] = tuple(shares[row] for shares in by_class)
     if not any(shares.size and math.isnan(shares[0]) for shares in without):
-        views["no class (the other half of guidance)"] = without
+        views["null class (other half of guidance)"] = without
     return {
         "layers": [
             {
                 "index": layer,
                 "shared_heads": load.num_shared[layer],
                 "active_routed_heads": load.num_active[layer],
-                "even": load.even(layer),
+                "even": load.balanced_share(layer),
             }
             for layer in layers
         ],

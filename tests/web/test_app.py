@@ -117,8 +117,8 @@ def test_a_request_is_followed_to_its_files(address, service):
         ("POST", "/images", " " * 70_000, {}, 413, "at most 65536 bytes"),
         ("POST", "/images", ASKED, {"Content-Type": "text/plain"}, 415, "application/json"),
         ("GET", "/images", None, {}, 405, "Method Not Allowed"),
-        ("GET", "/images/x/grid.png", None, {}, 404, "make them again"),
-        ("DELETE", "/images/x", None, {}, 404, "make them again"),
+        ("GET", "/images/x/grid.png", None, {}, 404, "generate them again"),
+        ("DELETE", "/images/x", None, {}, 404, "generate them again"),
         ("GET", "/page/../app.py", None, {}, 404, "Not Found"),
         ("GET", "/nothing", None, {}, 404, "Not Found"),
     ],
@@ -136,7 +136,7 @@ def test_a_file_that_these_images_have_not(address):
         making.until("done")
         assert making.response.read() == b""
         status, _, content = ask(connection, "GET", f"/images/{making.id}/raw.pt")
-        assert (status, content) == (404, {"error": "there is no raw.pt of these images"})
+        assert (status, content) == (404, {"error": "these images have no file raw.pt"})
 
 
 def test_other_names_are_not_answered(address):

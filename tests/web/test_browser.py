@@ -116,9 +116,9 @@ def test_a_wrong_value_is_said_and_nothing_lost(visit):
     page = visit()
     generate(page)
     for name, value, message in (
-        ("seed", "-1", "seed is -1; give one in 0"),
+        ("seed", "-1", "seed is -1; it must be between 0"),
         ("num_inference_steps", "9999", "at most 250"),
-        ("images_per_class", "21", "at most 20 are made at once"),
+        ("images_per_class", "21", "at most 20 are allowed per request"),
     ):
         field = page.locator(f"[name={name}]")
         before = field.input_value()
@@ -143,7 +143,7 @@ def test_two_users_queue_and_one_cancels(visit, gate):
         expect(first.locator("#cancel")).to_be_enabled()
         gate.wait()
         second.click("#make")
-        expect(second.locator("#status")).to_have_text("Waiting: 1 ahead of you.")
+        expect(second.locator("#status")).to_have_text("Waiting: 1 request ahead of yours.")
         with first.expect_response(lambda response: response.request.method == "DELETE"):
             first.click("#cancel")
         before = gate.evaluations

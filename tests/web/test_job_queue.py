@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from moh_dit.common.errors import UserError
-from moh_dit.web.jobs import FINISHED, KEPT, Job, JobQueue, QueueFull
+from moh_dit.web.job_queue import FINISHED, FINISHED_JOBS_KEPT, Job, JobQueue, QueueFull
 
 PATIENCE = 60
 
@@ -38,7 +38,7 @@ class Work:
         self.begun.set()
         for _ in range(3):
             assert self.steps.acquire(timeout=PATIENCE)
-            job.stop_if_unwanted()
+            job.raise_if_cancelled()
         if isinstance(job.request, Exception):
             raise job.request
         job.files["made"] = b"!"
@@ -109,14 +109,14 @@ def test_work_that_fails_says_so_and_the_next_one_runs(jobs, work, capsys):
     mistake, broken, after = submit(jobs, work, UserError("too big"), KeyError("x"), "b")
     work.let_go()
     assert mistake.end() == {"status": "failed", "error": "too big"}
-    assert broken.end()["error"] == "the server failed at this; its log says how"
+    assert broken.end()["error"] == "the server failed to sample; see the traceback in its log"
     assert after.end()["status"] == "done"
     assert "KeyError: 'x'" in capsys.readouterr().err
 
 
 def test_old_results_are_forgotten_and_ids_cannot_be_guessed(jobs, work):
     work.let_go()
-    made = [Watched(number) for number in range(KEPT + 1)]
+    made = [Watched(number) for number in range(FINISHED_JOBS_KEPT + 1)]
     for job in made:
         jobs.submit(job)
         job.end()
@@ -135,5 +135,5 @@ def test_closing_cancels_everything(work):
     work.let_go()
     closing.join()
     assert running.end() == {"status": "cancelled"}
-    with pytest.raises(QueueFull, match="about to end"):
+    with pytest.raises(QueueFull, match="shutting down"):
         jobs.submit(Watched("c"))

@@ -1,4 +1,4 @@
-"""The demo as people start it."""
+"""The demo, started from the command line."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 from helpers.web_server import write_run
 
 from moh_dit.__main__ import run_command
-from moh_dit.web import program
+from moh_dit.web import serve
 
 
 @pytest.fixture(scope="module")
@@ -20,16 +20,15 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "digits")
 
 
-def start(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["moh-dit-demo", *map(str, arguments)])
+def start(*arguments):
     with pytest.raises(SystemExit) as end:
-        run_command("demo")
+        run_command("demo", [*map(str, arguments)], prog="moh-dit demo")
     return end.value.code
 
 
 def test_it_answers_on_this_machine_until_interrupted(run):
-    root = Path(program.__file__).parents[2]
-    command = [sys.executable, "-m", "moh_dit.web.program", run, "--port", "0"]
+    root = Path(serve.__file__).parents[2]
+    command = [sys.executable, "-m", "moh_dit", "demo", run, "--port", "0"]
     server = subprocess.Popen(
         command,
         cwd=root,
@@ -60,7 +59,7 @@ def test_it_answers_on_this_machine_until_interrupted(run):
     finally:
         server.kill()
     assert server.returncode == 130
-    assert errors == "moh-dit-demo: interrupted\n"
+    assert errors == "python -m moh_dit demo: interrupted\n"
 
 
 @pytest.mark.parametrize(
@@ -74,8 +73,8 @@ def test_it_answers_on_this_machine_until_interrupted(run):
         (["nowhere", "--max_image", "1"], "did you mean max_images"),
     ],
 )
-def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):
-    assert start(monkeypatch, *arguments) == 2
+def test_mistakes_are_one_line(capsys, arguments, message):
+    assert start(*arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -84,21 +83,21 @@ def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):
 def test_a_port_in_use_is_said_before_the_model_is_loaded(run, monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr("moh_dit.sampling.program.load_pipeline", None)
-        assert start(monkeypatch, run, "--port", port) == 2
+        monkeypatch.setattr("moh_dit.sampling.sample.load_pipeline", None)
+        assert start(run, "--port", port) == 2
     said = "Address already in use; give another host or port"
-    expected = f"moh-dit-demo: error: cannot listen on 127.0.0.1, port {port}: {said}\n"
+    expected = f"moh-dit demo: error: cannot listen on 127.0.0.1, port {port}: {said}\n"
     assert capsys.readouterr().err == expected
 
 
-def test_an_address_of_another_machine_is_said(run, monkeypatch, capsys):
-    assert start(monkeypatch, run, "--host", "192.0.2.1", "--port", 0) == 2
+def test_an_address_of_another_machine_is_said(run, capsys):
+    assert start(run, "--host", "192.0.2.1", "--port", 0) == 2
     assert "cannot listen on 192.0.2.1, port 0: Cannot assign" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("package", ["starlette", "uvicorn"])
 def test_without_the_extra_it_says_what_to_install(run, monkeypatch, capsys, package):
     monkeypatch.setitem(sys.modules, package, None)
-    assert start(monkeypatch, run) == 2
+    assert start(run) == 2
     expected = f"the page needs {package}, which is not installed: pip install 'moh-dit[web]'"
     assert expected in capsys.readouterr().err

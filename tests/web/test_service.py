@@ -14,7 +14,7 @@ import sample_dit
 from moh_dit.checkpoints.opening import load_pipeline
 from moh_dit.common.errors import UserError
 from moh_dit.sampling.engine import generate
-from moh_dit.web.jobs import Cancelled, Job
+from moh_dit.web.job_queue import Cancelled, Job
 from moh_dit.web.service import ImageService
 
 ASKED = {"class_labels": ["3", 7], "images_per_class": 2, "scheduler": "euler-ancestral"}
@@ -32,8 +32,8 @@ def service(run):
 
 
 def make(service, asked):
-    job = Job(service.read(asked))
-    return job, service.make(job)
+    job = Job(service.parse_request(asked))
+    return job, service.run_job(job)
 
 
 def pixels(png):
@@ -58,7 +58,7 @@ def test_the_command_line_makes_the_same_sheet_from_it(service, tmp_path, monkey
 def test_cells_are_the_images_edge_to_edge(service):
     job, news = make(service, ASKED)
     assert (news["rows"], news["columns"]) == (["3", "7"], 2)
-    _, images = next(generate(service.pipeline, [3, 3, 7, 7], service.read(ASKED)))
+    _, images = next(generate(service.pipeline, [3, 3, 7, 7], service.parse_request(ASKED)))
     cells = pixels(job.files["cells.png"])
     assert cells.shape == (64, 64, 3)
     for index, image in enumerate(images):
@@ -74,8 +74,8 @@ def test_progress_and_previews(service):
         if job.state["picture"] > len(previews):
             previews.append(job.files["preview.jpg"])
 
-    job = Job(service.read({**ASKED, "num_inference_steps": 9}), watch)
-    service.make(job)
+    job = Job(service.parse_request({**ASKED, "num_inference_steps": 9}), watch)
+    service.run_job(job)
     assert [state["done"] for state in news] == [4 * (step + 1) for step in range(9)]
     assert {state["total"] for state in news} == {36}
     assert [state["picture"] for state in news] == [1, 1, 1, 1, 2, 2, 2, 2, 2]
@@ -89,7 +89,7 @@ def test_head_load_is_of_these_images(service):
     (layer,) = news["head_load"]["layers"]
     assert layer == {"index": 1, "shared_heads": 2, "active_routed_heads": 1, "even": 0.5}
     views = {view["name"]: view["shares"][0] for view in news["head_load"]["views"]}
-    assert list(views) == ["all classes", "3", "7", "no class (the other half of guidance)"]
+    assert list(views) == ["all classes", "3", "7", "null class (other half of guidance)"]
     for shares in views.values():
         assert sum(shares) == pytest.approx(1, abs=1e-3)
     assert np.allclose(np.mean([views["3"], views["7"]], axis=0), views["all classes"], atol=1e-3)
@@ -111,10 +111,10 @@ def test_a_model_without_routed_heads_has_no_head_load(tmp_path):
 def test_cancelling_stops_within_a_step(run):
     pipeline = load_pipeline(run)
     service, gate = ImageService(pipeline, demo_config(run)), Gate(pipeline.transformer)
-    job = Job(service.read({"class_labels": [1, 2], "num_inference_steps": 10}))
-    job.on_change = job.unwanted.set  # at the first news, which comes after the first step
+    job = Job(service.parse_request({"class_labels": [1, 2], "num_inference_steps": 10}))
+    job.on_change = job.cancelled.set  # at the first news, which comes after the first step
     with pytest.raises(Cancelled):
-        service.make(job)
+        service.run_job(job)
     assert gate.evaluations == 2
     assert not pipeline.transformer.routed_layers[1]._forward_pre_hooks
 
@@ -122,7 +122,7 @@ def test_cancelling_stops_within_a_step(run):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ([], "a request is a JSON object"),
+        ([], "a request must be a JSON object"),
         ({"class_labels": []}, "no class is chosen"),
         ({}, "no class is chosen"),
         ({"class_labels": ["cat"]}, "no class is named 'cat'"),
@@ -133,9 +133,9 @@ def test_cancelling_stops_within_a_step(run):
         ({"class_labels": ["9" * 5000]}, "give a list of class names or ids"),
         ({"images_per_class": 0}, "images_per_class is 0; it must be at least 1"),
         ({"images_per_class": 2.5}, "images_per_class is 2.5; give a whole number"),
-        ({"images_per_class": "4"}, "4 images of each of 2 classes are 8; at most 6"),
-        ({"images_per_class": 10**20}, "at most 6 are made at once"),
-        ({"num_inference_steps": 51}, "at most 50 are taken here"),
+        ({"images_per_class": "4"}, "4 images of each of 2 classes are 8 images; at most 6"),
+        ({"images_per_class": 10**20}, "at most 6 are allowed per request"),
+        ({"num_inference_steps": 51}, "at most 50 are allowed"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"num_inference_steps": "many"}, "num_inference_steps is 'many'; give a whole number"),
         ({"guidance_scale": "NaN"}, "guidance_scale is 'NaN'; give a number"),
@@ -143,8 +143,8 @@ def test_cancelling_stops_within_a_step(run):
         ({"guidance_scale": 10**400}, "give a number"),
         ({"scheduler": "flow-euler"}, "those that fit are ddpm, ddim"),
         ({"scheduler": 3}, "scheduler is 3; give the name of a sampler"),
-        ({"seed": -1}, "seed is -1; give one in 0 … 2^64 - 1"),
-        ({"seed": str(1 << 64)}, "give one in 0 … 2^64 - 1"),
+        ({"seed": -1}, "seed is -1; it must be between 0 and 2^64 - 1"),
+        ({"seed": str(1 << 64)}, "it must be between 0 and 2^64 - 1"),
         ({"checkpoint": "/etc"}, "unknown setting 'checkpoint'"),
         ({"gidance_scale": 2}, "did you mean guidance_scale?"),
     ],
@@ -153,19 +153,19 @@ def test_wrong_values_are_said_in_words(service, asked, message):
     if isinstance(asked, dict) and asked and "class_labels" not in asked:
         asked = {"class_labels": [0, 1], **asked}
     with pytest.raises(UserError) as error:
-        service.read(asked)
+        service.parse_request(asked)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300
 
 
 def test_what_is_left_out_is_the_default(service):
-    config = service.read(
+    config = service.parse_request(
         {"class_labels": ["0"], "scheduler": "", "seed": None, "guidance_scale": 0}
     )
     assert (config.scheduler, config.seed, config.guidance_scale) == (None, 0, 0.0)
     assert config.num_inference_steps == 4
-    big = service.read({"class_labels": ["0"], "seed": str((1 << 64) - 1)})
+    big = service.parse_request({"class_labels": ["0"], "seed": str((1 << 64) - 1)})
     assert big.seed == (1 << 64) - 1
 
 
@@ -174,15 +174,15 @@ def test_classes_of_one_name_are_recorded_by_id(run):
     names = ["crane"] * 2 + ["a, b", "a", " b", *"56789"]
     pipeline.register_to_config(class_names=names)
     service = ImageService(pipeline, demo_config(run))
-    assert service.read({"class_labels": [1, 2]}).class_labels == "1,2"
-    assert service.read({"class_labels": [2, 5]}).class_labels == "a, b,5"
-    assert service.read({"class_labels": ["a, b"]}).class_labels == "a, b"
+    assert service.parse_request({"class_labels": [1, 2]}).class_labels == "1,2"
+    assert service.parse_request({"class_labels": [2, 5]}).class_labels == "a, b,5"
+    assert service.parse_request({"class_labels": ["a, b"]}).class_labels == "a, b"
 
 
 def test_too_little_memory_is_said_in_words(service, monkeypatch):
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("moh_dit.web.service.class_rows", fail)
-    with pytest.raises(UserError, match="ask for fewer images"):
+    monkeypatch.setattr("moh_dit.web.service.sample_rows", fail)
+    with pytest.raises(UserError, match="request fewer images"):
         make(service, ASKED)

@@ -1,9 +1,9 @@
-// The page: reads the form, follows the progress that the server streams, shows what comes.
+// Read the form, follow the progress that the server streams, and show the images.
 
 const $ = (id) => document.getElementById(id);
 const form = $("settings");
-const MANY_CLASSES = 20; // from here on there is a field to search in
-const LONG_NAME = 6; // letters; from here on a phone has the name above the images
+const MANY_CLASSES = 20; // show the search field from this number of classes
+const LONG_NAME = 6; // letters; phones show names this long above the images, not beside them
 let maximum = Infinity;
 let running = null; // {id, abort}
 
@@ -11,7 +11,7 @@ function element(tag, text = "", properties = {}) {
   return Object.assign(document.createElement(tag), { textContent: text }, properties);
 }
 
-function say(text, { error = "", progress = null } = {}) {
+function showStatus(text, { error = "", progress = null } = {}) {
   $("status").textContent = text;
   $("error").textContent = error;
   $("error").hidden = !error;
@@ -63,7 +63,7 @@ $("search").oninput = () => {
   const part = $("search").value.toLowerCase();
   for (const label of $("names").children) {
     const found = label.textContent.toLowerCase().includes(part);
-    label.hidden = !found && !label.firstChild.checked; // what is chosen stays in sight
+    label.hidden = !found && !label.firstChild.checked; // chosen classes stay visible
   }
 };
 $("search").onkeydown = (event) => event.key === "Enter" && event.preventDefault();
@@ -71,7 +71,7 @@ $("dice").onclick = () => {
   form.seed.value = crypto.getRandomValues(new Uint32Array(1))[0];
 };
 
-// ---- making images
+// ---- sampling
 
 form.onsubmit = (event) => {
   event.preventDefault();
@@ -92,9 +92,9 @@ async function make() {
   running = { id: null, abort: new AbortController() };
   $("make").disabled = true;
   $("cancel").disabled = false;
-  say("Asking …");
+  showStatus("Sending the request …");
   if ($("result").getBoundingClientRect().top > innerHeight / 2) {
-    $("result").scrollIntoView(); // on a phone it is below the form
+    $("result").scrollIntoView(); // on phones the result is below the form
   }
   try {
     const response = await fetch("images", {
@@ -103,16 +103,16 @@ async function make() {
       body: JSON.stringify({ ...values, class_labels: labels }),
       signal: running.abort.signal,
     });
-    if (!response.ok) return say("Nothing was made.", { error: await reason(response) });
+    if (!response.ok) return showStatus("No images were sampled.", { error: await reason(response) });
     let last = { status: "running" };
     let grid = null;
     for await (const news of lines(response.body)) {
       last = news;
       running.id = news.id;
       if (news.status === "waiting") {
-        say(news.ahead ? `Waiting: ${news.ahead} ahead of you.` : "Starting …");
+        showStatus(news.ahead ? `Waiting: ${news.ahead} ${news.ahead > 1 ? "requests" : "request"} ahead of yours.` : "Starting …");
       } else if (news.status === "running") {
-        say("Denoising …", { progress: news.done / news.total });
+        showStatus("Denoising …", { progress: news.done / news.total });
         if (news.picture) {
           grid ??= layOut(names, columns);
           fill(grid, `images/${news.id}/preview.jpg?${news.picture}`);
@@ -121,8 +121,8 @@ async function make() {
     }
     await end(last, grid);
   } catch (error) {
-    if (error.name === "AbortError") say("Cancelled.");
-    else say("Nothing was made.", { error: "The server cannot be reached any more." });
+    if (error.name === "AbortError") showStatus("Cancelled.");
+    else showStatus("No images were sampled.", { error: "The connection to the server was lost." });
   } finally {
     running = null;
     $("make").disabled = false;
@@ -136,9 +136,9 @@ async function end(news, grid) {
     await fill(grid, `images/${news.id}/cells.png`);
     showDownloads(news);
     showHeadLoad(news);
-    say("Done.");
-  } else if (news.status === "cancelled") say("Cancelled.");
-  else say("Nothing was made.", { error: news.error ?? "The server ended before the images did." });
+    showStatus("Done.");
+  } else if (news.status === "cancelled") showStatus("Cancelled.");
+  else showStatus("No images were sampled.", { error: news.error ?? "The server stopped during sampling." });
 }
 
 async function reason(response) {
@@ -161,7 +161,7 @@ async function* lines(body) {
   }
 }
 
-// ---- showing them: every cell is a window on one picture of all of them
+// ---- display: all cells show parts of one picture, which holds all images
 
 function layOut(names, columns) {
   const cells = [];
@@ -194,7 +194,7 @@ async function fill(grid, address) {
   try {
     await picture.decode();
   } catch {
-    return; // a preview that is gone already
+    return; // the server has already replaced or discarded this preview
   }
   if (turn < grid.latest) return;
   const side = picture.naturalWidth / grid.columns;
@@ -226,7 +226,7 @@ function heatMap({ layers }, { shares }) {
   const heads = Math.max(...shares.map((row) => row.length));
   const top = element("tr");
   top.append(element("th"), ...Array.from({ length: heads }, (_, i) => element("th", `head ${i}`)));
-  top.append(element("th", "if even"));
+  top.append(element("th", "balanced"));
   const rows = layers.map((layer, index) => {
     const row = element("tr");
     row.append(element("th", `layer ${layer.index}`));
@@ -242,4 +242,4 @@ function heatMap({ layers }, { shares }) {
   return [top, ...rows];
 }
 
-describe().catch(() => say("", { error: "The server cannot be reached." }));
+describe().catch(() => showStatus("", { error: "The server cannot be reached." }));

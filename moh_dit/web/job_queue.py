@@ -1,4 +1,4 @@
-"""Requests in turn: one model, one worker thread, a bounded queue, and cancelling that works."""
+"""Run sampling jobs one at a time, from a bounded queue, with cancellation."""
 
 import secrets
 import threading
@@ -11,29 +11,29 @@ from ..common.errors import UserError
 
 FINISHED = ("done", "cancelled", "failed")
 SECONDS_TO_STOP = 10
-KEPT = 16  # finished jobs whose files can still be fetched
+FINISHED_JOBS_KEPT = 16
 
 
 class Cancelled(Exception):
-    """Raised inside the work of a job that nobody wants any more."""
+    """Raised inside the work of a cancelled job."""
 
 
 class QueueFull(UserError):
-    """So many requests are waiting that this one must come back later."""
+    """Raised when a job cannot be queued because too many jobs are waiting."""
 
 
 class Job:
-    """One request on its way. Any thread may read it.
+    """One request, from waiting to finished. Any thread may read it.
 
     Args:
-        request: what is asked for, checked.
-        on_change: called after every change of ``state``, from whichever thread made it.
+        request: the checked settings of the request.
+        on_change: called after each change of ``state``, by the thread that made the change.
 
     Attributes:
-        id: cannot be guessed: who knows it may see and cancel the job.
-        state: the news in one dictionary, replaced as a whole; ``status`` is waiting,
-            running, or one of ``FINISHED``.
-        files: what was made, by name.
+        id: random identifier. Whoever knows it may see and cancel the job.
+        state: status and progress, replaced as one dictionary. ``status`` is waiting, running, or
+            one of ``FINISHED``.
+        files: results, by file name.
     """
 
     def __init__(self, request: Any, on_change: Callable[[], None] = lambda: None):
@@ -41,70 +41,70 @@ class Job:
         self.id = secrets.token_urlsafe(16)
         self.files: dict[str, bytes] = {}
         self.state: dict[str, Any] = {"status": "waiting", "ahead": 0}
-        self.unwanted = threading.Event()
+        self.cancelled = threading.Event()
 
-    def publish(self, status: str, **news: Any) -> None:
-        """Replace ``state`` and tell."""
-        self.state = {"status": status, **news}
+    def publish(self, status: str, **details: Any) -> None:
+        """Replace ``state`` and call ``on_change``."""
+        self.state = {"status": status, **details}
         self.on_change()
 
-    def stop_if_unwanted(self) -> None:
-        """Raise :class:`Cancelled` once the job is cancelled; the work calls it often."""
-        if self.unwanted.is_set():
+    def raise_if_cancelled(self) -> None:
+        """Raise :class:`Cancelled` if the job is cancelled. Its work calls this at each step."""
+        if self.cancelled.is_set():
             raise Cancelled
 
 
 class JobQueue:
-    """Runs jobs one after the other, first come, first served.
+    """Runs jobs one after the other in order of submission.
 
     Args:
-        work: makes what a job asks for, fills its ``files`` and returns its last news.
-        max_waiting: jobs that may wait behind the one that runs.
+        work: runs a job: fills its ``files`` and returns the details of its final state.
+        max_waiting: maximum number of jobs that wait behind the running one.
     """
 
     def __init__(self, work: Callable[[Job], dict[str, Any]], max_waiting: int):
         self.work, self.max_waiting = work, max_waiting
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
-        self._finished: deque[Job] = deque(maxlen=KEPT)
+        self._finished: deque[Job] = deque(maxlen=FINISHED_JOBS_KEPT)
         self._closed = False
         self._changed = threading.Condition(threading.RLock())
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Put a job in the queue.
+        """Add a job to the queue.
 
         Raises:
-            QueueFull: when ``max_waiting`` jobs wait already, or the queue is closed.
+            QueueFull: ``max_waiting`` jobs are waiting already, or the queue is closed.
         """
         with self._changed:
             if self._closed:
-                raise QueueFull("the server is about to end")
+                raise QueueFull("the server is shutting down")
             if len(self._waiting) >= self.max_waiting + (self._running is None):
-                raise QueueFull("too many requests are waiting already; try again in a while")
+                raise QueueFull("too many requests are waiting; try again later")
             self._waiting.append(job)
-            self._tell_places()
+            self._publish_positions()
             self._changed.notify()
 
     def find(self, job_id: str) -> Job | None:
-        """The job of that id, unless it was never there or is long gone."""
+        """Return the job with this id, or ``None`` if it is unknown or was discarded."""
         with self._changed:
             running = [self._running] if self._running else []
             jobs = {job.id: job for job in (*self._finished, *running, *self._waiting)}
         return jobs.get(job_id)
 
     def cancel(self, job: Job) -> None:
-        """Take a waiting job out of the queue; stop a running one at its next step."""
+        """Remove a waiting job from the queue; stop a running job at its next step."""
         with self._changed:
-            job.unwanted.set()
+            job.cancelled.set()
             if job in self._waiting:
                 self._waiting.remove(job)
-                self._end(job, "cancelled")
-                self._tell_places()
+                self._finish(job, "cancelled")
+                self._publish_positions()
 
     def close(self) -> None:
-        """Cancel everything and wait for the worker, though not for a step of a giant on a CPU."""
+        """Cancel all jobs and wait up to ``SECONDS_TO_STOP`` for the running one to stop."""
         with self._changed:
             self._closed = True
             for job in [*self._waiting, *filter(None, [self._running])]:
@@ -119,15 +119,15 @@ class JobQueue:
                 if self._closed:
                     return
                 job = self._running = self._waiting.popleft()
-            status, news = self._outcome(job)
+            status, details = self._run_job(job)
             with self._changed:
                 self._running = None
-                self._end(job, status, **news)
-                self._tell_places()
+                self._finish(job, status, **details)
+                self._publish_positions()
 
-    def _outcome(self, job: Job) -> tuple[str, dict[str, Any]]:
+    def _run_job(self, job: Job) -> tuple[str, dict[str, Any]]:
         try:
-            job.stop_if_unwanted()
+            job.raise_if_cancelled()
             return "done", self.work(job)
         except Cancelled:
             job.files.clear()
@@ -135,14 +135,14 @@ class JobQueue:
         except UserError as error:
             return "failed", {"error": str(error)}
         except Exception:
-            # The page must outlive a bad request; what happened belongs in the server's log.
+            # The server must survive any failure of a job; the traceback goes to its log.
             traceback.print_exc()
-            return "failed", {"error": "the server failed at this; its log says how"}
+            return "failed", {"error": "the server failed to sample; see the traceback in its log"}
 
-    def _end(self, job: Job, status: str, **news: Any) -> None:
+    def _finish(self, job: Job, status: str, **details: Any) -> None:
         self._finished.append(job)
-        job.publish(status, **news)
+        job.publish(status, **details)
 
-    def _tell_places(self) -> None:
-        for place, job in enumerate(self._waiting):
-            job.publish("waiting", ahead=place + (self._running is not None))
+    def _publish_positions(self) -> None:
+        for position, job in enumerate(self._waiting):
+            job.publish("waiting", ahead=position + (self._running is not None))

@@ -1,7 +1,4 @@
-"""The demo program: a trained model in, a page in the browser out.
-
-moh-dit-demo runs/digits --guidance_scale 2
-"""
+"""Serve the demo page (`moh-dit demo RUN`) until interrupted."""
 
 import socket
 from dataclasses import replace
@@ -9,13 +6,13 @@ from dataclasses import replace
 from ..common.errors import UserError
 from .config import DemoConfig
 
-THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
-NAMES_OF_THIS_MACHINE = ["127.0.0.1", "localhost", "[::1]"]  # as in a Host header
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK_HOSTS = ["127.0.0.1", "localhost", "[::1]"]  # as in a Host header
 
 
 def serve(config: DemoConfig) -> None:
-    """Load the model and answer until interrupted."""
-    config.check()
+    """Load the model and answer requests until interrupted."""
+    config.check_paths()
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
@@ -23,28 +20,31 @@ def serve(config: DemoConfig) -> None:
         raise UserError(
             f"the page needs {error.name}, which is not installed: pip install 'moh-dit[web]'"
         ) from None
-    from ..sampling.program import place, resolved, start_processes
+    from ..sampling.sample import load_for_sampling, pin_checkpoint, start_processes
     from .app import Server
     from .service import ImageService
 
-    config = replace(config, checkpoint=resolved(config.checkpoint))
-    with listen(config.host, config.port) as listening:  # before the model is loaded
+    config = replace(config, checkpoint=pin_checkpoint(config.checkpoint))
+    with listen(config.host, config.port) as listening:  # before the slow loading of the model
         device = start_processes(config.device).device
-        pipeline = place(config.sampling(), device, config.checkpoint, config.weights)
-        local = config.host in THIS_MACHINE
-        server = Server(ImageService(pipeline, config), NAMES_OF_THIS_MACHINE if local else ["*"])
+        pipeline = load_for_sampling(
+            config.to_sample_config(), device, config.checkpoint, config.weights
+        )
+        local = config.host in LOOPBACK
+        server = Server(ImageService(pipeline, config), LOOPBACK_HOSTS if local else ["*"])
         name = f"[{config.host}]" if ":" in config.host else config.host
-        print(f"http://{name}:{listening.getsockname()[1]}/ shows {config.checkpoint}", flush=True)
+        url = f"http://{name}:{listening.getsockname()[1]}/"
+        print(f"{url} samples from {config.checkpoint}; stop with Ctrl-C", flush=True)
         if not local:
             print("Everyone who can reach this address can use it; see docs/web.md", flush=True)
         server.run(sockets=[listening])
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Return a listening socket.
 
     Raises:
-        UserError: when the address is not this machine's, or the port is taken.
+        UserError: the address does not belong to this machine, or the port is taken.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

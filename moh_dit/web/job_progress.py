@@ -1,4 +1,4 @@
-"""Follows the denoising: stops it, says how far it is, shows a picture now and then."""
+"""Publish the progress of a job and previews of its images while they are sampled."""
 
 import io
 import math
@@ -12,23 +12,23 @@ from torch import Tensor
 from ..analysis.head_load import HeadLoadRecorder
 from ..pipeline.pipeline import MoHDiTPipeline
 from ..sampling.config import SampleConfig
-from ..sampling.engine import count_steps, decode_state
-from .jobs import Job
+from ..sampling.engine import count_steps, decode_noisy
+from .job_queue import Job
 
-LARGEST_CELL = 128  # pixels of an image's side in a preview, at most
-NOT_BEGUN = 128  # the grey of an image that waits for its batch
+LARGEST_CELL = 128  # maximum side in pixels of one image in a preview
+PLACEHOLDER_GREY = 128  # colour of images whose batch has not started
 
 
-class Watcher:
-    """The ``on_step`` of :func:`~moh_dit.sampling.engine.generate` for one job.
+class JobProgress:
+    """The ``on_step`` callback of :func:`~moh_dit.sampling.engine.generate` for one job.
 
     Args:
-        pipeline: with the scheduler of the job.
+        pipeline: the pipeline, with the scheduler of the job.
         config: settings of the job.
         shape: rows and columns of images.
-        job: told of progress; its file ``preview.jpg`` shows the images emerging.
-        recorder: sees every step too, if there is one.
-        previews: pictures on the way to an image.
+        job: the job that publishes the progress. Its file ``preview.jpg`` shows the images so far.
+        recorder: head-load recorder to call at each step, if any.
+        previews: number of previews before the final images.
     """
 
     def __init__(
@@ -42,42 +42,44 @@ class Watcher:
     ):
         self.pipeline, self.shape, self.job, self.recorder = pipeline, shape, job, recorder
         steps = count_steps(pipeline, config)
-        # The last state is the image itself, which comes anyway.
+        # No preview after the last step: the final images follow immediately.
         ends = np.linspace(0, steps - 1, previews + 1).round().astype(int)
-        self.shown = set(ends[:-1].tolist()) - {steps - 1}
-        self.done, self.total, self.pictures = 0, steps * math.prod(shape), 0
+        self.preview_steps = set(ends[:-1].tolist()) - {steps - 1}
+        self.done, self.total, self.preview_count = 0, steps * math.prod(shape), 0
         self.cells: np.ndarray | None = None
         self.lock = threading.Lock()
 
     def __call__(self, positions: np.ndarray, step: int, latents: Tensor) -> None:
-        self.job.stop_if_unwanted()
+        self.job.raise_if_cancelled()
         if self.recorder is not None:
             self.recorder.on_step(positions, step, latents)
         real, pictures = positions >= 0, None
-        if step in self.shown:
+        if step in self.preview_steps:
             rows = latents[torch.from_numpy(real).to(latents.device)]
-            pictures = decode_state(self.pipeline, rows, 1)
+            pictures = decode_noisy(self.pipeline, rows, 1)
         with self.lock:
             self.done += int(real.sum())
             if pictures is not None:
-                self._show(positions[real], pictures)
-            # "picture" counts them, so that a page knows when to fetch the next.
-            self.job.publish("running", done=self.done, total=self.total, picture=self.pictures)
+                self._update_preview(positions[real], pictures)
+            # The page fetches preview.jpg again whenever the number "picture" changes.
+            self.job.publish(
+                "running", done=self.done, total=self.total, picture=self.preview_count
+            )
 
-    def _show(self, positions: np.ndarray, pictures: np.ndarray) -> None:
+    def _update_preview(self, positions: np.ndarray, pictures: np.ndarray) -> None:
         if self.cells is None:
             cells = (math.prod(self.shape), *pictures.shape[1:])
-            self.cells = np.full(cells, NOT_BEGUN, np.uint8)
+            self.cells = np.full(cells, PLACEHOLDER_GREY, np.uint8)
         self.cells[positions] = pictures
-        sheet = Image.fromarray(edge_to_edge(self.cells.reshape(*self.shape, *pictures.shape[1:])))
+        sheet = Image.fromarray(tile(self.cells.reshape(*self.shape, *pictures.shape[1:])))
         sheet.thumbnail((self.shape[1] * LARGEST_CELL, self.shape[0] * LARGEST_CELL))
         buffer = io.BytesIO()
         sheet.save(buffer, format="JPEG", quality=85, subsampling=0)
         self.job.files["preview.jpg"] = buffer.getvalue()
-        self.pictures += 1
+        self.preview_count += 1
 
 
-def edge_to_edge(images: np.ndarray) -> np.ndarray:
-    """uint8 (rows, columns, H, W, 3) → one image (rows · H, columns · W, 3)."""
+def tile(images: np.ndarray) -> np.ndarray:
+    """Join uint8 (rows, columns, H, W, 3) into one image (rows · H, columns · W, 3)."""
     rows, columns, height, width, channels = images.shape
     return images.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
