@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import errno
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -85,6 +86,8 @@ def run_program(
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # `… | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
