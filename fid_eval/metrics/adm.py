@@ -15,7 +15,7 @@ from .neighbours import coverage_flags, neighbour_radii
 
 Array = np.ndarray | Tensor
 Gaussian = tuple[Tensor, Tensor]  # mean (d,) and factor F (d, k) of the covariance Σ = F Fᵀ
-SVD_LIMIT = 1024  # larger matrices: eigenvalues of the Gram matrix, twice as fast, 8 digits fewer
+SVD_LIMIT = 1024  # above it, eigenvalues of the Gram matrix: twice as fast, 8 digits fewer
 
 
 def as_tensor(array: Array, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:

@@ -37,7 +37,7 @@ def neighbour_radii(features: Tensor, k: int, mode: DistancePrecision = "fp32") 
     n = len(features)
     if n < k + 1:
         raise EvaluationError(
-            f"{n} images have no {k} nearest neighbours each; at least {k + 1} are needed"
+            f"{n} images are too few for {k} nearest neighbours; at least {k + 1} are needed"
         )
     distances = PairDistances(features, features, mode)
     wanted = k + 1 if mode == "adm-fp16" else min(k + SPARE_NEIGHBOURS, n - 1)

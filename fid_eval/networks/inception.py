@@ -98,7 +98,7 @@ class Inception(nn.Module):
             net.Mixed_6e, net.Mixed_7a, net.Mixed_7b, net.Mixed_7c, net.AvgPool
         )
         self.fc = net.fc
-        convolution = type(net.Conv2d_1a_3x3)  # children conv and bn, then a ReLU
+        convolution = type(net.Conv2d_1a_3x3)  # with children conv and bn
         for module in list(self.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, convolution):
@@ -110,7 +110,7 @@ class Inception(nn.Module):
         x = self.stem(x)  # (B, 768, 17, 17)
         spatial = self.middle.branch1x1(x)[
             :, :SPATIAL_CHANNELS
-        ]  # The next line computes it again: 1 %.
+        ]  # computed again in the next line: 1 %
         x = self.top(self.middle(x)).flatten(1)
         return {"pool": x, "spatial": spatial.permute(0, 2, 3, 1).flatten(1)}
 

@@ -25,7 +25,9 @@ def checked_sha256(weights: Path, published: str | None, given: str | None) -> t
     """
     found = file_sha256(weights)
     if given is not None and found != given.lower():
-        raise EvaluationError(f"{weights}: the sha256 is {found}, not {given}; it is another file")
+        raise EvaluationError(
+            f"{weights}: the sha256 is {found}, but --weights_sha256 is {given}; use another file"
+        )
     is_published = published is not None and found.startswith(published)
     if published is not None and not is_published and given is None:
         raise EvaluationError(

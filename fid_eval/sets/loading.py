@@ -18,7 +18,7 @@ from torch import Tensor
 from ..distributed import local_world_size
 from ..errors import EvaluationError
 
-PROCESSES_FROM = 500  # decode smaller sets in threads: starting processes takes longer
+PROCESSES_FROM = 500  # fewer images are decoded in threads: starting processes takes longer
 CHUNK = 1024  # images in one cache file and in one unit of work of a rank
 NICE = 10  # niceness of worker processes
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ class ImageReader:
     """Base class: images of one size in a fixed order. Subclasses implement ``read``."""
 
     kind = "images"
-    count: int | None = None  # None until an iterable is exhausted
+    count: int | None = None  # unknown (None) until an iterable is exhausted
     size: tuple[int, int] | None = None  # (height, width) after preprocessing
     labels: np.ndarray | None = None  # int64 (count,)
     max_workers: int | None = None  # 1 if rows can only be read in order

@@ -111,7 +111,7 @@ def test_unpublished_weights_are_refused_unless_named(network, sets):
     path, _ = network
     with pytest.raises(EvaluationError, match=r"published weights have 6726825d.*--weights_sha256"):
         evaluate(sets[0], sets[1], weights=path)
-    with pytest.raises(EvaluationError, match="another file"):
+    with pytest.raises(EvaluationError, match="but --weights_sha256 is 0000"):
         evaluate(sets[0], sets[1], weights=path, weights_sha256="00" * 32)
 
 
