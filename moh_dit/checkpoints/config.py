@@ -1,21 +1,23 @@
-"""Convert checkpoints between formats, and say what one is.
+"""Settings of ``moh-dit convert``.
 
-moh-dit-convert DiT-XL-2-256x256.pt                                   # which model is it?
-moh-dit-convert DiT-XL-2-256x256.pt --to diffusers --output dit-xl-2
-moh-dit-convert runs/digits --to pipeline --with_code --output shared
-
-Weights go from file to file tensor by tensor, in the precision they have.
+moh-dit convert DiT-XL-2-256x256.pt                                   # describe the checkpoint
+moh-dit convert DiT-XL-2-256x256.pt --to diffusers --output dit-xl-2
+moh-dit convert runs/digits --to pipeline --with_code --output shared
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+from ..common.errors import UserError
+from ..continue_tuning.config import MoHSettings
 
 Format = Literal["moh-dit", "pipeline", "published", "diffusers", "diffusers-pipeline"]
 
 
 @dataclass
-class Overrides:
-    """The model, where its weights alone do not tell"""
+class ModelOverrides:
+    """Arguments of the model that its weights do not tell"""
 
     num_heads: int | list[int] | None = None
     """Heads h, one number or one per layer."""
@@ -26,28 +28,23 @@ class Overrides:
     head_dim: int | None = None
     """Width d of a head."""
     timestep_freq_shift: float | None = None
-    """1 for a model trained in diffusers' DiTTransformer2DModel, which spreads the timestep
-    frequencies over 127 steps where published models have 128."""
+    """1 for a model trained in diffusers' DiTTransformer2DModel, whose timestep frequencies differ
+    slightly from those of published models."""
 
 
 @dataclass
-class MoHPlan:
-    """Continue-tuning: MoH from a dense model"""
+class MoHOptions(MoHSettings):
+    """Continue-tuning: make a MoH model from a dense one"""
 
     num_shared_heads: int | list[int | None] | None = None
-    """Make MoH of a dense model, with so many shared heads in every layer or in each."""
+    """Convert a dense model to MoH with this number of shared heads, for all layers or one per
+    layer."""
     num_active_routed_heads: int | list[int | None] | None = None
-    """Routed heads that each token activates, likewise."""
-    router: Literal["query_norm", "learned"] = "query_norm"
-    """query_norm: without parameters. learned: MoH's own, fitted on data to select as that does."""
-    shared_heads: Literal["first", "random", "importance"] = "first"
-    """Which heads become shared: the first, a random choice, or the most important on data."""
+    """Routed heads that each token activates, for all layers or one per layer."""
     data: str | None = None
-    """Images to measure importance or fit routers on: any source that training knows."""
+    """Images for router=learned and shared_heads=importance: any data set that training accepts."""
     num_images: int = 512
-    """Images drawn from data."""
-    seed: int = 0
-    """Seed of random choices."""
+    """Number of images to use from data."""
 
 
 @dataclass
@@ -55,26 +52,48 @@ class ConvertConfig:
     """Source and output"""
 
     source: str
-    """Run, checkpoint, model or pipeline folder, .pt or .safetensors file, or a hub id of any."""
+    """Run, checkpoint, model or pipeline folder, .pt or .safetensors file, or a hub id of these."""
     to: Format | None = None
-    """moh-dit: a model folder. pipeline: with autoencoder and scheduler. published: a .pt file.
-    diffusers: a DiTTransformer2DModel folder. diffusers-pipeline: a DiTPipeline folder. Unless
-    given, only say what the source is."""
+    """moh-dit: a model folder. pipeline: a folder with model, autoencoder and scheduler. published:
+    a .pt file. diffusers: a DiTTransformer2DModel folder. diffusers-pipeline: a DiTPipeline folder.
+    Without it, the source is only described."""
     output: str | None = None
-    """What to write; must not exist."""
+    """File or folder to write; must not exist."""
     weights: str = "transformer"
-    """Which weights: transformer (the averaged ones), raw, or a folder such as ema-0.999."""
+    """Weights to convert: transformer (the averaged ones), raw, or another average of the
+    checkpoint, such as ema-0.999."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
-    """Precision to write."""
-    model: Overrides = field(default_factory=Overrides)
-    """What the shapes of weights without a configuration leave open; presets need none of it."""
-    moh: MoHPlan = field(default_factory=MoHPlan)
+    """Data type of the written weights; keep: as stored in the source."""
+    model: ModelOverrides = field(default_factory=ModelOverrides)
+    """Arguments of the model, for weights without a configuration that match no preset."""
+    moh: MoHOptions = field(default_factory=MoHOptions)
     """Continue-tuning: a MoH model from a dense one (docs/continue_tuning.md)."""
     autoencoder: str | None = None
-    """Autoencoder of a pipeline whose source has none, e.g. stabilityai/sd-vae-ft-ema."""
+    """Autoencoder for a pipeline whose source has none, e.g. stabilityai/sd-vae-ft-ema."""
     with_code: bool = False
-    """Put the code beside a pipeline, so that diffusers opens it without this package."""
+    """Write the code into the pipeline folder, so that diffusers opens it without this package."""
     license: str | None = None
-    """Licence of the weights for the model card, e.g. apache-2.0; the source's unless given."""
+    """Licence of the weights for the model card, e.g. apache-2.0; by default that of the source."""
     local_files_only: bool = False
-    """Never ask the hub."""
+    """Use the local cache of the hub and download nothing."""
+
+    def check_paths(self) -> None:
+        """Check the source, the output and the options of the output format.
+
+        Raises:
+            UserError: the source does not exist, the output exists, or they do not fit ``to``.
+        """
+        from ..common.hub import find_source
+
+        find_source(self.source)
+        if self.to is None:
+            return
+        if self.output is None:
+            raise UserError("output is not set; name the file or folder to write, or omit --to")
+        output = Path(self.output)
+        if output.exists():
+            raise UserError(f"output {output} exists; give another name")
+        if self.to == "published" and output.suffix != ".pt":
+            raise UserError(f"output {output} must end in .pt: --to published writes a .pt file")
+        if self.with_code and self.to != "pipeline":
+            raise UserError("with_code is possible only with --to pipeline")

@@ -1,30 +1,33 @@
-"""Which model is it: the configuration and the preset behind the shapes of a state dict."""
+"""Infer the configuration of a model from the names and shapes of its weights."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
-
-from torch import Tensor
 
 from ..common.errors import UserError
 from ..model.architecture import full_config, head_plan
 from ..model.presets import PRESETS
 from ..model.transformer import MoHDiTTransformer2DModel
-from .weight_files import LazyTensor, State
+from .weight_files import State
 
 POSITIONS, LABEL_TABLE = "pos_embed", "y_embedder.embedding_table.weight"
 
 
 def infer_config(state: State, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The configuration behind a state dict with published names.
+    """Return the configuration of a model from its state dict.
 
-    Heads are not in the shapes of a dense layer, nor active heads in those of a routed one: they
-    are those of the preset with the same shapes, or ``overrides``.
+    Shapes do not tell the number of heads of a dense layer, nor the number of active heads of a
+    routed one. These numbers are taken from ``overrides`` or from the preset with the same shapes.
+
+    Args:
+        state: a state dict with the names of published checkpoints.
+        overrides: arguments of the model that replace inferred ones.
 
     Raises:
-        UserError: when no preset has these shapes; the nearest is named with what differs.
+        UserError: no preset has these shapes. The message names the most similar preset and the
+            differences.
     """
-    found = _sizes(state)
+    found = _read_sizes(state)
     shapes = _layer_shapes(state, found["depth"])
     given = {"num_heads", "num_shared_heads", "num_active_routed_heads"} & overrides.keys()
     if given:
@@ -37,15 +40,15 @@ def infer_config(state: State, overrides: dict[str, Any]) -> dict[str, Any]:
         few = differences[nearest][:3]
         more = len(differences[nearest]) - len(few)
         raise UserError(
-            f"no preset has these weights; from the nearest, {nearest}, they differ in "
-            f"{'; '.join(few)}{f' and {more} more' if more else ''}. If that is meant, give "
-            "model.num_heads and, for MoH, model.num_shared_heads and "
+            f"no preset has the shapes of these weights; the most similar preset, {nearest}, "
+            f"differs in {'; '.join(few)}{f' and {more} more' if more else ''}. If these weights "
+            "are right, give model.num_heads and, for MoH, model.num_shared_heads and "
             "model.num_active_routed_heads"
         )
     return {**found, **PRESETS[nearest], **overrides}
 
 
-def _sizes(state: State) -> dict[str, Any]:
+def _read_sizes(state: State) -> dict[str, Any]:
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         tokens = state[POSITIONS].shape[1]
@@ -53,9 +56,12 @@ def _sizes(state: State) -> dict[str, Any]:
         hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
         out = state["final_layer.linear.weight"].shape[0]
     except KeyError as error:
-        raise UserError(f"these are no weights of a (MoH-)DiT: missing {error.args[0]}") from None
+        raise UserError(f"not a DiT or MoH-DiT checkpoint: {error.args[0]} is missing") from None
     except (ValueError, IndexError):
-        raise UserError("these are no weights of a (MoH-)DiT: x_embedder.proj is 4-D") from None
+        patches = len(state["x_embedder.proj.weight"].shape)
+        raise UserError(
+            f"not a DiT or MoH-DiT checkpoint: x_embedder.proj.weight must be 4-D, got {patches}-D"
+        ) from None
     layers = {int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
     return dict(
         sample_size=round(tokens**0.5) * patch,
@@ -70,7 +76,7 @@ def _sizes(state: State) -> dict[str, Any]:
 
 
 def _layer_shapes(state: State, depth: int) -> list[tuple[int, int | None, int]]:
-    """Rows of the value projection, shared heads, routed heads of every layer."""
+    """Return (rows of the value projection, shared heads, routed heads) of every layer."""
     layers = []
     for i in range(depth):
         names = [f"blocks.{i}.attn.{name}.weight" for name in ("qkv", "wg_1", "wg")]
@@ -84,7 +90,7 @@ def _layer_shapes(state: State, depth: int) -> list[tuple[int, int | None, int]]
 def _differences(
     found: dict[str, Any], shapes: list[tuple[int, int | None, int]], preset: dict[str, Any]
 ) -> Iterator[str]:
-    """In words, how shapes differ from what a preset has."""
+    """Describe the differences between the shapes of a model and those of a preset."""
     for key in ("depth", "hidden_size", "patch_size"):
         if found[key] != preset[key]:
             yield f"{key} {found[key]} ({preset[key]} in the preset)"
@@ -96,18 +102,16 @@ def _differences(
     ]
     for i, (mine, theirs) in enumerate(zip(shapes, expected, strict=False)):
         if mine != theirs:
-            yield f"layer {i}: {_layer_words(*mine)} ({_layer_words(*theirs)} in the preset)"
+            yield f"layer {i}: {_describe_layer(*mine)} ({_describe_layer(*theirs)} in the preset)"
 
 
-def _layer_words(rows: int, shared: int | None, routed: int) -> str:
+def _describe_layer(rows: int, shared: int | None, routed: int) -> str:
     router = "no router" if shared is None else f"{shared} shared and {routed} routed heads"
     return f"{router}, {rows} value rows"
 
 
-def state_difference(
-    model: MoHDiTTransformer2DModel, state: Mapping[str, Tensor | LazyTensor]
-) -> str:
-    """In words, how a state dict differs from what the model expects; empty when it does not."""
+def state_difference(model: MoHDiTTransformer2DModel, state: State) -> str:
+    """Describe how a state dict differs from the model's; return an empty text if it fits."""
     expected = model.state_dict()
     shapes = [
         f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
@@ -115,15 +119,15 @@ def state_difference(
         if state[key].shape != expected[key].shape
     ]
     parts = [
-        _some("missing", sorted(expected.keys() - state.keys())),
-        _some("unexpected", sorted(state.keys() - expected.keys())),
-        _some("shapes", shapes),
+        _first_items("missing", sorted(expected.keys() - state.keys())),
+        _first_items("unexpected", sorted(state.keys() - expected.keys())),
+        _first_items("shapes", shapes),
     ]
     return "; ".join(filter(None, parts))
 
 
-def _some(what: str, items: list[str], limit: int = 4) -> str:
+def _first_items(title: str, items: list[str], limit: int = 4) -> str:
     if not items:
         return ""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return f"{what}: {', '.join(items[:limit])}{more}"
+    return f"{title}: {', '.join(items[:limit])}{more}"

@@ -1,10 +1,11 @@
-"""The same model under other names: this project's state dicts and diffusers', either way.
+"""Convert state dicts and configurations between this project and diffusers.
 
-Published names are this project's own (see ``transformer``), for dense DiT as for MoH-DiT. In
-diffusers' ``DiTTransformer2DModel`` the same weights have other names: queries, keys and values are
-apart, the timestep and label embedders stored once per block, the position table computed.
+This project uses the names of the published checkpoints, for dense DiT and MoH-DiT.
+diffusers' ``DiTTransformer2DModel`` differs in more than names: it splits queries, keys and values,
+stores the timestep and label embedders once per block, and computes the position table.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from torch import Tensor
 from ..common.errors import UserError
 from ..model.architecture import full_config, head_plan
 from .infer_config import POSITIONS
-from .weight_files import LazyTensor, State, lazy
+from .weight_files import State
 
 DIFFUSERS_POSITIONS = "pos_embed.pos_embed"
-DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter in old folders
+DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # second: in older folders
 
-# Module names, ours to diffusers': outside the blocks, in a block, in a block but outside ours.
-LABELS = "y_embedder.embedding_table"  # has no bias
+# Names of this project → names of diffusers. REPEATED modules are inside the blocks of diffusers
+# only.
+LABELS = "y_embedder.embedding_table"
 OUTSIDE = {
     "x_embedder.proj": "pos_embed.proj",
     "final_layer.adaLN_modulation.1": "proj_out_1",
@@ -38,7 +40,7 @@ REPEATED = {
     LABELS: "norm1.emb.class_embedder.embedding_table",
 }
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-# What diffusers' class can be configured to, and this model cannot.
+# Settings of diffusers' class that have one possible value here.
 DIFFUSERS_FIXED = dict(
     norm_type="ada_norm_zero",
     activation_fn="gelu-approximate",
@@ -48,19 +50,19 @@ DIFFUSERS_FIXED = dict(
 
 
 def is_diffusers(state: State) -> bool:
-    """Whether a state dict has the names of diffusers' ``DiTTransformer2DModel``."""
+    """Return whether a state dict has the names of diffusers' ``DiTTransformer2DModel``."""
     return any(key.startswith("transformer_blocks.") for key in state)
 
 
 def from_diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of :class:`MoHDiTTransformer2DModel` from a ``DiTTransformer2DModel``'s.
+    """Convert the configuration of a ``DiTTransformer2DModel`` to arguments of this model.
 
     Raises:
-        UserError: for a setting that this model does not have.
+        UserError: a setting has a value that this model does not support.
     """
     for key, expected in DIFFUSERS_FIXED.items():
         if (found := config.get(key, expected)) != expected:
-            raise UserError(f"{key} is {found!r}; a DiT has {expected!r}")
+            raise UserError(f"{key} is {found!r}, but a DiT requires {expected!r}")
     heads, head_dim = config.get("num_attention_heads", 16), config.get("attention_head_dim", 72)
     in_channels = config.get("in_channels", 4)
     return dict(
@@ -77,10 +79,10 @@ def from_diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The reverse of :func:`from_diffusers_config`.
+    """Convert arguments of this model to the configuration of a ``DiTTransformer2DModel``.
 
     Raises:
-        UserError: when diffusers' class cannot express the model.
+        UserError: diffusers' class cannot represent the model.
     """
     config = full_config(config)
     heads = config["num_heads"]
@@ -92,11 +94,13 @@ def to_diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(heads, int) and len(set(heads)) == 1:
         heads = heads[0]
     if not isinstance(heads, int):
-        raise UserError("diffusers' DiTTransformer2DModel has the same num_heads in every layer")
+        raise UserError(
+            f"diffusers' DiTTransformer2DModel needs the same num_heads in every layer, got {heads}"
+        )
     width = config["head_dim"] or config["hidden_size"] // heads
     if heads * width != config["hidden_size"] or config["mlp_ratio"] != 4:
         raise UserError(
-            "diffusers' DiTTransformer2DModel has num_heads · head_dim = hidden_size and an "
+            "diffusers' DiTTransformer2DModel needs num_heads · head_dim = hidden_size and an "
             f"mlp_ratio of 4; this model has {heads} · {width}, {config['hidden_size']} and "
             f"{config['mlp_ratio']}"
         )
@@ -113,57 +117,57 @@ def to_diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
         norm_eps=1e-6,
         **DIFFUSERS_FIXED,
     )
-    if config["timestep_freq_shift"]:  # not diffusers', which ignores it; for the way back
+    if config["timestep_freq_shift"]:  # ignored by diffusers; needed to convert back
         converted["timestep_freq_shift"] = config["timestep_freq_shift"]
     return converted
 
 
-def from_diffusers(state: State, config: dict[str, Any]) -> dict[str, LazyTensor]:
-    """A ``DiTTransformer2DModel``'s state dict under this project's names.
+def from_diffusers(state: State, config: dict[str, Any]) -> State:
+    """Convert the state dict of a ``DiTTransformer2DModel`` to this project's names.
 
-    That the embedders are equal in all blocks is checked when they are read.
+    Tensors are removed from ``state`` as they are converted, which releases their memory.
 
     Raises:
-        UserError: for names that are missing or unknown.
+        UserError: a name is missing or unknown, or the embedders differ between blocks.
     """
-    names, converted = dict(state), {}
+    converted: State = {}
     depth = config["depth"]
 
-    def take(key: str) -> LazyTensor:
-        if key not in names:
+    def take(key: str) -> Tensor:
+        if key not in state:
             raise UserError(f"missing: {key}")
-        return names.pop(key)
+        return state.pop(key)
 
     for kind in ("weight", "bias"):
         for own, theirs in OUTSIDE.items():
             converted[f"{own}.{kind}"] = take(f"{theirs}.{kind}")
         for own, theirs in REPEATED.items():
-            if (own, kind) == (LABELS, "bias"):
+            if (own, kind) == (LABELS, "bias"):  # an embedding has no bias
                 continue
-            each = [take(f"transformer_blocks.{i}.{theirs}.{kind}") for i in range(depth)]
-            converted[f"{own}.{kind}"] = _the_same(each, f"{theirs}.{kind}")
+            copies = (take(f"transformer_blocks.{i}.{theirs}.{kind}") for i in range(depth))
+            converted[f"{own}.{kind}"] = _require_equal(copies, f"{theirs}.{kind}")
         for i in range(depth):
             for own, theirs in BLOCK.items():
                 key = f"blocks.{i}.{own}.{kind}"
                 converted[key] = take(f"transformer_blocks.{i}.{theirs}.{kind}")
             parts = [take(f"transformer_blocks.{i}.{part}.{kind}") for part in QKV]
-            converted[f"blocks.{i}.attn.qkv.{kind}"] = _stacked(parts)
+            converted[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
     dtype = converted["x_embedder.proj.weight"].dtype
-    stored = names.pop(DIFFUSERS_POSITIONS, None)
-    converted[POSITIONS] = stored or lazy(position_table(config).to(dtype))
-    if names:
-        raise UserError(f"unexpected: {', '.join(sorted(names)[:4])}")
+    stored = state.pop(DIFFUSERS_POSITIONS, None)
+    converted[POSITIONS] = position_table(config).to(dtype) if stored is None else stored
+    if state:
+        raise UserError(f"unexpected: {', '.join(sorted(state)[:4])}")
     return converted
 
 
-def to_diffusers(state: State, config: dict[str, Any]) -> dict[str, LazyTensor]:
-    """This project's state dict of a dense model under diffusers' names.
+def to_diffusers(state: State, config: dict[str, Any]) -> State:
+    """Convert the state dict of a dense model to the names of a ``DiTTransformer2DModel``.
 
-    The position table, which diffusers computes, is left out, unless that would lose anything of
-    it; diffusers ignores it then.
+    diffusers computes the position table. The table is stored only if it differs from the computed
+    one in the last digits, so that converting back restores it; diffusers ignores it.
 
     Raises:
-        UserError: for positions other than the sin-cos table.
+        UserError: the positions are not the sin-cos table.
     """
     depth, converted = config["depth"], {}
     for kind in ("weight", "bias"):
@@ -173,52 +177,39 @@ def to_diffusers(state: State, config: dict[str, Any]) -> dict[str, LazyTensor]:
             block = f"transformer_blocks.{i}"
             for own, theirs in REPEATED.items():
                 if (key := f"{own}.{kind}") in state:
-                    converted[f"{block}.{theirs}.{kind}"] = state[key]
+                    # A copy: safetensors does not write one tensor under several names.
+                    converted[f"{block}.{theirs}.{kind}"] = state[key].clone()
             for own, theirs in BLOCK.items():
                 converted[f"{block}.{theirs}.{kind}"] = state[f"blocks.{i}.{own}.{kind}"]
-            qkv = state[f"blocks.{i}.attn.qkv.{kind}"]
-            for part, name in enumerate(QKV):
-                converted[f"{block}.{name}.{kind}"] = _third(qkv, part)
-    positions, computed = state[POSITIONS].read(), position_table(config)
+            parts = state[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)
+            for name, part in zip(QKV, parts, strict=True):
+                converted[f"{block}.{name}.{kind}"] = part
+    positions, computed = state[POSITIONS], position_table(config)
     if not torch.allclose(positions.float(), computed.to(positions.dtype).float(), atol=1e-5):
         raise UserError(
-            f"{POSITIONS} is not the 2-D sin-cos table, which diffusers' DiTTransformer2DModel "
-            "computes and does not store"
+            f"{POSITIONS} is not the 2-D sin-cos table; diffusers' DiTTransformer2DModel computes "
+            "that table and cannot store another"
         )
     rebuilt = computed.to(state["x_embedder.proj.weight"].dtype)
     if rebuilt.dtype != positions.dtype or not torch.equal(rebuilt, positions):
-        converted[DIFFUSERS_POSITIONS] = state[POSITIONS]
+        converted[DIFFUSERS_POSITIONS] = positions
     return converted
 
 
 def position_table(config: dict[str, Any]) -> Tensor:
-    """The fixed 2-D sin-cos positions (1, N, C) of a configuration, float32."""
+    """Return the 2-D sin-cos positions of a model, float32 (1, N, C)."""
     grid = config["sample_size"] // config["patch_size"]
     table = get_2d_sincos_pos_embed(config["hidden_size"], grid, base_size=grid)
     return table.float().unsqueeze(0)
 
 
-def _the_same(copies: list[LazyTensor], name: str) -> LazyTensor:
-    def read() -> Tensor:
-        first = copies[0].read()
-        for i, copy in enumerate(copies):
-            if i and not torch.equal(first, copy.read()):
-                raise UserError(
-                    f"{name} differs between block 0 and block {i}: a DiT has one timestep and "
-                    "one label embedder for all blocks"
-                )
-        return first
-
-    return LazyTensor(copies[0].shape, copies[0].dtype, read)
-
-
-def _stacked(parts: list[LazyTensor]) -> LazyTensor:
-    rows = sum(part.shape[0] for part in parts)
-    shape = (rows, *parts[0].shape[1:])
-    return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
-
-
-def _third(qkv: LazyTensor, part: int) -> LazyTensor:
-    rows = qkv.shape[0] // 3
-    shape = (rows, *qkv.shape[1:])
-    return LazyTensor(shape, qkv.dtype, lambda: qkv.read()[part * rows : (part + 1) * rows])
+def _require_equal(copies: Iterator[Tensor], name: str) -> Tensor:
+    """Return the first of several tensors, or raise ``UserError`` if another one differs."""
+    first = next(copies)
+    for i, copy in enumerate(copies, start=1):
+        if not torch.equal(first, copy):
+            raise UserError(
+                f"{name} differs between block 0 and block {i}: a DiT has one timestep and one "
+                "label embedder for all blocks"
+            )
+    return first

@@ -1,7 +1,7 @@
-"""What each format needs: planned, so that mistakes come before anything is written, then written.
+"""Write a checkpoint in each format.
 
-A plan takes an opened checkpoint whose configuration is resolved and returns the function that
-writes it to a path.
+A function per format takes an opened checkpoint with its full configuration, checks it, and returns
+the function that writes it to a path. So every error is raised before anything is written.
 """
 
 import json
@@ -14,29 +14,36 @@ import torch
 from diffusers import __version__ as diffusers_version
 
 from ..common.errors import UserError
-from ..common.progress import progress_bar
 from ..diffusion.samplers import named_scheduler, prediction_type
-from ..model.architecture import preset_of
+from ..model.architecture import find_preset
 from ..model.transformer import MoHDiTTransformer2DModel
-from ..pipeline.bundled_code import add_code
-from ..pipeline.model_card import Facts, describes, keep_card, run_facts, stated_license, write_card
+from ..pipeline.bundled_code import write_code
+from ..pipeline.model_card import (
+    CardDetails,
+    card_license,
+    card_matches_model,
+    copy_or_write_card,
+    run_details,
+    write_card,
+)
 from ..pipeline.pipeline import MoHDiTPipeline
-from .opening import WEIGHTS, Opened, surroundings
+from .opening import OpenedCheckpoint, load_vae_and_scheduler
+from .runs import WEIGHTS
 from .state_dict_names import to_diffusers, to_diffusers_config
-from .weight_files import State, write_safetensors, write_torch
+from .weight_files import write_safetensors, write_torch
 
 Write = Callable[[Path], None]
 
 
 @dataclass
-class Extras:
-    """What goes with the weights.
+class WriteOptions:
+    """What to write in addition to the weights.
 
     Attributes:
-        autoencoder: a folder or hub id, in place of the source's.
-        with_code: whether the code goes beside a pipeline.
-        license: of the weights; ``None`` for what the source's card says.
-        base_model: the hub id that the weights came from.
+        autoencoder: a folder or hub id, used instead of the source's autoencoder.
+        with_code: whether to write the code into a pipeline folder.
+        license: licence of the weights; ``None`` for the one in the source's card.
+        base_model: hub id of the source.
     """
 
     autoencoder: str | None = None
@@ -45,30 +52,30 @@ class Extras:
     base_model: str | None = None
 
 
-def plan_model(opened: Opened, extras: Extras) -> Write:
-    """This project's model folder: ``config.json`` and safetensors."""
-    with torch.device("meta"):
-        model = MoHDiTTransformer2DModel(**arguments(opened))
+def plan_model(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
+    """Write a model folder of this project: ``config.json`` and safetensors."""
+    model = _empty_model(opened)
 
     def write(folder: Path) -> None:
         folder.mkdir()
         model.save_config(folder)
-        stream(opened.state, write_safetensors, folder / WEIGHTS)
+        write_safetensors(folder / WEIGHTS, opened.state)
 
     return write
 
 
-def plan_pipeline(opened: Opened, extras: Extras) -> Write:
-    """This project's pipeline folder: the model, autoencoder, scheduler and a model card."""
-    write_model = plan_model(opened, extras)
-    with torch.device("meta"):
-        model = MoHDiTTransformer2DModel(**arguments(opened))
-    vae, scheduler = surroundings(opened, arguments(opened), extras.autoencoder)
-    pipeline = MoHDiTPipeline(model, vae, scheduler, class_names=opened.class_names())
-    facts = run_facts(opened.home) if opened.home else Facts()
-    stated = stated_license(opened.home) if opened.home else None
-    facts.license = extras.license or stated or facts.license
-    facts.base_model = extras.base_model
+def plan_pipeline(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
+    """Write a pipeline folder of this project: model, autoencoder, scheduler and model card."""
+    config, source = _config(opened), opened.folder
+    write_model = plan_model(opened, options)
+    vae, scheduler = load_vae_and_scheduler(opened, config, options.autoencoder)
+    pipeline = MoHDiTPipeline(
+        _empty_model(opened), vae, scheduler, class_names=opened.class_names()
+    )
+    details = run_details(source) if source else CardDetails()
+    license = options.license or (card_license(source) if source else None)
+    details.license = license or details.license
+    details.base_model = options.base_model
 
     def write(folder: Path) -> None:
         folder.mkdir()
@@ -76,53 +83,56 @@ def plan_pipeline(opened: Opened, extras: Extras) -> Write:
         write_model(folder / "transformer")
         vae.save_pretrained(folder / "vae")
         scheduler.save_pretrained(folder / "scheduler")
-        if opened.home and extras.license is None and describes(opened.home, arguments(opened)):
-            keep_card(folder, str(opened.home), arguments(opened))
+        if source and options.license is None and card_matches_model(source, config):
+            copy_or_write_card(folder, str(source), config)
         else:
-            write_card(folder, arguments(opened), facts)
-        if extras.with_code:
-            add_code(folder)
+            write_card(folder, config, details)
+        if options.with_code:
+            write_code(folder)
 
     return write
 
 
-def plan_published(opened: Opened, extras: Extras) -> Write:
-    """A bare state dict, as the published ``.pt`` files are."""
-    if arguments(opened)["router"] != "learned":
+def plan_published(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
+    """Write a ``.pt`` file with the state dict alone, like the published checkpoints."""
+    if _config(opened)["router"] != "learned":
         raise UserError(
-            "a router without parameters leaves no trace in a published .pt file, which would open "
-            "as a dense model; convert to moh-dit or pipeline"
+            "the query_norm router has no weights, so a published .pt file would open as a dense "
+            "model; convert to moh-dit or pipeline instead"
         )
-    if preset_of(arguments(opened)) is None:
+    if find_preset(_config(opened)) is None:
         print(
-            "note: this is no preset, and a .pt file holds no configuration: who loads it has to "
-            "say its heads"
+            "note: this model matches no preset, and a .pt file has no configuration: to open it, "
+            "give the number of heads (model.num_heads …)"
         )
-    return lambda file: stream(opened.state, write_torch, file)
+    return lambda file: write_torch(file, opened.state)
 
 
-def plan_diffusers(opened: Opened, extras: Extras) -> Write:
-    """A folder of diffusers' ``DiTTransformer2DModel``."""
-    theirs = to_diffusers_config(arguments(opened))
-    state = to_diffusers(opened.state, arguments(opened))
+def plan_diffusers(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
+    """Write a model folder of diffusers' ``DiTTransformer2DModel``."""
+    config = to_diffusers_config(_config(opened))
+    state = to_diffusers(opened.state, _config(opened))
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        content = {**theirs, "_diffusers_version": diffusers_version}
+        content = {**config, "_diffusers_version": diffusers_version}
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-        stream(state, write_safetensors, folder / WEIGHTS)
+        write_safetensors(folder / WEIGHTS, state)
 
     return write
 
 
-def plan_diffusers_pipeline(opened: Opened, extras: Extras) -> Write:
-    """A folder of diffusers' ``DiTPipeline``."""
-    write_model = plan_diffusers(opened, extras)
-    vae, scheduler = surroundings(opened, arguments(opened), extras.autoencoder)
+def plan_diffusers_pipeline(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
+    """Write a pipeline folder of diffusers' ``DiTPipeline``."""
+    write_model = plan_diffusers(opened, options)
+    vae, scheduler = load_vae_and_scheduler(opened, _config(opened), options.autoencoder)
     if prediction_type(scheduler) == "flow_prediction":
-        raise UserError("diffusers' DiTPipeline steps noise, this model predicts a flow")
+        raise UserError(
+            "this model predicts a flow, but diffusers' DiTPipeline requires a model that predicts "
+            "noise; convert to pipeline instead"
+        )
     if scheduler.config.get("variance_type") == "learned_range":
-        scheduler = named_scheduler("ddim", scheduler)  # theirs drops the variance channels
+        scheduler = named_scheduler("ddim", scheduler)  # DiTPipeline drops the variance channels
     index: dict[str, Any] = {
         "_class_name": "DiTPipeline",
         "_diffusers_version": diffusers_version,
@@ -143,7 +153,7 @@ def plan_diffusers_pipeline(opened: Opened, extras: Extras) -> Write:
     return write
 
 
-PLANS: dict[str, Callable[[Opened, Extras], Write]] = {
+PLANS: dict[str, Callable[[OpenedCheckpoint, WriteOptions], Write]] = {
     "moh-dit": plan_model,
     "pipeline": plan_pipeline,
     "published": plan_published,
@@ -152,13 +162,11 @@ PLANS: dict[str, Callable[[Opened, Extras], Write]] = {
 }
 
 
-def arguments(opened: Opened) -> dict[str, Any]:
-    """The arguments of a model that has been resolved."""
-    assert opened.config is not None
+def _config(opened: OpenedCheckpoint) -> dict[str, Any]:
+    assert opened.config is not None, "converting resolves the configuration first"
     return opened.config
 
 
-def stream(state: State, write: Callable[..., None], file: Path) -> None:
-    """Write a state dict with a progress bar."""
-    with progress_bar(len(state), desc="writing weights", unit="tensor") as bar:
-        write(file, state, bar.update)
+def _empty_model(opened: OpenedCheckpoint) -> MoHDiTTransformer2DModel:
+    with torch.device("meta"):
+        return MoHDiTTransformer2DModel(**_config(opened))

@@ -1,4 +1,4 @@
-"""moh-dit-convert, and folders that carry their own code and card."""
+"""``moh-dit convert``, and pipeline folders with code and model card."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from moh_dit import MoHDiTPipeline, load_pipeline, load_pretrained
 from moh_dit.__main__ import run_command
 from moh_dit.checkpoints.opening import open_checkpoint
 from moh_dit.diffusion.objectives import FlowObjective
-from moh_dit.pipeline.model_card import run_facts, stated_license
+from moh_dit.pipeline.model_card import card_license, run_details
 
 HEADS = ("--model.num_heads", "4")
 
@@ -29,7 +29,7 @@ def convert(monkeypatch, capsys):
     """Runs the program; returns its exit code, output and errors."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moh-dit-convert", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["moh-dit", *map(str, arguments)])
         code = 0
         try:
             run_command("convert")
@@ -150,7 +150,7 @@ def test_a_dense_model_becomes_moh(tmp_path, convert):
     assert torch.allclose(output(moh), output(model), atol=1e-5)  # every head is active
     code, _, err = convert(tmp_path / "b", "--to", "published", "--output", tmp_path / "c.pt")
     assert code == 2
-    assert "leaves no trace" in err
+    assert "the query_norm router has no weights" in err
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -164,16 +164,22 @@ def contents(folder):
     ("arguments", "words"),
     [
         ("{0}/torn.pt --to diffusers --output {0}/o", "truncated or damaged"),
-        ("{0}/flipped.pt --model.num_heads 4 --to diffusers --output {0}/o", "checksum"),
-        ("{0}/flipped.pt --model.num_heads 4 --to published --output {0}/deep/o.pt", "checksum"),
-        ("{0}/a.pt --to moh-dit --output {0}/o", "no preset has these weights"),
+        (
+            "{0}/flipped.pt --model.num_heads 4 --to diffusers --output {0}/o",
+            "does not match its checksum",
+        ),
+        (
+            "{0}/flipped.pt --model.num_heads 4 --to published --output {0}/deep/o.pt",
+            "does not match its checksum",
+        ),
+        ("{0}/a.pt --to moh-dit --output {0}/o", "no preset has the shapes"),
         ("{0}/a.pt --model.num_heads 5 --to moh-dit --output {0}/o", "not divisible"),
         ("{0}/a.pt --model.num_heads 4 --to pipeline --output {0}/o", "no autoencoder"),
         ("{0}/moh --to diffusers --output {0}/o", "no mixture-of-head layers"),
         ("{0}/moh --to moh-dit --output {0}/a.pt", "exists"),
-        ("{0}/moh --to published --output {0}/o", "called .pt"),
+        ("{0}/moh --to published --output {0}/o", "must end in .pt"),
         ("{0}/moh --to moh-dit", "output is not set"),
-        ("{0}/moh --to moh-dit --with_code --output {0}/o", "with_code goes with"),
+        ("{0}/moh --to moh-dit --with_code --output {0}/o", "only with --to pipeline"),
         ("{0}/moh --to moh-did --output {0}/o", "moh-did"),
         ("{0}/missing --to moh-dit --output {0}/o", "does not exist"),
         ("{0}/moh --weights ema-0.5 --model.num_heads 8 --to moh-dit --output {0}/o", "match"),
@@ -187,10 +193,10 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(arguments, words, tmp_
             spoil(tmp_path / f"{name}.pt")
     before = contents(tmp_path)
     code, _, err = convert(*arguments.format(tmp_path).split())
-    lines = [line for line in err.splitlines() if not line.startswith("writing weights")]
+    lines = err.splitlines()
     assert code == 2
     assert len(lines) == 1
-    assert lines[0].startswith("moh-dit-convert: error: ")
+    assert lines[0].startswith("moh-dit convert: error: ")
     assert words in lines[0]
     assert contents(tmp_path) == before
     assert not (tmp_path / "deep").exists()
@@ -209,7 +215,7 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, convert, monke
 def test_a_write_that_fails_leaves_nothing(tmp_path, convert, monkeypatch):
     randomized(SMALL).save_pretrained(tmp_path / "a")
 
-    def fail(file, state, on_written):
+    def fail(file, state):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -233,7 +239,7 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())  # as if not installed
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline
 
 folder, again, results = sys.argv[1:]
 for number, source in enumerate((folder, again, "owner/name")):
@@ -244,8 +250,14 @@ for number, source in enumerate((folder, again, "owner/name")):
     torch.save(images, f"{results}/{number}.pt")
     if source == folder:
         pipeline.save_pretrained(again)
+    if source == "owner/name":  # diffusers' AutoModel asks the hub even for a cached repository
+        continue
+    model = AutoModel.from_pretrained(source, subfolder="transformer", trust_remote_code=True)
+    weights = pipeline.transformer.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    assert type(model) is type(pipeline.transformer)
 package = type(pipeline.transformer).__module__.partition(".")[0]
-for kernels in ("ops", "triton_adaln"):  # no operator is another version's
+for kernels in ("attention_operators", "triton_adaln"):  # operators of this version only
     importlib.import_module(f"{package}.kernels.{kernels}")
 assert {"attention", "adaln"} <= set(dir(getattr(torch.ops, package)))
 assert not hasattr(torch.ops.moh_dit, "attention")
@@ -254,11 +266,11 @@ assert "moh_dit" not in sys.modules
 
 
 def into_hub_cache(folder, cache):
-    """What the hub's client leaves after downloading ``owner/name``."""
-    repository = cache / "models--owner--name"
-    shutil.copytree(folder, repository / "snapshots" / "0123abcd")
+    """Write what the hub's client leaves after downloading ``owner/name``."""
+    repository, commit = cache / "models--owner--name", "0123abcd" * 5
+    shutil.copytree(folder, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0123abcd")
+    (repository / "refs" / "main").write_text(commit)
     return cache
 
 
@@ -297,22 +309,22 @@ def test_the_card_tells_what_the_run_knows(run_folder, tmp_path, convert):
         assert line in front
     for text in ("| fd_digits | 12.5 |", "After 10 steps, on 1,000 samples", "batch_size: 4"):
         assert text in body
-    assert "![Samples, a row a class](samples.png)" in body
+    assert "![Samples, one row per class](samples.png)" in body
     grid = run_folder / "samples/step-00000010.png"
     assert (tmp_path / "a" / "samples.png").read_bytes() == grid.read_bytes()
     assert convert(tmp_path / "a", "--to", "pipeline", "--output", tmp_path / "b")[0] == 0
-    assert stated_license(tmp_path / "b") == "cc-by-nc-4.0"
+    assert card_license(tmp_path / "b") == "cc-by-nc-4.0"
     assert (tmp_path / "b" / "README.md").read_text() == card
     plan = ("--to", "pipeline", "--license", "mit")
     assert convert(tmp_path / "a", *plan, "--output", tmp_path / "c")[0] == 0
-    assert stated_license(tmp_path / "c") == "mit"
+    assert card_license(tmp_path / "c") == "mit"
 
 
 def test_a_run_without_evaluations_has_a_card_without_metrics(run_folder):
     shutil.rmtree(run_folder / "evaluations")
-    facts = run_facts(run_folder)
-    assert facts.metrics == {}
-    assert facts.recipe == "num_steps: 10\nbatch_size: 4\n"
+    details = run_details(run_folder)
+    assert details.metrics == {}
+    assert details.recipe == "num_steps: 10\nbatch_size: 4\n"
 
 
 @pytest.fixture
@@ -384,6 +396,6 @@ def test_a_flow_is_not_for_the_pipeline_of_diffusers(run_folder, tmp_path, conve
 
 
 def test_kinds_are_told_apart(run_folder, tmp_path):
-    assert open_checkpoint(run_folder).kind == "moh-dit"
+    assert open_checkpoint(run_folder).format == "moh-dit"
     torch.save(randomized(SMALL).state_dict(), tmp_path / "a.pt")
-    assert open_checkpoint(tmp_path / "a.pt").kind == "published"
+    assert open_checkpoint(tmp_path / "a.pt").format == "published"
