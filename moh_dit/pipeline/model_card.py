@@ -1,6 +1,7 @@
-"""The model card of a folder: what it is, how it was trained, what was measured, what it draws.
+"""Write the model card of a pipeline folder.
 
-``README.md`` with the YAML front matter that the hub reads, and the sample grid beside it.
+The card is ``README.md``: YAML front matter for the hub, the recipe and the metrics of the run, and
+a grid of samples.
 """
 
 import json
@@ -10,18 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..model.architecture import describe, preset_of
+from ..model.architecture import describe_architecture, find_preset
 
 CARD, GRID = "README.md", "samples.png"
-AUTOMATIC = "automatically generated"  # what diffusers says in a card that it made up
+AUTOMATIC = "automatically generated"  # appears in every card that diffusers generates
 TAGS = ["diffusers", "class-conditional", "diffusion-transformer", "dit"]
-TASK = "unconditional-image-generation"  # the nearest that the hub knows
+TASK = "unconditional-image-generation"  # the hub has no task for class-conditional generation
 
 USE = """## Use
 
-With moh-dit installed, FOLDER being this folder or its hub id:
+With moh-dit installed; FOLDER is this folder or its hub id:
 
 ```python
 from moh_dit import load_pipeline
@@ -30,7 +31,7 @@ pipeline = load_pipeline("FOLDER")
 pipeline([0, 1, 2], guidance_scale=4.0).images
 ```
 
-Where its code lies beside the weights (`pipeline.py`), diffusers alone opens it too:
+If the folder contains the code (`pipeline.py`), diffusers opens it without moh-dit:
 
 ```python
 from diffusers import DiffusionPipeline
@@ -41,16 +42,16 @@ pipeline = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
 
 
 @dataclass
-class Facts:
-    """What is known of a model beside its weights.
+class CardDetails:
+    """Content of a model card besides the description of the model.
 
     Attributes:
-        license: of the weights, as the hub spells it; "unknown" where nobody said.
+        license: licence of the weights, as the hub spells it; ``"unknown"`` if it is not stated.
         recipe: the resolved configuration of the run, as YAML.
-        metrics: name and value, as far as measured.
-        conditions: what the metrics depend on, in words.
+        metrics: measured values, by name.
+        conditions: how the metrics were measured.
         grid: a picture of samples.
-        base_model: where the weights came from, for the hub.
+        base_model: hub id of the model that the weights come from.
     """
 
     license: str = "unknown"
@@ -61,31 +62,31 @@ class Facts:
     base_model: str | None = None
 
 
-def run_facts(run: Path) -> Facts:
-    """What a run folder says of its model: configuration, newest evaluation, newest grid."""
-    facts = Facts()
+def run_details(run: Path) -> CardDetails:
+    """Return the configuration, the newest metrics and the newest sample grid of a run folder."""
+    details = CardDetails()
     if (run / "config.yaml").is_file():
-        facts.recipe = (run / "config.yaml").read_text()
+        details.recipe = (run / "config.yaml").read_text()
     if evaluations := sorted((run / "evaluations").glob("step-*.json")):
         result = json.loads(evaluations[-1].read_text())
-        facts.metrics = result["metrics"]
+        details.metrics = result["metrics"]
         samples, extractors = result.get("samples", {}), result.get("extractors", {})
-        facts.conditions = f"After {result['step']:,} steps"
+        details.conditions = f"After {result['step']:,} steps"
         if count := samples.get("count"):
-            facts.conditions += f", on {count:,} samples"
+            details.conditions += f", on {count:,} samples"
         if extractors:
-            facts.conditions += f", features of {', '.join(extractors)}"
-        facts.conditions += "; guidance and sampling steps under `evaluation` in the recipe."
+            details.conditions += f", features of {', '.join(extractors)}"
+        details.conditions += "; guidance and sampling steps under `evaluation` in the recipe."
     if grids := sorted((run / "samples").glob("step-*.png")):
-        facts.grid = grids[-1]
-    return facts
+        details.grid = grids[-1]
+    return details
 
 
-def write_card(folder: Path, config: dict[str, Any], facts: Facts) -> None:
-    """Write ``README.md``, and the grid if there is one, into a pipeline folder."""
-    description = describe(config)
+def write_card(folder: Path, config: dict[str, Any], details: CardDetails) -> None:
+    """Write ``README.md``, and the sample grid if there is one, into a pipeline folder."""
+    description = describe_architecture(config)
     moh = "MoH" in description
-    name = preset_of(config) or ("MoH-DiT" if moh else "DiT")
+    name = find_preset(config) or ("MoH-DiT" if moh else "DiT")
     results = [
         EvalResult(
             task_type=TASK,
@@ -94,29 +95,29 @@ def write_card(folder: Path, config: dict[str, Any], facts: Facts) -> None:
             metric_type=metric,
             metric_value=value,
         )
-        for metric, value in facts.metrics.items()
+        for metric, value in details.metrics.items()
     ]
     front = ModelCardData(
-        license=facts.license,
+        license=details.license,
         library_name="diffusers",
         pipeline_tag=TASK,
         tags=TAGS + ["mixture-of-head-attention"] * moh,
-        base_model=facts.base_model,
+        base_model=details.base_model,
         model_name=name if results else None,
         eval_results=results or None,
     )
     parts = [f"---\n{front.to_yaml()}\n---", f"# {name}", _introduction(description, moh)]
-    if facts.grid is not None:
-        shutil.copyfile(facts.grid, folder / GRID)
-        parts.append(f"![Samples, a row a class]({GRID})")
+    if details.grid is not None:
+        shutil.copyfile(details.grid, folder / GRID)
+        parts.append(f"![Samples, one row per class]({GRID})")
     parts.append(USE.strip())
-    if facts.metrics:
-        rows = "\n".join(f"| {key} | {value:.5g} |" for key, value in facts.metrics.items())
-        parts.append(f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}\n\n{facts.conditions}")
-    if facts.recipe is not None:
-        parts.append(f"## Recipe\n\n```yaml\n{facts.recipe.strip()}\n```")
-    unknown = "Nobody stated the licence of these weights; ask whoever trained them."
-    stated = f"The weights: {facts.license}." if facts.license != "unknown" else unknown
+    if details.metrics:
+        rows = "\n".join(f"| {key} | {value:.5g} |" for key, value in details.metrics.items())
+        parts.append(f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}\n\n{details.conditions}")
+    if details.recipe is not None:
+        parts.append(f"## Recipe\n\n```yaml\n{details.recipe.strip()}\n```")
+    unknown = "The licence of these weights is not stated; ask the people who trained them."
+    stated = f"The weights: {details.license}." if details.license != "unknown" else unknown
     parts.append(f"## Licence\n\n{stated} The code of moh-dit: apache-2.0.")
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -134,17 +135,17 @@ def _introduction(description: str, moh: bool) -> str:
     return text + "."
 
 
-def keep_card(folder: Path, loaded_from: str | None, config: dict[str, Any]) -> None:
-    """Give a saved folder the card of the one it was loaded from, or a plain one.
+def copy_or_write_card(folder: Path, loaded_from: str | None, config: dict[str, Any]) -> None:
+    """Copy the card of the folder that a pipeline was loaded from, or write a new one.
 
-    A card that somebody wrote is left alone; one that diffusers made up is replaced.
+    A card in ``folder`` is kept, except one that diffusers generated.
     """
     card = folder / CARD
     if card.is_file() and AUTOMATIC not in card.read_text(encoding="utf-8"):
         return None
     source = Path(loaded_from or "") / CARD
     if not loaded_from or not source.is_file():
-        return write_card(folder, config, Facts())
+        return write_card(folder, config, CardDetails())
     text = source.read_text(encoding="utf-8")
     for picture in re.findall(r"!\[[^\]]*\]\(([\w.-]+)\)", text):
         if (source.parent / picture).is_file() and not (folder / picture).exists():
@@ -153,17 +154,15 @@ def keep_card(folder: Path, loaded_from: str | None, config: dict[str, Any]) -> 
     return None
 
 
-def describes(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether a folder has a card written here, of just this model."""
+def card_matches_model(folder: Path, config: dict[str, Any]) -> bool:
+    """Return whether a folder has a card that this package wrote for this very model."""
     card = folder / CARD
-    return card.is_file() and describe(config)[1:] in card.read_text(encoding="utf-8")
+    return card.is_file() and describe_architecture(config)[1:] in card.read_text(encoding="utf-8")
 
 
-def stated_license(folder: Path) -> str | None:
-    """The licence in the front matter of a folder's card."""
+def card_license(folder: Path) -> str | None:
+    """Return the licence in the front matter of a folder's card, or ``None``."""
     card = folder / CARD
-    if not card.is_file():
-        return None
-    match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
-    line = re.search(r"^license:\s*(\S+)", match[1], re.MULTILINE) if match else None
-    return line[1] if line else None
+    return (
+        ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    )

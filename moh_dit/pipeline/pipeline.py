@@ -1,14 +1,11 @@
-"""MoHDiTPipeline: class labels in, images out, through any diffusers scheduler that fits."""
+"""Generate images from class labels with any diffusers scheduler that fits the model."""
 
 import contextlib
-import difflib
 import inspect
 import os
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -19,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..autoencoder import decode_latents
+from ..common.compat import UploadHook, execution_device, reset_cache
 from ..common.errors import UserError
 from ..common.hub import snapshot
 from ..diffusion.noise import ImageNoise
@@ -26,80 +24,32 @@ from ..diffusion.process import LearnedVarianceDDPMScheduler
 from ..diffusion.samplers import check_scheduler, check_steps, prepare_scheduler
 from ..diffusion.samplers import prediction_type as predicted_by
 from ..model.transformer import MoHDiTTransformer2DModel
-from .bundled_code import add_code, is_bundled, use_installed
-from .model_card import keep_card
+from .bundled_code import is_bundled, use_installed_classes, write_code
+from .class_labels import Labels, class_ids
+from .guidance import Guidance
+from .model_card import copy_or_write_card
 
 Noise: TypeAlias = torch.Generator | list[torch.Generator] | ImageNoise | None
-StepCallback: TypeAlias = Callable[[Any, int, int, dict], dict | None]
+StepCallback: TypeAlias = Callable[[Any, int, Tensor, dict], dict | None]
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-@dataclass
-class Guidance:
-    """ε̂ = ε_weak + scale (ε_cond - ε_weak).
-
-    Classifier-free guidance (arXiv 2207.12598) with the null class as the weak prediction, or
-    autoguidance (arXiv 2406.02070) with a weaker model given the same class.
-
-    Attributes:
-        scale: the weight w; 1 for no guidance.
-        num_channels: how many latent channels are guided, from the first; ``None`` for all. The
-            papers' samples guide 3 of 4, a slip kept here for comparison only.
-        interval: guide where the timestep, as a share of the process (1 is pure noise), lies in
-            it; elsewhere one evaluation suffices (limited interval, arXiv 2404.07724).
-        model: the weaker model of autoguidance; ``None`` for the null class.
-    """
-
-    scale: float = 4.0
-    num_channels: int | None = None
-    interval: tuple[float, float] = (0.0, 1.0)
-    model: MoHDiTTransformer2DModel | None = None
-
-    def check(self, transformer: MoHDiTTransformer2DModel) -> None:
-        """Raise ``UserError`` for values that mean nothing with this model."""
-        channels = transformer.config.in_channels
-        if self.num_channels is not None and not 1 <= self.num_channels <= channels:
-            raise UserError(
-                f"guidance_channels is {self.num_channels}; the latent has {channels} channels"
-            )
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
-            raise UserError(
-                f"guidance_interval is {low}, {high}; give two shares of the process, "
-                "0 ≤ low ≤ high ≤ 1 (1 is pure noise)"
-            )
-        if self.model is not None:
-            for key in ("in_channels", "out_channels", "sample_size", "num_classes"):
-                weak, main = self.model.config[key], transformer.config[key]
-                if weak != main:
-                    raise UserError(f"the guidance model has {key} {weak}, the model has {main}")
-
-    def active_at(self, timestep: Tensor, num_train_timesteps: int) -> bool:
-        """Whether a step at this timestep is guided."""
-        low, high = self.interval
-        return self.scale != 1.0 and low <= float(timestep) / num_train_timesteps <= high
-
-    def __call__(self, conditional: Tensor, weak: Tensor, latent_channels: int) -> Tensor:
-        """Combine two predictions (B, C or 2C, H, W); variance values stay the conditional ones."""
-        guided = self.num_channels or latent_channels
-        epsilon = weak[:, :guided] + self.scale * (conditional[:, :guided] - weak[:, :guided])
-        return torch.cat([epsilon, conditional[:, guided:]], dim=1)
-
-
-class MoHDiTPipeline(DiffusionPipeline):
+class MoHDiTPipeline(UploadHook, DiffusionPipeline):
     """Class-conditional image generation with a (MoH-)DiT.
 
     Args:
-        transformer: the denoiser, predicting ε and, if ``out_channels`` is twice ``in_channels``,
-            the values of the learned variance.
+        transformer: predicts ε and, if ``out_channels`` is twice ``in_channels``, the values of the
+            learned variance.
         vae: the autoencoder whose latents the transformer was trained on.
-        scheduler: a diffusers scheduler of the process the transformer was trained on.
-        class_names: a name per class, so that labels can be given by name; ``None`` for none.
+        scheduler: a diffusers scheduler of the noise process that the transformer was trained on.
+        class_names: the name of each class, so that labels can be names; ``None`` for no names.
         prediction_type: what the transformer predicts, in diffusers' terms (``"epsilon"``,
             ``"v_prediction"``, ``"sample"``, ``"flow_prediction"``); ``None`` for what the
-            scheduler steps. Saved, and any scheduler put in later must fit it.
+            scheduler expects. It is saved, and every other scheduler must match it.
     """
 
     model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs: ClassVar = ["latents"]
 
     def __init__(
         self,
@@ -116,13 +66,19 @@ class MoHDiTPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **options: Any) -> Any:
-        """As diffusers'; a folder with its own code opens with this class all the same."""
+        """Load a configuration like diffusers, but with the installed classes of this package."""
         config = super().load_config(*args, **options)
-        return use_installed(config) if isinstance(config, dict) else config
+        return use_installed_classes(config) if isinstance(config, dict) else config
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """Return the arguments in a configuration; ``auto_map`` concerns ``AutoModel`` only."""
+        config = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        return super().extract_init_dict(config, **options)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **options: Any) -> str:
-        """As diffusers', which does not let a repository name a class outside diffusers."""
+        """Download a repository; diffusers' method refuses classes of other packages."""
         known = ("cache_dir", "force_download", "local_files_only", "token", "revision")
         given = {key: options[key] for key in known if options.get(key) is not None}
         return str(snapshot(pretrained_model_name, **given))
@@ -130,56 +86,55 @@ class MoHDiTPipeline(DiffusionPipeline):
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, with_code: bool = False, **options: Any
     ) -> None:
-        """As diffusers', and a model card beside, which is kept if the folder loaded has one.
+        """Save the pipeline and a model card.
+
+        The folder gets the card of the folder that the pipeline was loaded from, or a new one.
 
         Args:
             save_directory, args, options: see ``DiffusionPipeline.save_pretrained``.
-            with_code: also put the code there, so that diffusers opens the folder without this
-                package, by ``trust_remote_code=True``. What came with code keeps it.
+            with_code: also write the code, so that diffusers opens the folder without this package,
+                by ``trust_remote_code=True``. A pipeline loaded with its code is saved with it.
         """
         super().save_pretrained(save_directory, *args, **options)
-        self._complete(Path(save_directory), with_code or is_bundled())
+        self._write_card_and_code(Path(save_directory), with_code or is_bundled())
 
-    def _upload_folder(self, working_dir: str | os.PathLike, *args: Any, **options: Any) -> Any:
-        # Behind both ways to push: whoever downloads may not have this package.
-        self._complete(Path(working_dir), with_code=True)
-        return super()._upload_folder(working_dir, *args, **options)
+    def before_upload(self, folder: Path) -> None:
+        """Add the code before uploading to the hub: users there may not have this package."""
+        self._write_card_and_code(folder, with_code=True)
 
-    def _complete(self, folder: Path, with_code: bool) -> None:
+    def _write_card_and_code(self, folder: Path, with_code: bool) -> None:
         if with_code:
-            add_code(folder)
-        keep_card(folder, self.name_or_path, dict(self.transformer.config))
+            write_code(folder)
+        copy_or_write_card(folder, self.name_or_path, dict(self.transformer.config))
 
-    def label_ids(self, class_labels: int | str | Sequence[int | str] | Tensor) -> list[int]:
-        """Class ids from ids, names, or a mixture.
+    def label_ids(self, class_labels: Labels) -> list[int]:
+        """Return class ids for ids, names, or nested lists or tensors of these.
 
         Raises:
-            UserError: for an id out of range or a name that is not a class (the nearest are named).
+            UserError: an id is out of range, or a name is not a class (similar names are given).
         """
-        if isinstance(class_labels, (int, str)):
-            class_labels = [class_labels]
-        names: list[str] = self.config.class_names or []
-        num_classes = self.transformer.config.num_classes
-        ids = []
-        for label in class_labels:
-            if isinstance(label, str) and label in names:
-                label = names.index(label)
-            elif isinstance(label, str) and not re.fullmatch(r"-?\d+", label):
-                nearest = difflib.get_close_matches(label, names, n=3)
-                nearest = nearest or [name for name in names if label.lower() in name.lower()][:3]
-                hint = f"the nearest are {', '.join(nearest)}" if nearest else "give an id"
-                if names and not nearest:
-                    hint += f", or a name such as {', '.join(names[:3])}"
-                raise UserError(f"no class is named {label!r}; {hint}")
-            if not 0 <= (number := int(label)) < num_classes:
-                raise UserError(f"class label {number} is out of range 0 … {num_classes - 1}")
-            ids.append(number)
-        return ids
+        names = self.config.class_names or []
+        return class_ids(class_labels, names, self.transformer.config.num_classes)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the latest call; a callback may change ``_guidance_scale``."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of evaluations of the model in the latest call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call stops after this step; a callback may set ``_interrupt``."""
+        return self._interrupt
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | Tensor,
+        class_labels: Labels,
         guidance_scale: float = 4.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_channels: int | None = None,
@@ -191,42 +146,65 @@ class MoHDiTPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        num_images_per_prompt: int = 1,
     ) -> ImagePipelineOutput | tuple:
-        """Generate one image per label.
+        """Generate images.
+
+        Below, B is the number of labels times ``num_images_per_prompt``.
 
         Args:
-            class_labels: ids or names, B of them.
-            guidance_scale: weight w of guidance; 1 turns it off.
-            guidance_interval: guide from the first to the second share of the process only.
-            guidance_channels: guide the first so many latent channels; ``None`` for all.
+            class_labels: class ids or names, also as nested lists or tensors.
+            guidance_scale: weight w of guidance; 1 turns guidance off.
+            guidance_interval: guide only between these two fractions of the process; 1 is pure
+                noise.
+            guidance_channels: guide only this number of latent channels, from the first; ``None``
+                for all.
             guidance_model: guide away from this weaker model instead of the null class.
-            num_inference_steps: denoising steps, at most the length of the trained process.
-            generator: one; a list of B, which makes an image independent of its batch; or an
-                :class:`~moh_dit.diffusion.noise.ImageNoise`, the same without B generators to walk.
-            latents: initial noise (B, C, h, w) instead of the generator's.
-            decode_batch_size: images decoded at once; ``None`` for all.
+            num_inference_steps: denoising steps, at most the number that the model was trained on.
+            generator: a generator; a list of B generators, which makes each image independent of
+                its batch; or an :class:`~moh_dit.diffusion.noise.ImageNoise`, which does the same
+                faster.
+            latents: initial noise (B, C, h, w); ``None`` to draw it from the generator.
+            decode_batch_size: number of images to decode at once; ``None`` for all.
             output_type: ``"pil"``, ``"np"`` (float32 B×H×W×3 in 0 … 1), ``"pt"`` (float32 B×3×H×W
                 in 0 … 1) or ``"latent"`` (B, C, h, w).
             return_dict: whether to return an ``ImagePipelineOutput`` or the tuple ``(images,)``.
-            callback_on_step_end: called as ``f(pipeline, step, timestep, {"latents": latents})``;
-                may return a dictionary with new ``latents``.
+            callback_on_step_end: called after each step as ``f(pipeline, step, timestep,
+                tensors)``; may return a dictionary with new ``latents``.
+            callback_on_step_end_tensor_inputs: names in ``tensors``: ``["latents"]`` or ``[]``.
+            num_images_per_prompt: images per label; those of one label follow each other.
 
         Raises:
-            UserError: for labels, steps, guidance, schedulers or output types that do not fit.
+            UserError: labels, steps, guidance, scheduler or output type do not fit the model.
         """
-        labels = torch.tensor(self.label_ids(class_labels), device=self._execution_device)
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise UserError(f"output_type {output_type!r} is none of pil, np, pt, latent")
+        if output_type not in OUTPUT_TYPES:
+            known = ", ".join(OUTPUT_TYPES)
+            raise UserError(f"output_type is {output_type!r}; choose one of {known}")
+        names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        if unknown := set(names) - set(self._callback_tensor_inputs):
+            raise UserError(
+                f"callback_on_step_end_tensor_inputs contains {min(unknown)!r}; callbacks get "
+                "'latents' only"
+            )
+        device = execution_device(self)
+        labels = torch.tensor(self.label_ids(class_labels), device=device)
+        labels = labels.repeat_interleave(num_images_per_prompt)
         guidance = Guidance(guidance_scale, guidance_channels, guidance_interval, guidance_model)
         self.check(guidance, num_inference_steps)
         latents = self.prepare_latents(len(labels), generator, latents)
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        self._num_timesteps = len(prepare_scheduler(self.scheduler, num_inference_steps).timesteps)
         with self.progress_bar(total=num_inference_steps) as bar:
 
-            def on_step(pipeline: Any, step: int, timestep: int, tensors: dict) -> dict | None:
+            def on_step(pipeline: Any, step: int, timestep: Tensor, tensors: dict) -> dict:
                 bar.update(min(step + 1, num_inference_steps) - bar.n)  # Heun evaluates twice
                 if callback_on_step_end is None:
-                    return None
-                return callback_on_step_end(pipeline, step, timestep, tensors)
+                    return {}
+                given = {name: tensors[name] for name in names}
+                changed = callback_on_step_end(pipeline, step, timestep, given) or {}
+                guidance.scale = self._guidance_scale
+                return {**changed, "stop": self._interrupt}
 
             latents = self.denoise(
                 latents, labels, guidance, num_inference_steps, generator, on_step
@@ -238,31 +216,35 @@ class MoHDiTPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def check(self, guidance: Guidance, num_inference_steps: int) -> None:
-        """Raise ``UserError`` unless scheduler, steps and guidance fit the model."""
+        """Raise ``UserError`` if scheduler, steps, guidance or autoencoder do not fit the model."""
         check_scheduler(self.scheduler, self.config.prediction_type)
         check_steps(self.scheduler, num_inference_steps)
         guidance.check(self.transformer)
         latent, expected = self.vae.config.latent_channels, self.transformer.config.in_channels
         if latent != expected:
             raise UserError(
-                f"the autoencoder has {latent} latent channels, the transformer {expected}: they "
-                "do not belong together"
+                f"the autoencoder has {latent} latent channels, the transformer {expected}; use "
+                "the autoencoder that the transformer was trained with"
             )
 
     def prepare_latents(
         self, batch_size: int, generator: Noise = None, latents: Tensor | None = None
     ) -> Tensor:
-        """Standard normal noise (B, C, h, w), at least float32 whatever the model runs in."""
+        """Draw the initial noise (B, C, h, w), or check the given one.
+
+        It is float32 also for a model in half precision: a bfloat16 state would add a visible
+        error over 250 steps.
+        """
         config, dtype = self.transformer.config, self.transformer.dtype
         dtype = torch.promote_types(dtype, torch.float32)
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
         if latents is None and isinstance(generator, ImageNoise):
             return generator.draw(shape, dtype)
         if latents is None:
-            return cast(Tensor, randn_tensor(shape, generator, self._execution_device, dtype))
+            return cast(Tensor, randn_tensor(shape, generator, execution_device(self), dtype))
         if latents.shape != shape:
-            raise UserError(f"latents are {tuple(latents.shape)}, expected {shape}")
-        return latents.to(self._execution_device, dtype)
+            raise UserError(f"latents have shape {tuple(latents.shape)}, expected {shape}")
+        return latents.to(execution_device(self), dtype)
 
     def denoise(
         self,
@@ -273,10 +255,17 @@ class MoHDiTPipeline(DiffusionPipeline):
         generator: Noise = None,
         callback_on_step_end: StepCallback | None = None,
     ) -> Tensor:
-        """Run the reverse process on initial noise (B, C, h, w) for int64 labels (B,).
+        """Run the reverse process and return the latents (B, C, h, w).
 
-        The pipeline's scheduler stays as it is: each call steps a fresh one of its configuration,
-        so several threads may sample from one pipeline.
+        Several threads may call this method at once: each call makes a scheduler of its own.
+
+        Args:
+            latents: initial noise (B, C, h, w).
+            labels: int64 (B,).
+            guidance: read before every step, so a callback may change it.
+            num_inference_steps, generator: see :meth:`__call__`.
+            callback_on_step_end: see :meth:`__call__`. If the returned dictionary contains ``stop``
+                with a true value, the process ends after this step.
         """
         scheduler = prepare_scheduler(self.scheduler, num_inference_steps)
         learned_variance = isinstance(scheduler, LearnedVarianceDDPMScheduler)
@@ -285,12 +274,12 @@ class MoHDiTPipeline(DiffusionPipeline):
         options = {"generator": generator} if takes_generator else {}
         noise: Any = contextlib.nullcontext()
         if isinstance(generator, ImageNoise) and not learned_variance:
-            noise, options = generator, {}  # for a scheduler that asks torch for its noise
+            noise, options = generator, {}  # diffusers' schedulers draw their noise from torch
         for model in filter(None, (self.transformer, guidance.model)):
             if model.is_cache_enabled:
-                model._reset_stateful_cache()  # of the images before
+                reset_cache(model)  # it contains activations of the previous images
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-        on_device = scheduler.timesteps.to(latents.device)  # once: a copy each step would wait
+        on_device = scheduler.timesteps.to(latents.device)  # a copy in each step would synchronize
 
         for step, timestep in enumerate(scheduler.timesteps):
             scaled = latents
@@ -303,14 +292,16 @@ class MoHDiTPipeline(DiffusionPipeline):
             with noise:
                 latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
             if callback_on_step_end is not None:
-                changed = callback_on_step_end(self, step, timestep, {"latents": latents})
-                latents = (changed or {}).get("latents", latents)
+                changed = callback_on_step_end(self, step, timestep, {"latents": latents}) or {}
+                latents = changed.get("latents", latents)
+                if changed.get("stop"):
+                    break
         return latents
 
     def predict(
         self, latents: Tensor, timestep: Tensor, labels: Tensor, guidance: Guidance | None
     ) -> Tensor:
-        """Prediction (B, out_channels, h, w) for a batch at one timestep, guided or not."""
+        """Return the prediction (B, out_channels, h, w), guided unless ``guidance`` is ``None``."""
         channels = self.transformer.config.in_channels
         if guidance is None:
             return self.run_model(self.transformer, latents, timestep, labels)
@@ -328,17 +319,17 @@ class MoHDiTPipeline(DiffusionPipeline):
     def run_model(
         self, model: MoHDiTTransformer2DModel, latents: Tensor, timestep: Tensor, labels: Tensor
     ) -> Tensor:
-        """A model's raw output for a batch at one timestep, in the dtype of the latents."""
-        # Guided and unguided steps differ in batch size, so caches keep them apart.
+        """Return the output of a model at one timestep, in the dtype of the latents."""
+        # Guided and unguided steps differ in batch size, so each size has its own cache.
         caching: Any = contextlib.nullcontext()
         if model.is_cache_enabled:
             caching = model.cache_context(f"batch of {len(latents)}")
         with caching:
             output = model(latents.to(model.dtype), timestep.expand(len(latents)), labels).sample
-        # A copy: with CUDA graphs the next call overwrites the output.
+        # Copy the output, because a CUDA graph overwrites it in the next call.
         return output.to(latents.dtype, copy=True)
 
     def decode(self, latents: Tensor, batch_size: int | None = None) -> Tensor:
-        """Latents (B, C, h, w) → images (B, 3, H, W) in -1 … 1, ``batch_size`` at once."""
+        """Decode latents (B, C, h, w) to images (B, 3, H, W) in -1 … 1, ``batch_size`` at once."""
         chunks = latents.split(batch_size or len(latents))
         return torch.cat([decode_latents(self.vae, chunk) for chunk in chunks])

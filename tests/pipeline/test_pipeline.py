@@ -11,7 +11,8 @@ from helpers.reference_arrays import relative_error
 
 from moh_dit.common.errors import UserError
 from moh_dit.diffusion.process import make_scheduler
-from moh_dit.pipeline.pipeline import Guidance, MoHDiTPipeline
+from moh_dit.pipeline.guidance import Guidance
+from moh_dit.pipeline.pipeline import MoHDiTPipeline
 
 
 @pytest.mark.parametrize("case", ["uniform_heads", "pyramid_heads"])
@@ -99,7 +100,7 @@ def test_generators_make_an_image_independent_of_its_batch():
         (["catt"], {}, "nearest are cat"),
         ([5], {}, "out of range 0 … 4"),
         ([0], dict(num_inference_steps=1001), "1 … 1000"),
-        ([0], dict(output_type="jpeg"), "none of pil"),
+        ([0], dict(output_type="jpeg"), "choose one of pil"),
         ([0], dict(latents=torch.zeros(1, 4, 4, 4)), "expected"),
     ],
 )

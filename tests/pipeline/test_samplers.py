@@ -168,7 +168,7 @@ def test_autoguidance_extrapolates_from_the_weaker_model():
     # A single DDIM step is affine in the prediction, so guidance extrapolates its result.
     guided = run(guidance_scale=2.5, guidance_model=weak)
     assert relative_error(guided, zero + 2.5 * (one - zero)) < 1e-4
-    with pytest.raises(UserError, match="guidance model has num_classes 3, the model has 5"):
+    with pytest.raises(UserError, match="guidance_model has num_classes 3, but the model has 5"):
         run(guidance_model=randomized(ROUTED | dict(num_classes=3)))
 
 
