@@ -7,7 +7,8 @@ from .common.version import __version__
 
 if TYPE_CHECKING:
     from .checkpoints.opening import load_pipeline, load_pretrained
-    from .continue_tuning.model import MoHSettings, dense_to_moh
+    from .continue_tuning.config import MoHSettings
+    from .continue_tuning.model import dense_to_moh
     from .model.attention import MoHAttention
     from .model.presets import PRESETS, build_model
     from .model.transformer import MoHDiTTransformer2DModel
@@ -18,7 +19,7 @@ _EXPORTS = {
     "MoHAttention": "model.attention",
     "MoHDiTPipeline": "pipeline.pipeline",
     "MoHDiTTransformer2DModel": "model.transformer",
-    "MoHSettings": "continue_tuning.model",
+    "MoHSettings": "continue_tuning.config",
     "PRESETS": "model.presets",
     "build_model": "model.presets",
     "dense_to_moh": "continue_tuning.model",

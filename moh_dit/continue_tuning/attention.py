@@ -1,11 +1,11 @@
-"""The attention of a dense transformer, this project's or another's, as a MoH layer.
+"""Make a MoH layer from the attention of a dense transformer, of this project or another.
 
     dense = attention_from_linears(q_proj, k_proj, v_proj, o_proj, num_heads=8)
     layer = attention_to_moh(dense, num_shared_heads=4, num_active_routed_heads=2)
 
-Heads change places within a layer, the shared ones first; nothing is drawn at random. Which heads
-those should be, ``head_importance`` measures; ``fit_routers`` starts routers with weights of their
-own. ``examples/`` puts such layers into a LLaMA decoder and a ViT.
+Heads are reordered within the layer, shared heads first; no weight is drawn at random.
+``head_importance`` measures which heads to share, and ``fit_routers`` initializes learned routers.
+``examples/`` uses such layers in a LLaMA decoder and in a ViT.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ from ..common.errors import UserError
 from ..model.attention import MoHAttention, split_heads
 from ..model.routing import query_norm_logits
 
-# A learned router starts at this fraction of the query-norm logits, whose spread is 1: it selects
-# the same heads, while gates stay near the 1 that the dense model had (docs/continue_tuning.md).
+# A learned router starts at this fraction of the query-norm logits, whose standard deviation is 1.
+# It then selects the same heads, and its gates stay near 1, the gate of the dense model.
 LEARNED_START = 0.1
 
 
@@ -32,18 +32,20 @@ def attention_to_moh(
     router: str = "query_norm",
     order: Tensor | None = None,
 ) -> MoHAttention:
-    """A MoH layer with the weights of a dense one; a learned router starts with every gate 1.
+    """Return a MoH layer with the weights of a dense one.
 
     Args:
-        attention: a layer without a router, left as it is.
-        num_shared_heads, num_active_routed_heads, router: see :class:`MoHAttention`.
-        order: the heads (h,) in their new order, those to be shared first; as they are if ``None``.
+        attention: a layer without a router; it is not changed.
+        num_shared_heads, num_active_routed_heads: see :class:`MoHAttention`.
+        router: see :class:`MoHAttention`; a learned router starts with every gate at 1.
+        order: the heads in their new order, int64 (h,), shared heads first; ``None`` keeps the
+            order.
 
     Raises:
-        UserError: when the layer has a router, or the head plan does not add up.
+        UserError: the layer has a router already, or the numbers of heads do not add up.
     """
     if attention.num_shared_heads is not None:
-        raise UserError("the attention is MoH already; continue-tuning starts from a dense one")
+        raise UserError("the attention layer has a router already; give a dense layer")
     heads, width, kv = attention.num_heads, attention.head_dim, attention.num_key_value_heads
     qkv, proj = attention.qkv, attention.proj
     with torch.device("meta"):
@@ -64,7 +66,7 @@ def attention_to_moh(
         weight.zero_()
     order = torch.arange(heads) if order is None else order
     order = order.to(qkv.weight.device)
-    if kv < heads:  # queries alone are reordered; which keys they ask goes with them
+    if kv < heads:  # keys are shared by several queries, so only queries are reordered
         blocks = torch.cat([order, torch.arange(heads, heads + 2 * kv, device=order.device)])
         moh.key_value_head.copy_(attention.key_value_head[order])
     else:
@@ -88,25 +90,28 @@ def attention_from_linears(
     num_heads: int,
     num_key_value_heads: int | None = None,
 ) -> MoHAttention:
-    """A dense :class:`MoHAttention` with the weights of another library's four projections.
+    """Return a dense :class:`MoHAttention` with the weights of another library's projections.
 
     Args:
-        query, key, value: C → heads · d, C → key-value heads · d (twice); heads in this order.
-        output: heads · d → C.
+        query: C → num_heads · d.
+        key, value: C → num_key_value_heads · d.
+        output: num_heads · d → C.
+        num_heads: number of query heads.
+        num_key_value_heads: number of key and value heads; ``None`` for ``num_heads``.
 
     Raises:
-        UserError: when the sizes do not add up, or some but not all of q, k, v have a bias.
+        UserError: the sizes do not add up, or only some of query, key and value have a bias.
     """
     projections = (query, key, value)
     biases: list[Tensor] = [linear.bias for linear in projections if linear.bias is not None]
     if len(biases) not in (0, 3):
-        raise UserError("either all of query, key and value have a bias, or none")
+        raise UserError("query, key and value must all have a bias, or none of them")
     width, kv = query.out_features // num_heads, num_key_value_heads or num_heads
     sizes = [linear.out_features for linear in projections] + [output.in_features]
     if sizes != [num_heads * width, kv * width, kv * width, num_heads * width]:
         raise UserError(
-            f"query, key, value and output have {', '.join(map(str, sizes))} columns, which is not "
-            f"{num_heads} heads with {kv} key-value heads"
+            f"query, key, value and output have {', '.join(map(str, sizes))} columns, which does "
+            f"not fit {num_heads} heads with {kv} key-value heads"
         )
     with torch.device("meta"):
         attention = MoHAttention(
@@ -129,14 +134,17 @@ def attention_from_linears(
 
 @torch.no_grad()
 def head_importance(layers: Sequence[MoHAttention], run: Callable[[], None]) -> list[Tensor]:
-    """Mean over tokens of ‖o_i W_proj,i‖₂, what head i adds to the residual stream; (h,) a layer.
+    """Measure the contribution of every head to the residual stream.
 
-    Norm-based analysis (arXiv 2004.10102, §3). In DiT a block scales all heads of a token by the
-    same vector afterwards, which is left out.
+    The contribution of head i is the mean over tokens of ‖o_i W_proj,i‖₂ (arXiv 2004.10102, §3).
+    The gate that a DiT block applies afterwards is left out: it is the same for all heads.
 
     Args:
         layers: dense layers.
-        run: runs the model they belong to over the data.
+        run: runs their model on the data.
+
+    Returns:
+        One tensor (h,) per layer, float64.
     """
     sums = [torch.zeros(layer.num_heads, dtype=torch.float64) for layer in layers]
     counts = [0] * len(layers)
@@ -160,15 +168,16 @@ def head_importance(layers: Sequence[MoHAttention], run: Callable[[], None]) -> 
 def fit_routers(
     dense: Sequence[MoHAttention], layers: Sequence[MoHAttention], run: Callable[[], None]
 ) -> None:
-    """Start learned routers from the query-norm router, by least squares on what layers are given.
+    """Initialize learned routers to select nearly the same heads as the query-norm router.
 
-    ``W_routed`` becomes the linear map of the input x that comes nearest to the query-norm logits
-    (less their mean over heads, which a softmax ignores), times ``LEARNED_START``. Where k = E it
-    stays zero: every gate is 1 and the layer is the dense one.
+    ``W_routed`` becomes the least-squares map from a layer's input to the query-norm logits, times
+    ``LEARNED_START``. The mean of the logits over heads is subtracted, because a softmax ignores
+    it. If every routed head is active (k = E), ``W_routed`` stays zero and every gate is 1.
 
     Args:
-        dense: the layers as they are in the model that ``run`` runs.
-        layers: the layers made from them by :func:`attention_to_moh`, fitted in place.
+        dense: the dense layers, in their model.
+        layers: the layers that :func:`attention_to_moh` made from them; their routers are changed.
+        run: runs the model of the dense layers on the data.
     """
     moments: dict[int, tuple[Tensor, Tensor]] = {}
     with ExitStack() as hooks:

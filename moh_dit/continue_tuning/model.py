@@ -1,67 +1,51 @@
-"""Continue-tuning (MoH, arXiv 2410.11842, §4.4): a dense model becomes MoH, then trains on.
+"""Make a MoH model from a dense one, for continue-tuning (MoH, arXiv 2410.11842, §4.4).
 
     model = dense_to_moh(dense, MoHSettings(num_shared_heads=3, num_active_routed_heads=2))
 
-No weight is drawn at random: heads are put in another order, the shared ones first, and the router
-either has no parameters or is fitted to the one that has none. With every head active the model
-computes what the dense one did.
+The weights stay those of the dense model. Heads are reordered within a layer, shared heads first,
+and the router has no parameters or is fitted to the one without. With every head active, the model
+computes the same as the dense one.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, cast, get_args, get_type_hints
+from typing import cast, get_args, get_type_hints
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ..autoencoder import downsampling_factor, latent_scaling, sample_posterior
+from ..common.compat import change_model_config
 from ..common.errors import UserError
 from ..data.images import open_images
 from ..data.latents import encode_images
 from ..diffusion.objectives import FlowObjective, NoiseObjective, Objective
 from ..model.attention import MoHAttention
+from ..model.blocks import DiTBlock
 from ..model.routing import check_head_plan
-from ..model.transformer import DiTBlock, HeadPlan, MoHDiTTransformer2DModel, per_layer
+from ..model.transformer import MoHDiTTransformer2DModel, per_layer
 from ..pipeline.pipeline import MoHDiTPipeline
 from .attention import attention_to_moh, fit_routers, head_importance
+from .config import MoHSettings
 
 Inputs = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class MoHSettings:
-    """How a dense model becomes MoH."""
-
-    num_shared_heads: HeadPlan
-    """Shared heads s, one number or one per layer; none for a layer that stays dense."""
-    num_active_routed_heads: HeadPlan
-    """Routed heads k that each token activates, one number or one per layer."""
-    router: Literal["query_norm", "learned"] = "query_norm"
-    """query_norm: no parameters (MoH §4.4). learned: MoH's own, fitted to select as that one does;
-    needs data."""
-    shared_heads: Literal["first", "random", "importance"] = "first"
-    """Which heads become shared: the first, a random choice, or those that add most to the residual
-    stream, by the mean of ‖o_i W_proj,i‖₂ over the tokens of the data (arXiv 2004.10102)."""
-    seed: int = 0
-    """Seed of the random choice."""
 
 
 @torch.no_grad()
 def dense_to_moh(
     model: MoHDiTTransformer2DModel, settings: MoHSettings, data: Sequence[Inputs] | None = None
 ) -> MoHDiTTransformer2DModel:
-    """Turn a dense model into MoH, in place, and return it.
+    """Turn a dense model into a MoH model, in place, and return it.
 
     Args:
-        model: a model without routers; its weights are kept, heads reordered within layers.
-        settings: the plan, the router and the choice of shared heads.
-        data: inputs of the model as it meets them in training (see :func:`noisy_batches`), for
+        model: a model without routers.
+        settings: number of heads, router and choice of shared heads.
+        data: inputs of the model as in training (see :func:`noisy_batches`); required for
             ``shared_heads="importance"`` and ``router="learned"``.
 
     Raises:
-        UserError: a model that is MoH already, a plan that does not add up, or data missing. The
-            model is then as it was.
+        UserError: the model has routers already, the numbers of heads do not add up, or data is
+            missing. The model is then unchanged.
     """
     for name in ("router", "shared_heads"):
         allowed = get_args(get_type_hints(MoHSettings)[name])
@@ -70,11 +54,11 @@ def dense_to_moh(
                 f"{name} is {getattr(settings, name)!r}; choose one of {', '.join(allowed)}"
             )
     dense = [cast(DiTBlock, block).attn for block in model.blocks]
-    plans = check_plans(dense, settings)
+    plans = _layer_plans(dense, settings)
     for name, value in (("shared_heads", "importance"), ("router", "learned")):
         if getattr(settings, name) == value and not data:
             raise UserError(
-                f"{name} {value!r} is measured on data, and none was given; give some, or choose "
+                f"{name} {value!r} needs data, but none is given; give data, or choose "
                 f"{'first or random' if name == 'shared_heads' else 'query_norm'}"
             )
 
@@ -86,7 +70,7 @@ def dense_to_moh(
         for inputs in data or ():
             model(*(tensor.to(device) for tensor in inputs))
 
-    orders = shared_first(dense, [shared for shared, _ in plans], settings, run)
+    orders = _new_head_orders(dense, [shared for shared, _ in plans], settings, run)
     layers = [
         attention_to_moh(layer, *plan, settings.router, order)
         for layer, plan, order in zip(dense, plans, orders, strict=True)
@@ -97,22 +81,26 @@ def dense_to_moh(
     for block, layer in zip(model.blocks, layers, strict=True):
         cast(DiTBlock, block).attn = layer.train(training)
     shared, active = (list(values) for values in zip(*plans, strict=True))
-    changed = dict(num_shared_heads=shared, num_active_routed_heads=active, router=settings.router)
-    defaults = set(model.config.get("_use_default_values", [])) - changed.keys()
-    model.register_to_config(**changed, _use_default_values=sorted(defaults))
+    change_model_config(
+        model, num_shared_heads=shared, num_active_routed_heads=active, router=settings.router
+    )
     return model
 
 
-def check_plans(
+def _layer_plans(
     layers: Sequence[MoHAttention], settings: MoHSettings
 ) -> list[tuple[int | None, int | None]]:
-    """(s, k) of each layer, ``(None, None)`` of those that stay dense, or a ``UserError``."""
+    """Return (s, k) of each layer; ``(None, None)`` for a layer that stays dense.
+
+    Raises:
+        UserError: the model has routers already, or the numbers of heads do not add up.
+    """
     if any(layer.num_shared_heads is not None for layer in layers):
-        raise UserError("the model is MoH already; continue-tuning starts from a dense one")
+        raise UserError("the model has routers already; give a dense model")
     shared = per_layer("num_shared_heads", settings.num_shared_heads, len(layers))
     active = per_layer("num_active_routed_heads", settings.num_active_routed_heads, len(layers))
     if all(s is None for s in shared):
-        raise UserError("num_shared_heads is not set in any layer; give 0 for none shared")
+        raise UserError("num_shared_heads is not set for any layer; 0 means no shared heads")
     for i, (layer, s, k) in enumerate(zip(layers, shared, active, strict=True)):
         try:
             check_head_plan(layer.qkv.in_features, layer.num_heads, s, k, layer.head_dim)
@@ -121,13 +109,16 @@ def check_plans(
     return [(s, None if s is None else k or 0) for s, k in zip(shared, active, strict=True)]
 
 
-def shared_first(
+def _new_head_orders(
     layers: Sequence[MoHAttention],
     shared: Sequence[int | None],
     settings: MoHSettings,
     run: Callable[[], None],
 ) -> list[Tensor]:
-    """The new order of the heads of each layer (h,): shared ones, then the others, as they were."""
+    """Return the new order of the heads of each layer, int64 (h,): shared heads first.
+
+    Shared heads keep their order, and so do the other heads.
+    """
     generator = torch.Generator().manual_seed(settings.seed)
     if settings.shared_heads == "importance":
         rankings = [scores.argsort(descending=True) for scores in head_importance(layers, run)]
@@ -149,30 +140,33 @@ def noisy_batches(
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[Inputs]:
-    """Inputs of the pipeline's model as training would draw them: noisy latents, times, labels.
+    """Draw inputs of the pipeline's model as in training.
 
     Args:
         pipeline: model, autoencoder and noise process.
-        source: any data set of ``moh_dit.data`` ("digits", a folder of classes, …).
-        num_images: images drawn from it, each with its own time and noise; all if it has fewer.
-        batch_size: images in each tuple ``(noisy latents, times, labels)``.
-        seed: of the draw.
+        source: a data set, as training accepts it ("digits", a folder of classes, …).
+        num_images: number of images to draw, at most all. Each has its own timestep and noise.
+        batch_size: images per batch.
+        seed: seed of the choice of images, timesteps and noise.
+
+    Returns:
+        Batches ``(noisy latents (B, C, h, w), timesteps (B,), labels (B,))``.
 
     Raises:
-        UserError: unreadable data, or classes that the model does not know.
+        UserError: the data cannot be read, or has more classes than the model.
     """
     model, vae = pipeline.transformer, pipeline.vae
     image_size = downsampling_factor(vae) * model.config.sample_size
     images = open_images(source, image_size, progress=False)
     if len(images.class_names) > model.config.num_classes:
         raise UserError(
-            f"{source} has {len(images.class_names)} classes, the model knows "
-            f"{model.config.num_classes}"
+            f"{source} has {len(images.class_names)} classes, but the model has only "
+            f"{model.config.num_classes}; give data with the classes of the model"
         )
     latents = encode_images(images, vae, progress=False)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(latents), generator=generator)[:num_images].tolist()
-    objective = objective_of(pipeline.scheduler)
+    objective = _training_objective(pipeline.scheduler)
     batches = []
     for start in range(0, len(rows), batch_size):
         moments, labels = latents.__getitems__([(i, False) for i in rows[start:][:batch_size]])
@@ -184,8 +178,8 @@ def noisy_batches(
     return batches
 
 
-def objective_of(scheduler: object) -> Objective:
-    """The training objective whose samples a scheduler draws."""
+def _training_objective(scheduler: object) -> Objective:
+    """Return the training objective of a model that this scheduler samples from."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return FlowObjective()
     config = scheduler.config  # type: ignore[attr-defined]

@@ -244,7 +244,7 @@ def test_settings_that_contradict_the_converted_folder_are_named(tmp_path, monke
         train_dit.main()
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "missing: blocks.0.attn.wg.weight" in message
-    assert "leave the settings of model out" in message
+    assert "leave out the model settings" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -254,7 +254,7 @@ def test_settings_that_contradict_the_converted_folder_are_named(tmp_path, monke
         (dict(num_active_routed_heads=[3, 3, 1]), "layer 0: .* leave 2 to route over"),
         (dict(num_shared_heads=[2, 0]), "num_shared_heads lists 2 layers, depth is 3"),
         (dict(num_shared_heads=[2, 7, 1]), "layer 1: num_shared_heads is 7"),
-        (dict(num_shared_heads=None), "not set in any layer"),
+        (dict(num_shared_heads=None), "not set for any layer"),
         (dict(num_shared_heads=[2, 0, None]), "layer 2: .* is 1 but num_shared_heads is not set"),
         (dict(shared_heads="importance"), "shared_heads 'importance' .* first or random"),
         (dict(router="learned"), "router 'learned' .* query_norm"),
@@ -272,7 +272,7 @@ def test_settings_that_cannot_be_are_refused_and_the_model_is_left_alone(change,
 
 def test_a_model_that_is_moh_already_is_refused():
     model = dense_to_moh(dense_model(), MoHSettings(**PART))
-    with pytest.raises(UserError, match="is MoH already"):
+    with pytest.raises(UserError, match="has routers already"):
         dense_to_moh(model, MoHSettings(**PART))
 
 
@@ -281,5 +281,5 @@ def test_data_with_more_classes_than_the_model_is_refused(pipeline):
     few = MoHDiTPipeline(
         MoHDiTTransformer2DModel.from_config(config), pipeline.vae, pipeline.scheduler
     )
-    with pytest.raises(UserError, match="digits has 10 classes, the model knows 3"):
+    with pytest.raises(UserError, match="digits has 10 classes, but the model has only 3"):
         noisy_batches(few, "digits")
