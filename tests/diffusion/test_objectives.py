@@ -1,4 +1,4 @@
-"""Other objectives than the papers': what is predicted, how it is weighed, that it samples."""
+"""Objectives beyond the papers': predictions, loss weights, sampling with diffusers."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_v_is_what_diffusers_calls_v():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_min_snr_weights_bound_the_error_in_the_latents(prediction):
-    """γ-clamped SNR, times the factor that turns an error in x̂_0 into one in ε̂ or v̂."""
+    """The weighted loss is min(SNR, γ) times the squared error of x̂_0."""
     objective = NoiseObjective(prediction, learned_variance=False, min_snr_gamma=5.0)
     times = torch.tensor([0, 50, 300, 999])
     alpha_bar = objective.scheduler.alphas_cumprod[times]

@@ -1,4 +1,4 @@
-"""The loss against arrays of the published implementation and against closed forms."""
+"""Compare the loss with results of the published code and with closed forms."""
 
 import math
 
@@ -69,7 +69,7 @@ def test_tables_keep_the_digits_of_small_betas():
     betas = torch.linspace(1e-4, 2e-2, 1000).double()
     torch.testing.assert_close(log_beta.double(), betas.log(), rtol=2e-7, atol=0)
     ratio = 1 - scheduler.alphas_cumprod[1] / scheduler.alphas_cumprod[0]
-    assert abs(ratio.item() / betas[1].item() - 1) > 1e-6  # what diffusers' float32 makes of it
+    assert abs(ratio.item() / betas[1].item() - 1) > 1e-6  # the precision of diffusers' float32
 
 
 def test_kl_and_nll_against_torch_distributions():

@@ -1,6 +1,6 @@
-"""Run the Triton kernels in Triton's interpreter, on the CPU, and print what came out as JSON.
+"""Run the Triton kernels in Triton's interpreter, on the CPU, and print results as JSON.
 
-A program of its own because the interpreter must be chosen before Triton is first imported.
+This is a separate program, because the interpreter must be chosen before Triton is imported.
 """
 
 import json
@@ -31,7 +31,7 @@ CASES = {
     "narrow heads": (2, 50, 6, 2, 3, 8, torch.float32, False),
     "saturated router": (1, 24, 6, 0, 3, 16, torch.float32, False),
     "one token": (1, 1, 3, 1, 1, 16, torch.float32, False),
-    # Where a key beyond N, whose score would be 0, would outweigh all others without bound.
+    # All scores are far below 0, so an unmasked key beyond N, with score 0, would dominate.
     "scores far below zero": (2, 40, 3, 1, 1, 16, torch.float32, False, 5.0),
     "scores below zero, float16": (2, 40, 3, 1, 1, 16, torch.float16, True, 2.5),
 }
@@ -48,10 +48,10 @@ def make_input(batch, tokens, heads, shared, active, width, dtype, mean=0.0):
     generator = torch.Generator().manual_seed(0)
     columns = 3 * heads * width
     projected = torch.randn(batch, tokens, columns + heads + 2 + PADDING, generator=generator)
-    projected[..., -PADDING:] = float("nan")  # padding that nobody may read
+    projected[..., -PADDING:] = float("nan")  # padding, which must not be read
     projected[..., : heads * width] += mean
     projected[..., heads * width : 2 * heads * width] -= mean
-    if active:  # in image 0 everybody picks the first routed head, nobody the second
+    if active:  # in image 0, every token selects the first routed head and none the second
         projected[0, :, columns + shared] = 20
         projected[0, :, columns + shared + 1] = -20
     return projected.to(dtype)
@@ -71,7 +71,7 @@ def compare(batch, tokens, heads, shared, active, width, dtype, tma, mean=0.0):
     plan = (heads, shared, active, width)
     projected = make_input(batch, tokens, *plan, dtype, mean)
     generator = torch.Generator().manual_seed(1)
-    # A gradient that starts between two 16-byte lines, as part of a larger tensor may.
+    # A gradient whose address is not a multiple of 16 bytes, like a view into another tensor.
     upstream = torch.randn(batch * tokens * heads * width + 1, generator=generator).to(dtype)
     upstream = upstream[1:].view(batch, tokens, heads * width)
     pull = 10 * torch.randn(2, heads - shared, generator=generator)
@@ -97,7 +97,7 @@ def compare(batch, tokens, heads, shared, active, width, dtype, tma, mean=0.0):
 
 
 def compiled():
-    """A layer through torch.compile, one graph, against itself without."""
+    """Compare a layer compiled as one graph with the same layer in eager mode."""
     torch.manual_seed(0)
     layer = MoHAttention(48, 4, 2, 1, head_dim=16, attention_backend="triton")
     x = torch.randn(2, 20, 48)
@@ -121,12 +121,14 @@ def operator_checks():
 
 
 def adaln_outcome(inputs, backend):
-    """Results and gradients of adaLN as a block and the layer after it use it."""
+    """Return results and gradients of adaLN, used as in a block and the next layer."""
     x, branch, modulation, upstream = inputs
     leaves = [each.clone().requires_grad_() for each in (x, branch, modulation)]
     x, branch, modulation = leaves
     shift1, scale1, shift2, scale2, gate = modulation.unsqueeze(1).chunk(5, dim=-1)
-    x, first = adaln(x.mT.contiguous().mT, shift1, scale1, backend=backend)  # as patches come
+    x, first = adaln(
+        x.mT.contiguous().mT, shift1, scale1, backend=backend
+    )  # strides of a patch embedding
     x, second = adaln(x, shift2, scale2, gate, branch * first, backend)
     _, third = adaln(x + second, shift1, scale2, backend=backend)
     results = (x, first, second, third)
@@ -140,7 +142,7 @@ def adaln_inputs(batch, tokens, width, dtype, modulation_dtype):
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    x = (3 + 2 * normal(batch, tokens, width)).to(dtype)  # a mean that counts
+    x = (3 + 2 * normal(batch, tokens, width)).to(dtype)  # a mean that is not near 0
     branch = normal(batch, tokens, width).to(modulation_dtype)
     modulation = normal(batch, 5 * width).to(modulation_dtype)
     return x, branch, modulation, [normal(batch, tokens, width).to(dtype) for _ in range(4)]
@@ -160,7 +162,7 @@ def compare_adaln(case):
 
 
 def compiled_adaln():
-    """adaLN through torch.compile, one graph, against itself without."""
+    """Compare adaLN compiled as one graph with adaLN in eager mode."""
     inputs = adaln_inputs(2, 20, 32, torch.float32, torch.float32)
 
     def run(x, branch, modulation):
@@ -178,7 +180,7 @@ def compiled_adaln():
 
 
 def whole_model():
-    """Gradients of a model by the kernels, with and without checkpointing, against plain torch."""
+    """Compare gradients by the kernels, with and without checkpointing, with plain torch."""
     torch.manual_seed(0)
     model = MoHDiTTransformer2DModel(4, 2, 2, hidden_size=24, depth=2, num_heads=3,
                                      num_shared_heads=1, num_active_routed_heads=1)  # fmt: skip
@@ -223,7 +225,7 @@ def adaln_operator_checks():
 
 
 def noise():
-    """Largest difference of the noise kernel from the tensor operations, by case."""
+    """Return the largest difference between noise kernel and tensor operations, by seed."""
     from moh_dit.kernels.triton_noise import philox_normal_triton
 
     differences = {}

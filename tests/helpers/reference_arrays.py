@@ -1,4 +1,4 @@
-"""The reference arrays in ``tests/reference/`` (see its README) and how close counts as equal."""
+"""Read the reference arrays in ``tests/reference/`` (see its README) and measure errors."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ DIRECTORY = Path(__file__).parents[1] / "reference"
 
 
 def load_reference(name):
-    """Tensors and parsed metadata of ``reference/<name>.safetensors``."""
+    """Return the tensors and the parsed metadata of ``reference/<name>.safetensors``."""
     with safe_open(DIRECTORY / f"{name}.safetensors", framework="pt") as file:
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         metadata = {

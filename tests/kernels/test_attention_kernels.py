@@ -1,4 +1,4 @@
-"""The fast attention backends against the definition: Triton interpreted, gathered as it is."""
+"""Compare the fast backends with the definition; Triton kernels run in the interpreter."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ def interpreted():
 def test_triton_kernels_match_float64(interpreted, case):
     result = interpreted["cases"][case]
     tolerance = 1e-3 if CASES[case][6] == torch.float16 else 2e-6
-    tolerance *= 5 if case.startswith("scores") else 1  # larger scores round further off
+    tolerance *= 5 if case.startswith("scores") else 1  # larger scores have larger rounding errors
     assert result["output"] < tolerance
     assert result["unselected_are_zero"]
     assert result["gradient"] < tolerance
@@ -59,7 +59,7 @@ def test_adaln_kernels_match_float64(interpreted, case):
     result = interpreted["adaln"][case]
     stream, others = (str(dtype)[6:] for dtype in ADALN_CASES[case][3:])
     assert result["worst"] < (2e-6 if others == "float32" else 2e-3)
-    # The stream, what three branches read of it, and the gradients.
+    # The stream, three modulated outputs, and the gradients.
     assert result["dtypes"] == [stream, others, others, others, stream, others, others]
     assert result["repeats"]
 
@@ -75,7 +75,7 @@ def test_a_whole_model_by_kernels_has_the_gradients_of_plain_torch(interpreted):
 
 
 def test_the_noise_kernel_makes_the_numbers_of_any_other_device(interpreted):
-    """So near that rounded to float32 they are the same (float64 differs in its last bits)."""
+    """Values differ only in the last bits of float64, so they are equal in float32."""
     assert len(interpreted["noise"]) == 3
     assert max(interpreted["noise"].values()) < 1e-14
 

@@ -1,4 +1,4 @@
-"""The regression guard over benchmark files."""
+"""benchmarks/compare.py finds measurements that got worse between two JSON files."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""MoHAttention against arrays of the published implementation, float64; joined projections."""
+"""Compare MoHAttention with results of the published code (float64); fused projections."""
 
 import copy
 
@@ -68,29 +68,29 @@ def layer_and_input(shared=3, active=2):
     return layer, torch.randn(2, 9, 32)
 
 
-def passed(layer, x):
+def inference(layer, x):
     with torch.no_grad():
         return layer(x)[0]
 
 
 @pytest.mark.parametrize(("shared", "active"), [(8, 0), (3, 2), (0, 3)])
-def test_joined_once_the_projections_compute_the_same(shared, active):
+def test_fused_projections_compute_the_same(shared, active):
     layer, x = layer_and_input(shared, active)
-    expected, names = passed(layer, x), layer.state_dict().keys()
+    expected, names = inference(layer, x), layer.state_dict().keys()
     layer.fuse_projections()
-    assert torch.equal(passed(layer, x), expected)
+    assert torch.equal(inference(layer, x), expected)
     assert layer.state_dict().keys() == names
     layer.router_weights()[0].data.neg_()
     layer.qkv.bias.data.neg_()
-    assert torch.equal(passed(layer, x), expected)  # by the copy, indeed
+    assert torch.equal(inference(layer, x), expected)  # the copy is used
     layer.fuse_projections()
-    again = passed(layer, x)
+    again = inference(layer, x)
     assert not torch.equal(again, expected)
     layer.unfuse_projections()
-    assert torch.equal(passed(layer, x), again)
+    assert torch.equal(inference(layer, x), again)
 
 
-def test_without_bias_or_router_too():
+def test_fused_projections_without_bias_or_router():
     torch.manual_seed(0)
     x = torch.randn(2, 9, 32)
     for layer in (
@@ -98,9 +98,9 @@ def test_without_bias_or_router_too():
         MoHAttention(32, 4, 1, 2, router="query_norm"),
         MoHAttention(32, 4),
     ):
-        expected = passed(layer, x)
+        expected = inference(layer, x)
         layer.fuse_projections()
-        assert torch.equal(passed(layer, x), expected)
+        assert torch.equal(inference(layer, x), expected)
         assert (layer.fused_weight is not None) == bool(layer.router_weights())
         assert layer.fused_bias is None
 
@@ -116,24 +116,24 @@ def test_without_bias_or_router_too():
     ],
     ids=["load", "load by the model", "train"],
 )
-def test_a_joined_projection_is_dropped_before_it_is_stale(change):
+def test_fused_weights_are_discarded_when_weights_change(change):
     layer, x = layer_and_input()
     other = copy.deepcopy(layer)
     other.qkv.weight.data.neg_()
     layer.fuse_projections()
-    assert torch.equal(passed(layer.eval(), x), passed(copy.deepcopy(layer), x))
+    assert torch.equal(inference(layer.eval(), x), inference(copy.deepcopy(layer), x))
     assert layer.fused_weight is not None
     change(layer, other)
-    assert torch.equal(passed(layer.eval(), x), passed(other, x))
+    assert torch.equal(inference(layer.eval(), x), inference(other, x))
 
 
-def test_gradients_are_those_of_the_weights_whatever_is_joined():
+def test_gradients_do_not_use_fused_weights():
     outcomes = []
     for fused in (False, True):
         layer, x = layer_and_input()
         if fused:
             layer.fuse_projections()
-            layer.fused_weight.zero_()  # to be noticed where it is used
+            layer.fused_weight.zero_()  # would change the output if it were used
         output, stats = layer(x)
         (output.square().sum() + load_balance_loss([stats], [2])).backward()
         outcomes.append({name: p.grad for name, p in layer.named_parameters()} | {"": output})
@@ -141,14 +141,14 @@ def test_gradients_are_those_of_the_weights_whatever_is_joined():
     assert all(torch.equal(outcomes[1][name], value) for name, value in outcomes[0].items())
 
 
-def test_a_joined_projection_follows_to_another_dtype():
+def test_fused_weights_change_their_dtype_with_the_layer():
     layer, x = layer_and_input()
     layer.fuse_projections()
     layer.to(torch.float64)
-    fused = passed(layer, x.double())
+    fused = inference(layer, x.double())
     assert layer.fused_weight.dtype == layer.fused_bias.dtype == torch.float64
     layer.unfuse_projections()
-    assert torch.equal(passed(layer, x.double()), fused)
+    assert torch.equal(inference(layer, x.double()), fused)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The layer in other people's transformers: masks, rotary embeddings, grouped keys, a cache."""
+"""The layer in other transformers: masks, rotary embeddings, grouped keys, a key-value cache."""
 
 import math
 from functools import partial
@@ -32,7 +32,7 @@ def tokens(batch=2):
 
 
 def rotate(positions):
-    """Rotary embeddings of the pairs (2i, 2i + 1), as a hook."""
+    """Return a hook that rotates the pairs (2i, 2i + 1) by their positions."""
     angles = positions[:, None] / 10 ** torch.arange(WIDTH // 2, dtype=torch.float64)
     turn = torch.polar(torch.ones_like(angles), angles)
 
@@ -44,7 +44,7 @@ def rotate(positions):
 
 
 def by_hand(layer, x, allowed, rotary=None):
-    """Head by head, from the weights; ``allowed`` (B, N, N)."""
+    """Compute the layer head by head; ``allowed`` (B, N, N) is true where attention is allowed."""
     kv = layer.num_key_value_heads
     rows = layer.qkv(x).split([HEADS * WIDTH, kv * WIDTH, kv * WIDTH], dim=-1)
     query, key, value = (part.unflatten(-1, (-1, WIDTH)).transpose(1, 2) for part in rows)
@@ -67,7 +67,7 @@ def test_masks_rotary_and_grouped_keys_match_attention_by_hand(plan, key_value_h
     layer = make_layer(num_key_value_heads=key_value_heads, attention_backend=backend, **plan)
     x, rotary = tokens(), rotate(torch.arange(TOKENS))
     causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril().expand(2, -1, -1)
-    present = torch.arange(TOKENS) < torch.tensor([[TOKENS], [6]])  # the second is padded
+    present = torch.arange(TOKENS) < torch.tensor([[TOKENS], [6]])  # the second sequence is padded
     padded = present[:, None].expand(-1, TOKENS, -1)
     numbers = torch.zeros(2, 1, 1, TOKENS).double().masked_fill(~present[:, None, None], -math.inf)
     for allowed, options in [
@@ -102,7 +102,7 @@ def test_a_mask_that_allows_everything_changes_nothing():
 
 
 class Cache:
-    """Keys and values of the tokens so far."""
+    """Keys and values of all tokens so far."""
 
     def __init__(self):
         self.parts = []
@@ -114,7 +114,7 @@ class Cache:
 
 @pytest.mark.parametrize("chunks", [[1] * TOKENS, [4, 1, 3, 1]], ids=["one by one", "chunks"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_with_a_cache_tokens_come_out_as_without(plan, chunks):
+def test_a_cache_does_not_change_the_output(plan, chunks):
     layer = make_layer(num_key_value_heads=2, **plan)
     x, cache, outputs, start = tokens(), Cache(), [], 0
     for part in x.split(chunks, dim=1):
@@ -122,7 +122,7 @@ def test_with_a_cache_tokens_come_out_as_without(plan, chunks):
         outputs.append(layer(part, is_causal=True, rotary=rotary, cache=cache)[0])
     whole, _ = layer(x, is_causal=True, rotary=rotate(torch.arange(TOKENS)))
     torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
-    assert cache.parts[0][0].shape[1] == 2  # grouped: half of the heads' keys are kept
+    assert cache.parts[0][0].shape[1] == 2  # grouped keys: the cache holds two heads
 
 
 @pytest.mark.parametrize("plan", PLANS[:2])
@@ -135,7 +135,7 @@ def test_neither_output_nor_routing_sees_the_future(plan):
     assert not torch.allclose(a[:, 5:], b[:, 5:])
 
 
-def test_where_triton_would_be_taken_it_gives_way_or_says_so(monkeypatch):
+def test_auto_avoids_triton_and_explicit_triton_is_an_error(monkeypatch):
     layer = make_layer(**PLANS[1])
     expected, _ = layer(tokens())
     monkeypatch.setattr("moh_dit.model.attention.choose_backend", lambda *arguments: "triton")
@@ -160,7 +160,7 @@ def test_heads_in_any_order_with_grouped_keys_compute_the_same(router):
     assert moh.key_value_head.tolist() == [1, 0, 1, 0]
     again = make_layer(num_shared_heads=1, num_active_routed_heads=3, router=router,
                        num_key_value_heads=2)  # fmt: skip
-    again.load_state_dict(moh.state_dict())  # which keys a head asks travels along
+    again.load_state_dict(moh.state_dict())  # key_value_head is part of the state
     torch.testing.assert_close(again(tokens())[0], moh(tokens())[0], rtol=0, atol=0)
 
 
@@ -211,15 +211,18 @@ def test_statistics_are_recorded_where_blocks_drop_them(checkpointed):
         (lambda: make_layer(num_key_value_heads=3), "num_key_value_heads is 3; it must divide"),
         (lambda: make_layer(num_key_value_heads=0), "num_key_value_heads is 0"),
         (lambda: make_layer(router="norm"), "router is 'norm'; choose one of learned, query_norm"),
-        (lambda: attention_from_linears(*linears(), HEADS), "not 4 heads with 4 key-value heads"),
+        (
+            lambda: attention_from_linears(*linears(), HEADS),
+            "not fit 4 heads with 4 key-value heads",
+        ),
         (
             lambda: attention_from_linears(*linears()[:2], *linears(bias=False)[2:], HEADS, 2),
             "have a bias, or none",
         ),
         (lambda: attention_to_moh(make_layer(), 1, 4), "leave 3 to route over"),
-        (lambda: attention_to_moh(make_layer(**PLANS[0]), 1, 2), "is MoH already"),
+        (lambda: attention_to_moh(make_layer(**PLANS[0]), 1, 2), "has a router already"),
     ],
 )
-def test_what_does_not_fit_is_refused(make, message):
+def test_invalid_settings_are_errors(make, message):
     with pytest.raises(UserError, match=message):
         make()

@@ -1,5 +1,6 @@
-"""The whole model against arrays of the published implementation, and the published presets."""
+"""Compare the whole model with results of the published code; check the presets."""
 
+import logging
 import math
 from functools import partial
 
@@ -58,6 +59,19 @@ def test_starts_as_zero_and_config_round_trips(tmp_path):
     torch.testing.assert_close(again(x, t, y).sample, model.eval()(x, t, y).sample, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_half_precision_is_kept_by_every_weight(low_cpu_mem_usage, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # caplog needs it
+    model = MoHDiTTransformer2DModel(**ROUTED).to(torch.bfloat16)
+    assert not caplog.records  # diffusers would warn about an empty list of float32 modules
+    model.save_pretrained(tmp_path)
+    options = dict(torch_dtype=torch.bfloat16, low_cpu_mem_usage=low_cpu_mem_usage)
+    again = MoHDiTTransformer2DModel.from_pretrained(tmp_path, **options)
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
 def loss_and_gradients(model, config):
     torch.manual_seed(1)
     out = model(torch.randn(3, 4, 8, 8), torch.tensor([1, 50, 999]), torch.tensor([0, 3, 5]))
@@ -75,7 +89,7 @@ def test_balance_gradient_survives_activation_checkpointing(use_reentrant):
     checkpointed_loss, checkpointed = loss_and_gradients(model, ROUTED)
     torch.testing.assert_close(checkpointed_loss, loss)
     torch.testing.assert_close(checkpointed, gradients)
-    # The balance term alone reaches every router: it is not carried by the sample's gradient.
+    # The balance loss alone must reach every router, without the gradient of the sample.
     model.zero_grad()
     out = model(torch.randn(2, 4, 8, 8), torch.tensor([5]), torch.tensor([0, 1]))
     out.load_balance_loss.backward()
@@ -92,7 +106,7 @@ def test_compiles_without_graph_break():
 
 
 @pytest.mark.parametrize("first", ["fused", "compiled"])
-def test_projections_are_joined_before_or_after_compiling(first, tmp_path):
+def test_projections_are_fused_before_or_after_compiling(first, tmp_path):
     torch._dynamo.reset()
     plan = dict(num_shared_heads=[4, None, 1], num_active_routed_heads=[0, 0, 2])
     model = randomized(SMALL | plan)
@@ -110,7 +124,7 @@ def test_projections_are_joined_before_or_after_compiling(first, tmp_path):
         torch.testing.assert_close(again(*inputs).sample, expected)
         for layer in (0, 2):
             model.blocks[layer].attn.qkv.weight.zero_()
-        torch.testing.assert_close(model(*inputs).sample, expected)  # by the copy, indeed
+        torch.testing.assert_close(model(*inputs).sample, expected)  # the copy is used
         model.unfuse_qkv_projections()
         assert relative_error(model(*inputs).sample, expected) > 0.01
 
