@@ -20,17 +20,9 @@ from .common.paths import require_autoencoder
 
 EMBEDDED = {"digits": Path(__file__).parent / "embedded" / "digits_autoencoder"}
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
-# Files of a Hub repository that contains an autoencoder or a pipeline, without fp16 variants.
-HUB_FILES = [
-    f"{folder}{name}"
-    for folder in ("", "vae/")
-    for name in (
-        "config.json",
-        "diffusion_pytorch_model.safetensors",
-        "diffusion_pytorch_model.safetensors.index.json",
-        "diffusion_pytorch_model-*.safetensors",
-    )
-]
+# Files to download from a Hub repository of an autoencoder, or of a pipeline with one in vae/.
+VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
+HUB_FILES = [*VAE_FILES, *(f"vae/{name}" for name in VAE_FILES)]
 
 
 class LatentScaling(NamedTuple):
