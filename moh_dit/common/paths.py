@@ -33,7 +33,7 @@ def require_autoencoder(name: str | Path) -> None:
         raise UserError(f"autoencoder {name} is a file: give the folder that contains it")
     if str(name) != "digits" and not path.is_dir() and not HUB_ID.fullmatch(str(name)):
         raise UserError(
-            f'autoencoder folder {name} does not exist: give "digits", a folder with config.json '
+            f'autoencoder {name} does not exist: give "digits", a folder with config.json '
             "and diffusion_pytorch_model.safetensors, or a Hub id (owner/name)"
         )
 

@@ -46,7 +46,7 @@ class EncodeConfig:
 
         Raises:
             UserError: the data or the autoencoder does not exist, no autoencoder is given, or the
-                output is complete, or exists while ``resume`` is not set.
+                output is finished, or exists although ``resume`` is not set.
         """
         from .latent_shards import check_latents_output
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..common.atomic_write import PARTIAL_SUFFIX, atomic_write
 from ..common.errors import UserError
+from ..common.paths import require_new_output
 
 FORMAT = 1
 INDEX_FILE = "index.json"
@@ -29,15 +30,17 @@ SHARD_PREFIX = "moments-"
 
 
 def check_latents_output(folder: Path, resume: bool) -> None:
-    """Raise ``UserError`` if ``folder`` is complete, or exists while ``resume`` is not set."""
+    """Raise ``UserError`` if ``folder`` is finished, or exists although ``resume`` is not set."""
     if (folder / INDEX_FILE).exists():
         _remove_temporary_files(folder)  # in case the encoding was killed while it removed them
-        raise UserError(f"latents {folder} are already complete: give another name")
-    if folder.exists() and not resume:
-        unfinished = "is an unfinished encoding" if (folder / PLAN_FILE).exists() else "exists"
+        raise UserError(f"latents {folder} are already finished: give another name")
+    if not resume and (folder / PLAN_FILE).exists():
         raise UserError(
-            f"output folder {folder} {unfinished}: continue it with --resume, or give another name"
+            f"output {folder} is an unfinished encoding: continue it with --resume, or give "
+            "another name"
         )
+    if not resume:
+        require_new_output(folder)
 
 
 def prepare_folder(folder: Path, plan: dict[str, Any]) -> None:

@@ -240,7 +240,7 @@ def test_resume_after_a_kill(config, tmp_path, monkeypatch, small_shards):
     encode_data(config)
     assert first.stat().st_mtime_ns == written  # not made again
     assert contents(config.output) == expected
-    with pytest.raises(UserError, match="already complete"):
+    with pytest.raises(UserError, match="already finished"):
         encode_data(config)
 
 
