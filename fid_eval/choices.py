@@ -11,28 +11,10 @@ ReferenceKind = Literal["auto", "statistics", "images"]
 
 DEFAULT_METRICS = ("fid", "sfid", "is", "precision", "recall")
 METRIC_NAMES = (  # keys of metric_registry.METRICS
-    *DEFAULT_METRICS,
-    "kid",
-    "fid_infinity",
-    "density",
-    "coverage",
-    "class_fid",
-    "memorised",
-    "accuracy",
-    "fd_dinov2",
-    "cmmd",
-)
+    *DEFAULT_METRICS, "kid", "fid_infinity", "density", "coverage", "class_fid", "memorised",
+    "accuracy", "fd_dinov2", "cmmd",
+)  # fmt: skip
 EXTRACTOR_NAMES = (  # keys of networks.extractors.EXTRACTORS
-    "inception",
-    "digits",
-    "classifier",
-    "vgg16",
-    "dinov2",
-    "dinov2-vit-s-14",
-    "dinov2-vit-b-14",
-    "dinov2-vit-l-14",
-    "dinov2-vit-g-14",
-    "clip",
-    "clip-vit-b-32",
-    "clip-vit-l-14",
-)
+    "inception", "digits", "classifier", "vgg16", "dinov2", "dinov2-vit-s-14", "dinov2-vit-b-14",
+    "dinov2-vit-l-14", "dinov2-vit-g-14", "clip", "clip-vit-b-32", "clip-vit-l-14",
+)  # fmt: skip

@@ -3,13 +3,15 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .choices import EXTRACTOR_NAMES
 from .distributed import (
-    choose_device,
     destroy_process_group,
     rank_and_world_size,
     run_on_all_ranks,
@@ -37,28 +39,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    evaluator = run_on_all_ranks(
-        lambda: Evaluator(
-            options.reference,
-            metrics=options.metrics,
-            extractor=options.extractor,
-            weights=_by_extractor(options.weights, options.extractor),
-            weights_sha256=_by_extractor(options.weights_sha256, options.extractor),
-            distances=options.distances,
-            k=options.k,
-            bootstrap=options.bootstrap,
-            reference_kind=options.reference_kind,
-            resize=options.resize,
-            crop=options.crop,
-            device=options.device,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            precision=options.precision,
-            compile=options.compile,
-            cache=options.cache,
-            quiet=options.quiet,
-        )
-    )
+    settings = _arguments_of(Evaluator, options)
+    settings["weights"] = _by_extractor(options.weights, options.extractor)
+    settings["weights_sha256"] = _by_extractor(options.weights_sha256, options.extractor)
+    evaluator = run_on_all_ranks(lambda: Evaluator(**settings))
     output = Path(options.output) if options.output else None
     document = run_jobs(evaluator, options.jobs, output, options.resume)
     failed = [entry for entry in document["sets"] if "error" in entry]
@@ -66,6 +50,11 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise EvaluationError(failed[0]["error"])
     run_on_rank0(lambda: _write_outputs(document, options))
     return 1 if failed else 0
+
+
+def _arguments_of(function: Callable, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that are parameters of ``function``, by name."""
+    return {name: getattr(options, name) for name in signature(function).parameters}
 
 
 def _by_extractor(items: list[str], default: str) -> dict[str, str]:
@@ -95,20 +84,11 @@ def _stats(options: argparse.Namespace) -> int:
     rank, _ = rank_and_world_size()
     weights = _by_extractor(options.weights, options.extractor).get(options.extractor)
     sha256 = _by_extractor(options.weights_sha256, options.extractor).get(options.extractor)
-    runtime = Runtime(
-        choose_device(options.device),
-        options.batch_size or 0,
-        options.workers or 0,
-        precision=options.precision,
-        quiet=options.quiet,
-        compile=options.compile,
-        cache=Path(options.cache) if options.cache else None,
-    )
     written = save_reference(
         options.source,
         options.output,
         get_extractor(options.extractor, weights, sha256),
-        runtime,
+        Runtime(**_arguments_of(Runtime, options)),
         Preprocess(options.resize, options.crop),
         options.images,
         options.seed,
@@ -121,7 +101,5 @@ def _stats(options: argparse.Namespace) -> int:
 def _classifier(options: argparse.Namespace) -> int:
     from .networks.classifier import train_classifier
 
-    train_classifier(
-        options.data, options.output, options.name, options.epochs, options.seed, options.width
-    )
+    train_classifier(**_arguments_of(train_classifier, options))
     return 0

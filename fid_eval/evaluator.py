@@ -11,7 +11,7 @@ import torch
 
 from . import metric_checks
 from .choices import DEFAULT_METRICS, DistancePrecision, NetworkPrecision, ReferenceKind
-from .distributed import choose_device, rank_and_world_size, run_on_rank0
+from .distributed import rank_and_world_size, run_on_rank0
 from .errors import EvaluationError
 from .features import Features, Runtime, extract, read_ahead
 from .metric_registry import METRICS, Comparison
@@ -82,15 +82,7 @@ class Evaluator:
         self.preprocess = Preprocess(resize, crop)
         self.explicit = metrics is not None
         self.names = metric_checks.check_metrics(metrics or DEFAULT_METRICS)
-        self.runtime = Runtime(
-            choose_device(device),
-            batch_size=batch_size or 0,
-            workers=workers or 0,
-            precision=precision,
-            compile=compile,
-            cache=Path(cache).expanduser() if cache else None,
-            quiet=quiet,
-        )
+        self.runtime = Runtime(device, batch_size, workers, precision, compile, cache, quiet)
         self.distances, self.k, self.bootstrap = distances, k, bootstrap
         self.reference_kind = reference_kind
         self.weights, self.weights_sha256 = weights, weights_sha256

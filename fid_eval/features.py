@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .choices import NetworkPrecision
 from .distributed import (
+    choose_device,
     gather_on_rank0,
     local_world_size,
     rank_and_world_size,
@@ -36,21 +37,34 @@ from .sets.loading import CHUNK
 LAYERS = ("pool", "spatial")
 
 
-@dataclass
 class Runtime:
-    """How the network runs. These settings change results only by rounding."""
+    """How the network runs. These settings change results only by rounding.
 
-    device: torch.device
-    batch_size: int = 0  # 0 means 128 on a GPU and 64 on a CPU
-    workers: int = 0  # loading workers; 0 means one per core of this rank's share, at most 16
-    precision: NetworkPrecision = "float32"
-    compile: bool = False
-    cache: Path | None = None
-    quiet: bool = False
+    Args:
+        device: by default the GPU of this rank, else the CPU.
+        batch_size: images per batch; by default 128 on a GPU and 64 on a CPU.
+        workers: workers that load images; by default one per core of this rank's share, at most 16.
+        precision: precision of the network.
+        compile: compile the network with torch.compile.
+        cache: folder of cached features.
+        quiet: show no progress.
+    """
 
-    def __post_init__(self) -> None:
-        self.workers = self.workers or min(16, max(1, (os.cpu_count() or 1) // local_world_size()))
-        self.batch_size = self.batch_size or (128 if self.device.type == "cuda" else 64)
+    def __init__(
+        self,
+        device: str | torch.device | None = None,
+        batch_size: int | None = None,
+        workers: int | None = None,
+        precision: NetworkPrecision = "float32",
+        compile: bool = False,
+        cache: str | Path | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.device = choose_device(device)
+        self.batch_size = batch_size or (128 if self.device.type == "cuda" else 64)
+        self.workers = workers or min(16, max(1, (os.cpu_count() or 1) // local_world_size()))
+        self.precision, self.compile, self.quiet = precision, compile, quiet
+        self.cache = Path(cache).expanduser() if cache else None
 
 
 @dataclass

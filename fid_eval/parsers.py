@@ -63,187 +63,111 @@ def _positive_integer(text: str) -> int:
     return value
 
 
+# The table of options is easier to read with two lines per option than as ruff formats it.
+# fmt: off
 def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("extractor and images")
-    group.add_argument(
-        "--extractor",
-        default="inception",
-        help=f"{', '.join(EXTRACTOR_NAMES)}, or package.module:factory (default: inception)",
-    )
-    group.add_argument(
-        "--weights",
-        action="append",
-        metavar="[NAME=]PATH",
-        default=[],
-        help="local weights of the extractor, or of the extractor NAME (default: download)",
-    )
-    group.add_argument(
-        "--weights_sha256",
-        action="append",
-        metavar="[NAME=]HASH",
-        default=[],
-        help="SHA-256 of the weights; required for weights other than the published ones",
-    )
-    group.add_argument(
-        "--resize",
-        type=_positive_integer,
-        metavar="SIZE",
-        help="resize images to SIZE × SIZE pixels, stretched (default: keep their size)",
-    )
-    group.add_argument(
-        "--crop",
-        action="store_true",
-        help="with --resize: crop the centre instead of stretching, as ADM does",
-    )
-    group = parser.add_argument_group("execution")
-    group.add_argument(
-        "--precision",
-        choices=get_args(NetworkPrecision),
-        default="float32",
+    add = parser.add_argument_group("extractor and images").add_argument
+    add("--extractor", default="inception",
+        help=f"{', '.join(EXTRACTOR_NAMES)}, or package.module:factory (default: inception)")
+    add("--weights", action="append", default=[], metavar="[NAME=]PATH",
+        help="local weights of the extractor, or of the extractor NAME (default: download)")
+    add("--weights_sha256", action="append", default=[], metavar="[NAME=]HASH",
+        help="SHA-256 of the weights; required for weights other than the published ones")
+    add("--resize", type=_positive_integer, metavar="SIZE",
+        help="resize images to SIZE × SIZE pixels, stretched (default: keep their size)")
+    add("--crop", action="store_true",
+        help="with --resize: crop the centre instead of stretching, as ADM does")
+    add = parser.add_argument_group("execution").add_argument
+    add("--precision", choices=get_args(NetworkPrecision), default="float32",
         help="precision of the network; tf32 and bf16 are faster and change FID slightly "
-        "(default: float32)",
-    )
-    group.add_argument("--compile", action="store_true", help="compile the network (torch.compile)")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    group.add_argument(
-        "--batch_size",
-        type=_positive_integer,
-        help="images per batch (default: 128 on a GPU, 64 on a CPU)",
-    )
-    group.add_argument(
-        "--workers",
-        type=_positive_integer,
-        help="workers that load images (default: one per core, at most 16)",
-    )
-    group.add_argument(
-        "--cache", metavar="DIR", help="keep features in this folder, by content hash"
-    )
-    group.add_argument("--quiet", action="store_true", help="show no progress")
+        "(default: float32)")
+    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    add("--batch_size", type=_positive_integer, metavar="N",
+        help="images per batch (default: 128 on a GPU, 64 on a CPU)")
+    add("--workers", type=_positive_integer, metavar="N",
+        help="workers that load images (default: one per core, at most 16)")
+    add("--cache", metavar="DIR",
+        help="keep features in this folder, by content hash (default: no cache)")
+    add("--quiet", action="store_true", help="show no progress")
 
 
 def evaluation_parser(prog: str) -> Parser:
+    """Define the options of ``fid-eval REF SAMPLES...``."""
     parser = Parser(
-        prog,
-        "REF SAMPLES... [--OPTION VALUE ...]",
-        DESCRIPTION.format(prog=prog),
+        prog, "REF SAMPLES... [--OPTION VALUE ...]", DESCRIPTION.format(prog=prog),
         "digits.npz samples.npz --extractor digits --output metrics.json",
     )
     parser.add_argument("reference", metavar="REF", help="reference, or a jobs file (.yaml)")
     parser.add_argument("samples", metavar="SAMPLES", nargs="*", help="one or more sample sets")
-    group = parser.add_argument_group("metrics")
-    group.add_argument(
-        "--metrics",
-        type=_name_list,
-        metavar="A,B,…",
+    add = parser.add_argument_group("metrics").add_argument
+    add("--metrics", type=_name_list, metavar="A,B,…",
         help=f"metrics to compute, of {', '.join(METRIC_NAMES)} (default: "
-        f"{','.join(DEFAULT_METRICS)}, and accuracy if the extractor knows the labels)",
-    )
-    group.add_argument(
-        "--distances",
-        choices=get_args(DistancePrecision),
+        f"{','.join(DEFAULT_METRICS)}, and accuracy if the extractor knows the labels)")
+    add("--distances", choices=get_args(DistancePrecision),
         help="distances for precision and recall (default: adm-fp16 with the published "
-        "Inception, as in papers; otherwise fp32)",
-    )
-    group.add_argument(
-        "--k",
-        type=_positive_integer,
-        default=3,
-        help="nearest neighbours for precision and recall (default: 3)",
-    )
-    group.add_argument(
-        "--bootstrap",
-        type=_positive_integer,
-        default=0,
-        metavar="N",
-        help="compute 95 %% intervals from N resamples (default: no intervals)",
-    )
-    group.add_argument(
-        "--reference_kind",
-        choices=get_args(ReferenceKind),
-        default="auto",
+        "Inception, as in papers; otherwise fp32)")
+    add("--k", type=_positive_integer, default=3,
+        help="nearest neighbours for precision and recall (default: 3)")
+    add("--bootstrap", type=_positive_integer, default=0, metavar="N",
+        help="compute 95 %% intervals from N resamples (default: no intervals)")
+    add("--reference_kind", choices=get_args(ReferenceKind), default="auto",
         help="what gives the Fréchet distance: statistics or images of the reference "
-        "(default: auto, statistics if the reference has them)",
-    )
+        "(default: auto, statistics if the reference has them)")
     _add_runtime_options(parser)
-    group = parser.add_argument_group("results")
-    group.add_argument("--output", metavar="FILE.json", help="write results after every set")
-    existing = group.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue an existing --output: keep finished sets, evaluate the others",
-    )
-    existing.add_argument("--overwrite", action="store_true", help="replace an existing --output")
-    group.add_argument("--csv", metavar="FILE.csv", help="write a table, one row per set")
-    group.add_argument("--plot", metavar="FILE.png", help="plot metrics over the sets")
-    group.add_argument(
-        "--plot_metrics", type=_name_list, metavar="A,B,…", help="metrics to plot (default: all)"
-    )
-    group.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    results = parser.add_argument_group("results")
+    results.add_argument("--output", metavar="FILE.json", help="write results after every set")
+    add = results.add_mutually_exclusive_group().add_argument
+    add("--resume", action="store_true",
+        help="continue an existing --output: keep finished sets, evaluate the others")
+    add("--overwrite", action="store_true", help="replace an existing --output")
+    add = results.add_argument
+    add("--csv", metavar="FILE.csv", help="write a table, one row per set")
+    add("--plot", metavar="FILE.png", help="plot metrics over the sets")
+    add("--plot_metrics", type=_name_list, metavar="A,B,…", help="metrics to plot (default: all)")
+    add("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 
 def _stats_parser(prog: str) -> Parser:
     parser = Parser(
-        prog,
-        "SOURCE (--name NAME | --output FILE.npz) [--OPTION VALUE ...]",
+        prog, "SOURCE (--name NAME | --output FILE.npz) [--OPTION VALUE ...]",
         "Make a reference file in ADM's layout: statistics of all images, and some images.",
         "train/ --name birds256 --resize 256 --crop",
     )
     parser.add_argument(
         "source", metavar="SOURCE", help="images: .npz, folder, .zip, .tar, hf://OWNER/NAME"
     )
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--name", help=f"save under this name in {reference_folder()}")
-    where.add_argument("--output", metavar="FILE.npz", help="save to this file")
-    parser.add_argument(
-        "--images",
-        type=_positive_integer,
-        default=10_000,
-        help="number of random images to store for precision and recall (default: 10,000)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the choice of those images (default: 0)"
-    )
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--name", help=f"save under this name in {reference_folder()}")
+    add("--output", metavar="FILE.npz", help="save to this file")
+    add = parser.add_argument
+    add("--images", type=_positive_integer, default=10_000, metavar="N",
+        help="number of random images to store for precision and recall (default: 10,000)")
+    add("--seed", type=int, default=0, help="seed of the choice of those images (default: 0)")
     _add_runtime_options(parser)
     return parser
 
 
 def _classifier_parser(prog: str) -> Parser:
     parser = Parser(
-        prog,
-        "DATA.npz --output FILE.safetensors [--OPTION VALUE ...]",
+        prog, "DATA.npz --output FILE.safetensors [--OPTION VALUE ...]",
         "Train a small classifier of your own images, whose features replace Inception's.\n"
         "A random fifth of the images is held out; the accuracy on it is printed.",
         "data.npz --output data.safetensors",
     )
-    parser.add_argument(
-        "data", metavar="DATA.npz", type=Path, help="uint8 images arr_0 (N, H, W, 3), labels arr_1"
-    )
-    parser.add_argument(
-        "--output",
-        metavar="FILE.safetensors",
-        type=Path,
-        required=True,
-        help="weights to write; an existing file is not overwritten",
-    )
-    parser.add_argument("--name", help="suffix of metric names (default: the name of DATA.npz)")
-    parser.add_argument(
-        "--epochs",
-        type=_positive_integer,
-        default=40,
-        help="passes over the images (default: 40)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed of held-out images, initial weights and augmentation (default: 0)",
-    )
-    parser.add_argument(
-        "--width", type=_positive_integer, default=64, help="number of features (default: 64)"
-    )
+    add = parser.add_argument
+    add("data", metavar="DATA.npz", type=Path, help="uint8 images arr_0 (N, H, W, 3), labels arr_1")
+    add("--output", metavar="FILE.safetensors", type=Path, required=True,
+        help="weights to write; an existing file is not overwritten")
+    add("--name", help="suffix of metric names (default: the name of DATA.npz)")
+    add("--epochs", type=_positive_integer, default=40, metavar="N",
+        help="passes over the images (default: 40)")
+    add("--seed", type=int, default=0,
+        help="seed of held-out images, initial weights and augmentation (default: 0)")
+    add("--width", type=_positive_integer, default=64, help="number of features (default: 64)")
     return parser
+# fmt: on
 
 
 def _references_parser(prog: str) -> Parser:

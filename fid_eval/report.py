@@ -114,50 +114,37 @@ def write_csv(document: Document, path: Path) -> None:
     with_interval = [
         key for key in keys if any(key in e.get("intervals", {}) for e in document["sets"])
     ]
-    bounds = [f"{key}_{end}" for key in with_interval for end in ("low", "high")]
-    columns = [
-        "name",
-        "images",
-        *keys,
-        *bounds,
-        "distances",
-        "network_precision",
-        "extractor",
-        "extractor_sha256",
-        "reference",
-        "reference_sha256",
-        "frechet_from",
-        "samples_sha256",
-        "fid_eval",
-        "torch",
-        "error",
-    ]
-    extractors = document["extractors"]
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        for entry in document["sets"]:
-            row = {
-                "name": entry["name"],
-                "images": entry.get("samples", {}).get("count", ""),
-                **entry.get("metrics", {}),
+    reference, extractors = document["reference"], document["extractors"]
+    rows = []
+    for entry in document["sets"]:
+        samples, metrics = entry.get("samples", {}), entry.get("metrics", {})
+        row = {"name": entry["name"], "images": samples.get("count")}
+        row |= {key: metrics.get(key) for key in keys}
+        for key in with_interval:
+            bounds = entry.get("intervals", {}).get(key, (None, None))
+            row[f"{key}_low"], row[f"{key}_high"] = bounds
+        rows.append(
+            row
+            | {
                 "distances": " ".join(_distances(entry)),
                 "network_precision": " ".join(
                     sorted({e["network_precision"] for e in extractors.values()})
                 ),
                 "extractor": " ".join(extractors),
                 "extractor_sha256": " ".join(e.get("sha256") or "-" for e in extractors.values()),
-                "reference": document["reference"].get("name", ""),
-                "reference_sha256": document["reference"].get("sha256", ""),
-                "frechet_from": document["reference"].get("frechet_from", ""),
-                "samples_sha256": entry.get("samples", {}).get("sha256", ""),
+                "reference": reference.get("name"),
+                "reference_sha256": reference.get("sha256"),
+                "frechet_from": reference.get("frechet_from"),
+                "samples_sha256": samples.get("sha256"),
                 "fid_eval": document["versions"]["fid_eval"],
                 "torch": document["versions"]["torch"],
-                "error": entry.get("error", ""),
+                "error": entry.get("error"),
             }
-            for key, (low, high) in entry.get("intervals", {}).items():
-                row[f"{key}_low"], row[f"{key}_high"] = low, high
-            writer.writerow(row)
+        )
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def plot_positions(document: Document) -> tuple[list[float], bool]:

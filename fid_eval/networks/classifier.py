@@ -42,14 +42,19 @@ class Classifier(nn.Module):
         self.trunk = nn.Sequential(*layers)
         self.head = nn.Linear(width, classes)
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Compute pool (B, width) and spatial (B, SPATIAL_CHANNELS · H/4 · W/4) of uint8 images."""
         maps = self.trunk(images.float() / 127.5 - 1)
         spatial = maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # channels last
-        return maps.mean((2, 3)), spatial
+        return {"pool": maps.mean((2, 3)), "spatial": spatial}
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images)[0])
+    def logits(self, pool: Tensor) -> Tensor:
+        """Compute class logits (B, classes) from pool (B, width)."""
+        return self.head(pool)
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Compute class logits (B, classes) of uint8 (B, 3, H, W)."""
+        return self.logits(self(images)["pool"])
 
 
 def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
@@ -103,7 +108,7 @@ def split_indices(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
     """Return the fraction of uint8 images (N, 3, H, W) whose label is predicted."""
     with torch.inference_mode():
-        predicted = torch.cat([model(batch).argmax(1) for batch in images.split(256)])
+        predicted = torch.cat([model.classify(batch).argmax(1) for batch in images.split(256)])
     return float((predicted == labels).double().mean())
 
 
@@ -124,7 +129,7 @@ def train(
             model.train()
             order = fitted[torch.randperm(len(fitted), generator=generator)]
             for index in order.split(batch_size):
-                logits = model(augment(images[index], generator))
+                logits = model.classify(augment(images[index], generator))
                 loss = F.cross_entropy(logits, labels[index], label_smoothing=0.05)
                 optimizer.zero_grad()
                 loss.backward()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..choices import NetworkPrecision
 from ..errors import EvaluationError
-from .weight_files import checked_sha256, hub_file, load_state, save_to_buffer, state_sha256
+from .weight_files import fetch_weights, identify_weights, load_state, save_to_buffer, state_sha256
 
 DIGITS_WEIGHTS = Path(__file__).parents[1] / "weights" / "digits.safetensors"
 
@@ -151,24 +151,19 @@ def get_extractor(
     )
 
 
-def label_of(name: str, published: bool, sha256: str | None) -> str:
+def label_of(name: str, published: bool = True, sha256: str | None = None) -> str:
     """Return the suffix of metric names: the extractor and, for own weights, digits of the hash."""
     word = "".join(c if c.isalnum() else "_" for c in name.lower())
     return word if published or sha256 is None else f"{word}_{sha256[:8]}"
 
 
 def _inception(name: str, weights: Path | None, given: str | None) -> Extractor:
-    published = weights is None
-    if weights is not None:
-        sha256, published = checked_sha256(weights, INCEPTION_SHA256, given)
-    else:
-        sha256 = INCEPTION_SHA256
+    sha256, published = identify_weights(weights, INCEPTION_SHA256, given)
 
     def build() -> nn.Module:
         from .inception import Inception
 
-        path = weights or hub_file(INCEPTION_URL, INCEPTION_SHA256)
-        checked_sha256(path, sha256, sha256)
+        path = fetch_weights(weights, INCEPTION_URL, INCEPTION_SHA256, sha256)
         return Inception(load_state(path))
 
     return Extractor(
@@ -181,21 +176,6 @@ def _inception(name: str, weights: Path | None, given: str | None) -> Extractor:
         has_logits=True,
         dimensions={"pool": 2048, "spatial": 2023},
     )
-
-
-class _Classified(nn.Module):
-    """Adapts a ``Classifier`` to the extractor interface."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        pool, spatial = self.model.features(images)
-        return {"pool": pool, "spatial": spatial}
-
-    def logits(self, pool: Tensor) -> Tensor:
-        return self.model.head(pool)
 
 
 def _classifier(name: str, weights: Path | None, given: str | None) -> Extractor:
@@ -212,16 +192,16 @@ def _classifier(name: str, weights: Path | None, given: str | None) -> Extractor
         raise EvaluationError(
             f"the extractor {name} needs --weights FILE, written by fid-eval classifier"
         )
-    sha256, _ = checked_sha256(weights, None, given)
+    sha256, _ = identify_weights(weights, None, given)
     model, metadata = load_classifier(weights)
     height, width = metadata["height_width"]
     quarter = -(-height // 4) * -(-width // 4)
     return Extractor(
         name=metadata["name"],
-        label=label_of(metadata["name"], True, None),
+        label=label_of(metadata["name"]),
         sha256=sha256,
         preprocessing="x / 127.5 - 1",
-        build=lambda: _Classified(model),
+        build=lambda: model,
         image_size=(height, width),
         has_spatial=True,
         has_logits=True,
@@ -242,16 +222,12 @@ class _FirstOf(nn.Module):
 
 
 def _vgg16(name: str, weights: Path | None, given: str | None) -> Extractor:
-    sha256, published = VGG16_SHA256_START, True
-    if weights is not None:
-        found, published = checked_sha256(weights, VGG16_SHA256_START, given)
-        sha256 = sha256 if published else found
+    sha256, published = identify_weights(weights, VGG16_SHA256_START, given)
 
     def build() -> nn.Module:
         from torch_fidelity import FeatureExtractorVGG16
 
-        path = weights or hub_file(VGG16_URL, VGG16_SHA256_START)
-        checked_sha256(path, sha256, None)
+        path = fetch_weights(weights, VGG16_URL, VGG16_SHA256_START, sha256)
         state = save_to_buffer(load_state(path))
         return _FirstOf(FeatureExtractorVGG16("vgg16", ["fc2_relu"], state))
 
@@ -269,22 +245,19 @@ def _clip(name: str, weights: Path | None, given: str | None) -> Extractor:
     from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS
 
     model_name = CLIP[name]
-    sha256 = published = MODEL_METADATA[model_name]["hash"]
-    if weights is not None:
-        sha256, _ = checked_sha256(weights, published, given)
+    published_sha256 = MODEL_METADATA[model_name]["hash"]
+    sha256, published = identify_weights(weights, published_sha256, given)
 
     def build() -> nn.Module:
         from torch_fidelity import FeatureExtractorCLIP
 
-        path = weights or hub_file(MODEL_URLS[model_name], published)
-        checked_sha256(
-            path, sha256, None
-        )  # A TorchScript archive runs code: the hash must be known.
+        # A TorchScript archive runs code. Its hash is checked, so only known code runs.
+        path = fetch_weights(weights, MODEL_URLS[model_name], published_sha256, sha256)
         return _FirstOf(FeatureExtractorCLIP(model_name, ["clip"], str(path)))
 
     return Extractor(
         name,
-        label_of(name, sha256 == published, sha256),
+        label_of(name, published, sha256),
         sha256,
         f"{TF_RESIZE} to the model's size, CLIP mean and deviation",
         build,
@@ -292,7 +265,7 @@ def _clip(name: str, weights: Path | None, given: str | None) -> Extractor:
 
 
 def _dinov2(name: str, weights: Path | None, given: str | None) -> Extractor:
-    sha256 = checked_sha256(weights, None, given)[0] if weights is not None else None
+    sha256, _ = identify_weights(weights, None, given)
 
     def build() -> nn.Module:
         from .dinov2 import DINOv2
@@ -301,7 +274,7 @@ def _dinov2(name: str, weights: Path | None, given: str | None) -> Extractor:
 
     return Extractor(
         name,
-        label_of(name, True, None),  # There is no published hash to compare with.
+        label_of(name),  # There is no published hash to compare with.
         sha256,
         f"{TF_RESIZE} to 224, ImageNet mean and deviation",
         build,
@@ -314,7 +287,7 @@ def _imported(name: str, weights: Path | None, given: str | None) -> Extractor:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise EvaluationError(f"extractor {name!r} cannot be imported: {error}") from None
-    sha256 = checked_sha256(weights, None, given)[0] if weights is not None else None
+    sha256, _ = identify_weights(weights, None, given)
     made = factory(weights) if weights is not None else factory()
     return wrap_extractor(made, attribute, sha256)
 
@@ -342,7 +315,7 @@ def wrap_extractor(network: Any, name: str | None = None, sha256: str | None = N
     name = own or name or type(network).__name__
     return Extractor(
         name=name,
-        label=label_of(name, True, None),
+        label=label_of(name),
         sha256=sha256,
         preprocessing=getattr(network, "preprocessing", "its own"),
         build=lambda: network,

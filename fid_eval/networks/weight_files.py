@@ -12,17 +12,21 @@ from ..errors import EvaluationError
 from ..sets.hashing import file_sha256
 
 
-def checked_sha256(weights: Path, published: str | None, given: str | None) -> tuple[str, bool]:
-    """Return the SHA-256 of a weights file, and whether it is the published file.
+def identify_weights(
+    weights: Path | None, published: str | None, given: str | None = None
+) -> tuple[str | None, bool]:
+    """Return the SHA-256 of weights, and whether they are the published weights.
 
     Args:
-        weights: the file.
+        weights: a local file; None for the published weights.
         published: SHA-256 of the published weights, or its first digits; None if there is none.
         given: SHA-256 that the user expects, or None.
 
     Raises:
         EvaluationError: the file has neither hash.
     """
+    if weights is None:
+        return published, True
     found = file_sha256(weights)
     if given is not None and found != given.lower():
         raise EvaluationError(
@@ -34,7 +38,7 @@ def checked_sha256(weights: Path, published: str | None, given: str | None) -> t
             f"{weights}: the sha256 is {found}, but the published weights have {published}. The "
             f"file is damaged or holds other weights; to use it, add --weights_sha256 {found}"
         )
-    return found, is_published
+    return (published if is_published else found), is_published
 
 
 def load_state(weights: Path) -> dict[str, Tensor]:
@@ -63,6 +67,13 @@ def hub_file(url: str, published: str | None) -> Path:
                 f"cannot download {url} ({error}). Without a network, download it elsewhere and "
                 f"give its path with --weights, or copy it to {path}"
             ) from None
+    return path
+
+
+def fetch_weights(weights: Path | None, url: str, published: str, sha256: str | None) -> Path:
+    """Return the path of ``weights`` or of the downloaded ``url``, after a check of its SHA-256."""
+    path = weights or hub_file(url, published)
+    identify_weights(path, sha256)
     return path
 
 
