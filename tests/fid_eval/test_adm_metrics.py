@@ -1,4 +1,4 @@
-"""The metric functions against ADM's own results, float64 definitions and torch-fidelity."""
+"""Compare metric functions with ADM's results, float64 definitions and torch-fidelity."""
 
 import mpmath
 import numpy as np
@@ -54,7 +54,7 @@ def test_fewer_images_than_dimensions_is_exact_to_12_digits():
     assert metrics.frechet_distance_of_features(a, b) == pytest.approx(exact, rel=1e-12)
 
 
-def test_large_matrices_go_through_eigenvalues_with_the_same_result(case, monkeypatch):
+def test_eigenvalues_give_the_same_distance_for_large_matrices(case, monkeypatch):
     arrays, _ = case
     by_svd = metrics.frechet_distance_of_features(arrays["ref_pool"], arrays["sample_pool"])
     monkeypatch.setattr(metrics, "SVD_LIMIT", 1)
@@ -80,7 +80,7 @@ def test_precision_and_recall_equal_float64_exactly(case):
     assert value == (expected["precision_float64"], expected["recall_float64"])
 
 
-def test_precision_and_recall_in_half_are_adms_within_one_image(case):
+def test_float16_precision_and_recall_differ_from_adm_by_at_most_one_image(case):
     arrays, expected = case
     precision, recall = metrics.precision_recall(
         arrays["ref_pool"], arrays["sample_pool"], "adm-fp16"
@@ -91,7 +91,7 @@ def test_precision_and_recall_in_half_are_adms_within_one_image(case):
 
 
 def sets_with_ties(kind):
-    """Reference and samples, float32, between which equal distances are common."""
+    """Make float32 features of two sets with many equal distances."""
     random = np.random.default_rng(0)
     if kind == "whole numbers":
         return (random.integers(0, 3, (n, 8)).astype(np.float32) for n in (200, 300))
@@ -104,7 +104,7 @@ def sets_with_ties(kind):
 
 @pytest.mark.parametrize("kind", ["whole numbers", "copies", "far from the origin"])
 def test_ties_are_not_decided_by_rounding(kind):
-    """Against distances from differences, which are equal where they should be."""
+    """Compare with distances from differences, where ties stay equal."""
     reference, samples = (np.asarray(x, np.float32) for x in sets_with_ties(kind))
     a, b = reference.astype(np.float64), samples.astype(np.float64)
 
@@ -112,7 +112,7 @@ def test_ties_are_not_decided_by_rounding(kind):
         return np.square(x[:, None] - y[None]).sum(2)
 
     def radii(x, k):
-        return np.sort(distances(x, x), 1)[:, k]  # itself is the first
+        return np.sort(distances(x, x), 1)[:, k]  # index 0 is the row itself
 
     across = distances(a, b)
     precision = (across <= radii(a, 3)[:, None]).any(0).mean()
@@ -140,7 +140,7 @@ def test_blocks_that_overflow_float16_are_computed_in_float32():
     torch.testing.assert_close(block.double(), exact, rtol=1e-5, atol=0.5)
 
 
-def test_distances_in_half_round_after_every_step():
+def test_float16_distances_are_rounded_after_every_step():
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randn(n, 24, generator=generator).half() for n in (7, 9))
     block, _ = PairDistances(a.float(), b.float(), "adm-fp16").block(slice(0, 7), slice(0, 9))
@@ -163,7 +163,7 @@ def test_nearest_finds_the_closest_row():
     assert torch.equal(index, exact.argmin(1))
 
 
-def test_moments_give_mean_and_covariance_whatever_the_order_of_the_parts():
+def test_moments_do_not_depend_on_the_order_of_the_parts():
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(1000, 12, generator=generator) * torch.logspace(0, 6, 12) + 50
     parts = x.split(37)

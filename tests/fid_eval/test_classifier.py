@@ -1,4 +1,4 @@
-"""Training a small classifier by its command, and measuring with it."""
+"""Train a small classifier with its command, and use it as an extractor."""
 
 import json
 
@@ -13,7 +13,7 @@ from fid_eval.networks.classifier import augment, load_classifier
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Stripes that lie or stand, 16 × 16."""
+    """Make 16 × 16 images of horizontal and vertical stripes."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 2, 120)
     rows = generator.integers(0, 256, (120, 8, 1, 1)).astype(np.uint8).repeat(2, 1)
@@ -24,7 +24,7 @@ def data(tmp_path_factory):
     return path
 
 
-def test_trained_classifier_measures_its_own_data(data, tmp_path, capsys):
+def test_a_trained_classifier_is_an_extractor_for_its_data(data, tmp_path, capsys):
     output = tmp_path / "stripes.safetensors"
     arguments = ["classifier", str(data), "--output", str(output), "--epochs", "6", "--width", "16"]
     assert main(arguments) == 0
@@ -54,7 +54,7 @@ def test_trained_classifier_measures_its_own_data(data, tmp_path, capsys):
         ([np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, int)], "too few"),
     ],
 )
-def test_data_it_cannot_train_on_is_refused(arrays, message, tmp_path, capsys):
+def test_unsuitable_training_data_is_refused(arrays, message, tmp_path, capsys):
     np.savez(tmp_path / "a.npz", *arrays)
     output = str(tmp_path / "o.safetensors")
     assert main(["classifier", str(tmp_path / "a.npz"), "--output", output]) == 2
@@ -62,7 +62,7 @@ def test_data_it_cannot_train_on_is_refused(arrays, message, tmp_path, capsys):
     assert not (tmp_path / "o.safetensors").exists()
 
 
-def test_augmentation_keeps_shape_and_type_and_follows_its_generator():
+def test_augmentation_keeps_shape_and_dtype_and_depends_only_on_its_generator():
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     first, again = (augment(images, torch.Generator().manual_seed(0)) for _ in range(2))
     assert first.dtype == torch.uint8

@@ -1,4 +1,4 @@
-"""The command line of ``fid-eval``: help, versions and checks that need no torch."""
+"""Test help, versions and checks of ``fid-eval`` that need no torch."""
 
 import subprocess
 import sys

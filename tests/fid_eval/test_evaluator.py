@@ -1,4 +1,4 @@
-"""``evaluate`` on small sets: naming, agreement of inputs, references, caching, bad input."""
+"""Evaluate small sets: names, compatibility of inputs, references, caching, wrong input."""
 
 import json
 import multiprocessing
@@ -68,7 +68,7 @@ def features_of(images):
         return Projection()(torch.from_numpy(images).permute(0, 3, 1, 2))["pool"]
 
 
-def test_numbers_are_those_of_the_metric_functions(sets):
+def test_results_equal_those_of_the_metric_functions(sets):
     (a, _), (b, _) = sets
     result = evaluate(a, b, **options())
     fa, fb = features_of(a), features_of(b)
@@ -83,7 +83,7 @@ def test_numbers_are_those_of_the_metric_functions(sets):
     assert result.details["precision_projection"]["distances"] == "fp32"
 
 
-def test_every_metric_can_be_asked_for_and_carries_the_extractor(sets):
+def test_every_metric_can_be_computed_and_names_the_extractor(sets):
     names = [name for name in METRICS if METRICS[name].extractor is None and name != "accuracy"]
     result = evaluate(*sets, metrics=names, bootstrap=4, **options())
     assert len(result.metrics) == len(names)
@@ -211,7 +211,7 @@ def test_cached_features_are_used_again_also_by_another_container(sets, tmp_path
     assert network.images_seen == 0
     assert again.metrics == first.metrics
     for file in tmp_path.rglob("*.safetensors"):
-        file.write_bytes(file.read_bytes()[:100])  # damaged: computed again
+        file.write_bytes(file.read_bytes()[:100])  # damaged files are computed again
     assert evaluate(a, b, cache=tmp_path, **options()).metrics == first.metrics
 
 
@@ -229,7 +229,7 @@ def test_after_a_kill_only_the_missing_chunks_are_computed(sets, tmp_path):
         evaluate(a, many, cache=tmp_path, **options(extractor=Dies()))
     network = Projection()
     resumed = evaluate(a, many, cache=tmp_path, **options(extractor=network))
-    assert network.images_seen == CHUNK + 9  # reference and first chunk were kept
+    assert network.images_seen == CHUNK + 9  # reference and first chunk are cached
     assert resumed.metrics == evaluate(a, many, **options()).metrics
 
 
@@ -270,7 +270,7 @@ def test_accuracy_counts_conditional_samples_recognised():
         evaluate(images, [images], metrics=["accuracy"], **options(extractor=Brightness()))
 
 
-def test_the_digit_classifier_reads_digits():
+def test_the_digit_classifier_recognises_digits():
     from moh_dit.data.digits import load_digit_scans
 
     scans, labels = load_digit_scans()
@@ -307,7 +307,7 @@ def test_bad_input_is_refused_before_the_network_runs(sets, samples, more, messa
     assert network.images_seen == 0
 
 
-def test_features_that_are_nan_are_named(sets):
+def test_nan_features_are_an_error_that_names_the_image(sets):
     class Broken(Projection):
         def forward(self, images):
             out = super().forward(images)
@@ -318,7 +318,7 @@ def test_features_that_are_nan_are_named(sets):
         evaluate(*sets, **options(extractor=Broken()))
 
 
-def test_swapped_arguments_are_warned_of(sets, tmp_path):
+def test_swapped_arguments_give_a_warning(sets, tmp_path):
     path = save_reference(
         sets[0], tmp_path / "ref.npz", wrap_extractor(Projection()),
         Runtime(torch.device("cpu"), quiet=True),
@@ -334,7 +334,7 @@ def test_an_adm_reference_of_inception_is_not_used_with_another_extractor(tmp_pa
         evaluate(tmp_path / "adm.npz", sets[1], **options())
 
 
-def test_global_switches_and_random_numbers_are_left_as_they_were(sets):
+def test_precision_settings_and_random_state_are_restored(sets):
     before = torch.get_rng_state(), torch.backends.cudnn.conv.fp32_precision
     with network_precision("tf32"):
         assert torch.backends.cudnn.conv.fp32_precision == "tf32"
@@ -343,7 +343,7 @@ def test_global_switches_and_random_numbers_are_left_as_they_were(sets):
     assert torch.backends.cudnn.conv.fp32_precision == before[1]
 
 
-def test_what_departs_from_the_papers_convention_is_said():
+def test_conditions_that_differ_from_papers_give_warnings():
     five = ["fid", "sfid", "is", "precision", "recall"]
     assert convention_warnings(five, 50_000, "statistics", 10_000) == []
     said = " ".join(convention_warnings(five, 5_000, "images", 5_000))
@@ -352,7 +352,7 @@ def test_what_departs_from_the_papers_convention_is_said():
         assert words in said
 
 
-def test_features_of_unknown_origin_are_said_to_be(sets, tmp_path):
+def test_features_of_unknown_origin_give_a_warning(sets, tmp_path):
     save_file({"pool": features_of(sets[0][0])}, tmp_path / "a.safetensors")
     result = evaluate(str(tmp_path / "a.safetensors"), sets[1], **options(metrics=["fid"]))
     assert any("does not name the extractor" in warning for warning in result.warnings)
@@ -387,7 +387,7 @@ def test_clip_archives_are_run_only_if_their_hash_is_known(tmp_path):
 
 @pytest.fixture
 def png_folders(tmp_path, monkeypatch):
-    """(reference, samples) of PNG files, decoded by processes."""
+    """Make folders of PNG files, which worker processes decode: (reference, samples)."""
     monkeypatch.setattr("fid_eval.sets.readers.PROCESSES_FROM", 1)
     for seed, name in enumerate(("reference", "samples")):
         (tmp_path / name).mkdir()
@@ -403,10 +403,10 @@ def test_a_set_read_ahead_gives_the_same_numbers(png_folders, sets):
     assert not multiprocessing.active_children()
 
 
-def test_nothing_goes_on_being_decoded_that_nobody_needs(png_folders):
+def test_reading_ahead_stops_when_its_images_are_not_needed(png_folders):
     reference, samples = png_folders
     evaluator = Evaluator(reference, **options(metrics=["is"]))
-    evaluator(samples)  # the Inception Score reads no reference
+    evaluator(samples)  # the Inception Score needs no reference
     assert evaluator.reference.images.ahead is None
     damaged = reference / "30.png"
     damaged.write_bytes(damaged.read_bytes().replace(b"IDAT", b"IDAX", 1))

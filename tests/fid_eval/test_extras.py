@@ -1,4 +1,4 @@
-"""The further metrics against their definitions, peer code and exact cases."""
+"""Compare further metrics with their definitions, other implementations and exact cases."""
 
 import math
 
@@ -16,14 +16,14 @@ def normal(n, d, seed=0, shift=0.0):
     return torch.randn(n, d, generator=generator, dtype=torch.float64) + shift
 
 
-def test_kid_of_one_subset_is_torch_fidelitys():
+def test_kid_of_one_subset_equals_torch_fidelity():
     a, b = normal(60, 16), normal(60, 16, 1, 0.3)
     expected = kernel_mmd(
         a.numpy(), b.numpy(), kid_kernel="poly", kid_kernel_poly_degree=3,
         kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1,
     )  # fmt: skip
     assert extras.polynomial_mmd(a, b) == pytest.approx(float(expected), rel=1e-9)
-    mean, deviation = extras.kid(a, b, subsets=5)  # 60 < 1000: all images, every time
+    mean, deviation = extras.kid(a, b, subsets=5)  # 60 < 1000: each subset has all images
     assert mean == pytest.approx(float(expected), rel=1e-9)
     assert deviation == pytest.approx(0, abs=1e-12)
 
@@ -36,7 +36,7 @@ def test_fid_infinity_removes_the_bias_of_few_samples():
     assert len(curve) == 15
     assert curve[0][0] == 200
     assert curve[-1][0] == 4000
-    assert abs(value) < curve[-1][1] < curve[0][1]  # the truth is 0
+    assert abs(value) < curve[-1][1] < curve[0][1]  # the true distance is 0
 
 
 def test_density_and_coverage_by_definition():
@@ -60,7 +60,7 @@ def test_cmmd_by_definition():
     assert extras.cmmd(a, a) == pytest.approx(0, abs=1e-6)
 
 
-def test_class_distances_are_those_of_the_classes_both_sets_have():
+def test_class_distances_cover_the_classes_that_both_sets_have():
     a, b = normal(60, 3), normal(60, 3, 1)
     a_labels = torch.arange(60) % 3
     b_labels = torch.arange(60) % 2

@@ -1,4 +1,4 @@
-"""End to end through Inception with seeded random weights, against torch-fidelity's own network."""
+"""Evaluate with random Inception weights and compare with torch-fidelity's network."""
 
 import io
 
@@ -18,7 +18,7 @@ COUNT = 7
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    """(path of random weights, torch-fidelity's network with them)."""
+    """Make random weights: (their path, torch-fidelity's network with them)."""
     buffer = io.BytesIO()
     torch.save({}, buffer)
     buffer.seek(0)
@@ -44,7 +44,7 @@ def sets():
 
 @pytest.fixture(scope="module")
 def features(network, sets):
-    """Per set pool, spatial and logits, read from torch-fidelity's network by a hook."""
+    """Read pool, spatial and logits of each set from torch-fidelity's network with a hook."""
     _, net = network
     found = []
     for images in sets:
@@ -115,7 +115,7 @@ def test_unpublished_weights_are_refused_unless_named(network, sets):
         evaluate(sets[0], sets[1], weights=path, weights_sha256="00" * 32)
 
 
-def test_weights_that_are_no_tensors_are_not_unpickled(tmp_path, sets):
+def test_weights_with_other_objects_than_tensors_are_not_unpickled(tmp_path, sets):
     path = tmp_path / "evil.pth"
     torch.save({"a": print}, path)
     with pytest.raises(EvaluationError, match="not a file that holds only tensors"):
@@ -133,7 +133,7 @@ def test_without_network_or_weights_the_message_says_where_to_put_them(sets, tmp
 
 
 @pytest.mark.parametrize("size", [(256, 256), (32, 32), (299, 299), (512, 300), (1, 1)])
-def test_the_resize_is_torch_fidelitys_bit_by_bit(size):
+def test_the_resize_is_bit_identical_to_torch_fidelity(size):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=generator)
     expected = interpolate_bilinear_2d_like_tensorflow1x(
@@ -142,13 +142,16 @@ def test_the_resize_is_torch_fidelitys_bit_by_bit(size):
     assert torch.equal(resize_like_tensorflow(images, 299), expected)
 
 
-def test_every_convolution_takes_its_normalisation_in(network):
+def test_folded_convolutions_equal_convolution_and_normalization(network):
     net = Inception(load_state(network[0])).eval()
     layers = [module for module in net.modules() if isinstance(module, FusedConv)]
     assert len(layers) == 94
     generator = torch.Generator().manual_seed(0)
     for layer in layers[::10]:
-        for name in ("running_mean", "running_var"):  # the random weights have 0 and 1
+        for name in (
+            "running_mean",
+            "running_var",
+        ):  # the random weights have mean 0 and variance 1
             getattr(layer.bn, name).uniform_(0.5, 2, generator=generator)
         conv = layer.conv
         x = torch.randn(1, conv.in_channels, 9, 9, generator=generator)

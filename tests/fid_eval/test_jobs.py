@@ -1,4 +1,4 @@
-"""The command ``fid-eval``: many sets, jobs files, resuming, reports, several processes."""
+"""Run ``fid-eval`` on many sets, with jobs files, resuming, reports and several processes."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ from fid_eval.parsers import SUBCOMMANDS
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """ref.npz and samples step-100.npz, step-200.npz of blobs that the digit extractor takes."""
+    """Make ref.npz, step-100.npz and step-200.npz of 32 × 32 images for the extractor digits."""
     path = tmp_path_factory.mktemp("sets")
     generator = np.random.default_rng(0)
     for name, count in (("ref", 60), ("step-100", 50), ("step-200", 40)):
@@ -181,7 +181,7 @@ def test_existing_results_need_resume_or_overwrite(folder, tmp_path, capsys):
     output.write_text("{}")
     assert run(*command, "--resume") == 2
     assert "not a results file" in capsys.readouterr().err
-    assert run(*command[:-1], tmp_path / "new.json", "--resume") == 0  # starts
+    assert run(*command[:-1], tmp_path / "new.json", "--resume") == 0  # starts a new file
 
 
 def test_stats_then_evaluation_by_name(folder, tmp_path, monkeypatch, capsys):
@@ -202,7 +202,7 @@ import torch.distributed as dist
 from fid_eval import Share, evaluate
 from fid_eval.__main__ import main
 
-dist.init_process_group("gloo")     # as a trainer has done
+dist.init_process_group("gloo")  # as a training program does
 reference, many, *arguments = sys.argv[1:]
 code = main([reference, many, *arguments])
 rank, size = dist.get_rank(), dist.get_world_size()
@@ -210,13 +210,13 @@ images = np.load(many)["arr_0"][:1500]
 mine = np.array_split(images, size)[rank]
 shared = evaluate(reference, Share([mine]), metrics=["fid", "is"], extractor="digits", device="cpu")
 found = f"{code} {shared['fd_digits']:.10f} {shared['class_score_digits']:.10f}"
-sys.stdout.write(f"rank {rank}: {found}\\n")  # print writes the end of the line by itself
+sys.stdout.write(f"rank {rank}: {found}\\n")  # one write: print would write the newline separately
 dist.destroy_process_group()
 """
 
 
 def test_two_processes_give_the_results_of_one(folder, tmp_path):
-    """float64 sums merged exactly: not one bit differs. A broken set must not make either wait."""
+    """Sums are merged exactly, so no bit differs. A broken set must not block a rank."""
     images = np.random.default_rng(1).integers(0, 256, (2100, 32, 32, 3)).astype(np.uint8)
     np.savez(tmp_path / "many.npz", images)
     np.savez(tmp_path / "broken.npz", images[:1])
@@ -233,7 +233,7 @@ def test_two_processes_give_the_results_of_one(folder, tmp_path):
     assert "broken.npz: holds 1 image" in done.stderr
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each of the two had
+    torch.set_num_threads(1)  # like each of the two processes
     try:
         assert main([*map(str, arguments), str(tmp_path / "one.json")]) == 1
         alone = evaluate(
@@ -249,15 +249,15 @@ def test_two_processes_give_the_results_of_one(folder, tmp_path):
 
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
     assert [line[:6] for line in lines] == ["rank 0", "rank 1"], done.stdout + done.stderr
-    for line in lines:  # each process had half of the images: same set, other batches
+    for line in lines:  # each rank had half of the images, in other batches
         code, distance, score = map(float, line.split()[2:])
-        assert code == (1 if line[:6] == "rank 0" else 0)  # a set failed; the first says so
+        assert code == (1 if line[:6] == "rank 0" else 0)  # one set failed; only rank 0 reports it
         assert distance == pytest.approx(alone["fd_digits"], rel=1e-5)
         assert score == pytest.approx(alone["class_score_digits"], rel=1e-5)
 
 
 @pytest.mark.parametrize("option", ["--output", "--csv", "--plot"])
-def test_results_that_cannot_be_written_are_found_out_before_the_work(
+def test_outputs_that_cannot_be_written_are_reported_before_the_work(
     option, folder, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(Evaluator, "__call__", lambda *a, **k: pytest.fail("measured"))
@@ -271,7 +271,7 @@ def test_results_that_cannot_be_written_are_found_out_before_the_work(
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda"])
-def test_a_device_that_is_not_there_is_one_line(device, folder, capsys):
+def test_an_unavailable_device_is_an_error_of_one_line(device, folder, capsys):
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one")
     code = main([str(folder / "ref.npz"), str(folder / "step-100.npz"), "--device", device])
@@ -279,16 +279,16 @@ def test_a_device_that_is_not_there_is_one_line(device, folder, capsys):
     assert f": error: device '{device}' cannot be used" in capsys.readouterr().err
 
 
-def test_a_distance_of_nothing_has_no_sign():
+def test_a_distance_of_zero_is_printed_without_a_sign():
     assert report.format_value(-1e-13) == "0.0000"
     assert report.format_value(-0.5) == "-0.5000"
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(folder):
+def test_a_closed_pipe_is_not_an_error(folder):
     arguments = [folder / "ref.npz", folder / "step-100.npz", "--extractor", "digits", "--quiet"]
     command = [sys.executable, "-m", "fid_eval", *map(str, arguments)]
     end, other = os.pipe()
-    os.close(end)  # nobody reads
+    os.close(end)  # close the reading end of the pipe
     done = subprocess.run(command, stdout=other, stderr=subprocess.PIPE, text=True)
     os.close(other)
     assert done.returncode == 0

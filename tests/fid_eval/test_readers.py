@@ -1,4 +1,4 @@
-"""Every kind of input gives the same pixels and labels; bad ones are refused in words."""
+"""Read every kind of input with the same pixels and labels, and refuse wrong input."""
 
 import io
 import json
@@ -83,7 +83,7 @@ def hugging_face(images, labels):
 
 
 def sources(path, images, labels):
-    """Name → anything that holds these images and labels."""
+    """Write the images and labels in every supported form; return the sources by name."""
     np.savez(path / "stored.npz", images, labels)
     np.savez_compressed(path / "compressed.npz", images, labels)
     half = COUNT // 2
@@ -126,14 +126,16 @@ def test_every_input_gives_the_same_images_in_the_same_batches(kind, images, lab
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "dataset"])
-def test_processes_decode_what_threads_decode(kind, images, labels, tmp_path, monkeypatch):
+def test_worker_processes_decode_the_same_images_as_threads(
+    kind, images, labels, tmp_path, monkeypatch
+):
     monkeypatch.setattr(readers, "PROCESSES_FROM", 1)
     opened = open_set(sources(tmp_path, images, labels)[kind])
     batches = [batch for _, batch, _ in opened.images.batches(4, lambda chunk: True, workers=2)]
     assert torch.equal(torch.cat(batches).permute(0, 2, 3, 1), torch.from_numpy(images))
 
 
-def test_damage_found_by_a_decoding_process_is_one_line(images, tmp_path, monkeypatch):
+def test_damage_found_by_a_worker_process_is_an_error_of_one_line(images, tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "PROCESSES_FROM", 1)
     data = bytearray(png(np.random.default_rng(2).integers(0, 256, (64, 64, 3), np.uint8)))
     data[2000:2100] = bytes(100)
@@ -142,7 +144,7 @@ def test_damage_found_by_a_decoding_process_is_one_line(images, tmp_path, monkey
         list(open_set(tmp_path).images.batches(4, lambda chunk: True, workers=2))
 
 
-def test_batches_of_all_processes_are_those_of_one():
+def test_the_batches_of_all_ranks_equal_those_of_one_rank():
     count = 2 * CHUNK + 5
     alone = list(batch_spans(count, 100, lambda chunk: True))
     shared = [list(batch_spans(count, 100, lambda c, r=rank: c % 3 == r)) for rank in range(3)]
@@ -150,27 +152,27 @@ def test_batches_of_all_processes_are_those_of_one():
     assert alone[-1] == (2 * CHUNK, count)
 
 
-def test_an_iterable_is_cut_at_chunks_too():
+def test_batches_of_an_iterable_do_not_cross_chunks():
     parts = [np.zeros((700, 2, 2, 3), np.uint8)] * 3
     spans = [(s, len(b)) for s, b, _ in open_set(parts).images.batches(1000, lambda c: True, 1)]
     assert spans == [(0, 1000), (1000, 24), (1024, 1000), (2024, 24), (2048, 52)]
 
 
-def test_stored_npz_is_read_by_rows_and_not_mapped_whole(images, tmp_path):
+def test_an_uncompressed_npz_is_read_by_rows(images, tmp_path):
     np.savez(tmp_path / "a.npz", images)
     member = NpzFile(tmp_path / "a.npz")["arr_0"]
     np.testing.assert_array_equal(member.read(7, 9), images[7:9])
     np.testing.assert_array_equal(member.read(0, 2), images[:2])
 
 
-def test_compressed_npz_may_be_read_again_from_the_start(images, tmp_path):
+def test_a_compressed_npz_can_be_read_again_from_the_start(images, tmp_path):
     np.savez_compressed(tmp_path / "a.npz", images)
     member = NpzFile(tmp_path / "a.npz")["arr_0"]
     np.testing.assert_array_equal(member.read(5, 9), images[5:9])
     np.testing.assert_array_equal(member.read(1, 3), images[1:3])
 
 
-def test_equal_content_has_equal_hash_whatever_it_is_called(images, tmp_path):
+def test_the_hash_depends_on_the_content_and_not_on_the_name(images, tmp_path):
     np.savez(tmp_path / "a.npz", images)
     (tmp_path / "b.npz").write_bytes((tmp_path / "a.npz").read_bytes())
     np.savez(tmp_path / "c.npz", images[::-1])
@@ -178,7 +180,7 @@ def test_equal_content_has_equal_hash_whatever_it_is_called(images, tmp_path):
     assert a == b != c
 
 
-def test_datasets_are_read_from_disk_and_by_name(images, labels, tmp_path):
+def test_hugging_face_data_sets_are_read_from_disk_and_by_url(images, labels, tmp_path):
     dataset = hugging_face(images, labels)
     dataset.save_to_disk(tmp_path / "saved")
     dataset.to_parquet(tmp_path / "hub" / "train.parquet")
@@ -194,7 +196,7 @@ def test_datasets_are_read_from_disk_and_by_name(images, labels, tmp_path):
         open_set(f"hf://{tmp_path / 'hub'}?splitt=train")
 
 
-def test_resize_and_crop_only_when_asked(tmp_path):
+def test_images_are_resized_and_cropped_only_on_request(tmp_path):
     wide = np.zeros((20, 40, 3), np.uint8)
     wide[:, 10:30] = 255
     (tmp_path / "a.png").write_bytes(png(wide))
@@ -203,7 +205,7 @@ def test_resize_and_crop_only_when_asked(tmp_path):
         open_set(tmp_path)
     cropped = open_set(tmp_path, Preprocess(8, crop=True)).images.read(0, 1)
     assert cropped.shape == (1, 8, 8, 3)
-    assert (cropped > 240).all()  # the white middle alone
+    assert (cropped > 240).all()  # only the white middle is left
     stretched = open_set(tmp_path, Preprocess(8)).images.read(0, 1)
     assert stretched[0, :, 0].max() < 30
 
@@ -291,7 +293,7 @@ def test_compressed_npz_with_a_wrong_checksum_is_refused(images, tmp_path):
         (np.zeros((4, 8), np.uint8), r"shape \(4, 8\)"),
     ],
 )
-def test_arrays_that_are_no_uint8_rgb_images_are_refused(array, reason):
+def test_arrays_other_than_uint8_rgb_images_are_refused(array, reason):
     with pytest.raises(EvaluationError, match=reason):
         open_set(array)
 
@@ -342,9 +344,9 @@ def test_labels_of_the_wrong_number_are_refused(images):
         ("hf://a/b", HubUrl("a/b")),
         ("hf://a/b/c?split=test&streaming=true", HubUrl("a/b", "c", "test", True)),
         ("hf://mnist?image=x&label=y", HubUrl("mnist", image="x", label="y")),
-        ("hf://a/b?config=c&streaming=0", HubUrl("a/b", "c")),  # 0.1.0
-        ("hf:a/b/c@test", HubUrl("a/b", "c", "test")),  # 0.1.0
-        ("hf-stream:a/b", HubUrl("a/b", streaming=True)),  # 0.1.0
+        ("hf://a/b?config=c&streaming=0", HubUrl("a/b", "c")),  # form of 0.1.0
+        ("hf:a/b/c@test", HubUrl("a/b", "c", "test")),  # form of 0.1.0
+        ("hf-stream:a/b", HubUrl("a/b", streaming=True)),  # form of 0.1.0
         ("hf:///tmp/folder", HubUrl("/tmp/folder")),
         ("hf:./some/folder", HubUrl("./some/folder")),
     ],
@@ -373,7 +375,7 @@ def test_hugging_face_datasets_are_an_optional_package(monkeypatch):
         open_set("hf://mnist?split=test")
 
 
-def test_hidden_files_and_circles_of_links_are_passed_over(images, tmp_path):
+def test_hidden_files_and_circular_links_are_ignored(images, tmp_path):
     folder = tmp_path / "set"
     for name in ("a/0.png", "b/1.png", "b/._1.png", "b/.ipynb_checkpoints/1.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -384,7 +386,7 @@ def test_hidden_files_and_circles_of_links_are_passed_over(images, tmp_path):
 
 
 class Numbered(ImageReader):
-    """Image i is all i."""
+    """Reads images whose pixels all equal their index."""
 
     decodes, size, count = True, (2, 3), 300
 
@@ -392,26 +394,26 @@ class Numbered(ImageReader):
         images[:] = np.arange(start, stop).astype(np.uint8).reshape(-1, 1, 1, 1)
 
 
-class Deadly(Numbered):
+class Killed(Numbered):
     def read_into(self, start, stop, images):
         os._exit(9)
 
 
-def test_processes_decode_in_order_through_few_slots():
+def test_worker_processes_keep_the_order_with_few_slots():
     spans = [(start, min(start + 7, 300)) for start in range(0, 300, 7)]
     loaded = list(load_spans(Numbered(), spans, 7, workers=2, decoding=True))
     assert [len(images) for images in loaded] == [stop - start for start, stop in spans]
     assert torch.equal(torch.cat(loaded)[:, 0, 0, 0], torch.arange(300).to(torch.uint8))
 
 
-def test_a_killed_decoding_process_is_an_error():
+def test_a_killed_worker_process_is_an_error():
     with pytest.raises(EvaluationError, match=r"was killed, .* fewer --workers"):
-        list(load_spans(Deadly(), [(0, 4)], 4, workers=1, decoding=True))
+        list(load_spans(Killed(), [(0, 4)], 4, workers=1, decoding=True))
 
 
 @pytest.mark.parametrize("kind", ["folder", "dataset", "tar-pattern"])
 @pytest.mark.parametrize("processes_from", [1, 500])
-def test_what_is_hashed_while_decoding_has_the_same_hash(
+def test_hashing_while_decoding_gives_the_same_hash(
     kind, processes_from, images, labels, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(readers, "PROCESSES_FROM", processes_from)
@@ -421,19 +423,19 @@ def test_what_is_hashed_while_decoding_has_the_same_hash(
     before, decoded = open_set(source), open_set(source)
     expected = before.content_hash()
     chunks = iter(decoded.images.batches(4, lambda chunk: True, workers=2))
-    next(chunks)  # some
+    next(chunks)  # decode some images
     assert 4 <= len(decoded.images.digests) <= COUNT
     list(chunks)
     assert len(decoded.images.digests) == COUNT
-    monkeypatch.setattr(decoded.images, "fetch", None)  # nothing is read again
+    monkeypatch.setattr(decoded.images, "fetch", None)  # no file is read again
     assert decoded.content_hash() == expected
     if kind == "folder":
         assert path_hash(Path(source), decoded.images.file_digests()) == expected
         wrong = dict.fromkeys(decoded.images.file_digests(), "0" * 64)
-        assert path_hash(Path(source), wrong) != expected  # taken, not read again
+        assert path_hash(Path(source), wrong) != expected  # known hashes are used as given
 
 
-def test_headers_are_read_by_processes_alike(tmp_path, monkeypatch):
+def test_headers_are_checked_by_worker_processes(tmp_path, monkeypatch):
     monkeypatch.setattr("fid_eval.sets.encoded.HEADERS_PER_TASK", 1)
     monkeypatch.setattr("fid_eval.sets.encoded.os.cpu_count", lambda: 2)
     for name in "abcdefg":
@@ -456,13 +458,13 @@ def test_png_is_decoded_to_the_same_pixels_with_and_without_pyspng(
     else:
         monkeypatch.setattr("fid_eval.sets.decoding.pyspng", None)
     pixels = np.random.default_rng(0).integers(0, 256, (33, 21, 3), np.uint8)
-    pixels[:16] = np.arange(21)[None, :, None] * 5  # smooth and noisy: all of PNG's filters
+    pixels[:16] = np.arange(21)[None, :, None] * 5  # smooth and noisy parts use all filters of PNG
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", gamma=0.4, **options)
     np.testing.assert_array_equal(decode(buffer.getvalue(), AS_IS), pixels)
 
 
-def test_npy_of_images_or_a_word_why_not(images, tmp_path):
+def test_npy_files_of_images_are_read_and_others_refused(images, tmp_path):
     np.save(tmp_path / "images.npy", images)
     np.testing.assert_array_equal(
         open_set(str(tmp_path / "images.npy")).images.read(0, 3), images[:3]
@@ -475,7 +477,7 @@ def test_npy_of_images_or_a_word_why_not(images, tmp_path):
 
 
 def batches_of(source, name="samples"):
-    """All images (N, 3, H, W) and labels of a source, through its reader."""
+    """Read all images (N, 3, H, W) and labels of a source."""
     parts = list(open_set(source, name=name).images.batches(4, lambda chunk: True, 1))
     labels = [labels for _, _, labels in parts]
     return torch.cat([images for _, images, _ in parts]), labels[0] is None or torch.cat(labels)
@@ -507,19 +509,19 @@ def test_pictures_of_pillow_and_streamed_datasets_are_iterables(images, labels):
         ({"train": [], "test": []}, "a dictionary of train, test; choose one"),
     ],
 )  # fmt: skip
-def test_batches_that_are_none_are_refused_in_words(batches, reason):
+def test_iterables_of_other_things_than_images_are_refused(batches, reason):
     with pytest.raises(EvaluationError, match=reason):
         batches_of(batches)
 
 
-def test_what_is_read_ahead_is_what_batches_go_on_with(images, labels, tmp_path, monkeypatch):
+def test_batches_continue_what_was_read_ahead(images, labels, tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "PROCESSES_FROM", 1)
     reader = open_set(sources(tmp_path, images, labels)["folder"]).images
     reader.read_ahead(4, everything, 2, torch.device("cpu"))
     begun = reader.ahead[1]
     reader.read_ahead(4, everything, 2, torch.device("cpu"))
     assert reader.ahead[1] is begun
-    for _ in range(2):  # the second time from the start again
+    for _ in range(2):  # the second pass starts from the beginning
         batches = [batch for _, batch, _ in reader.batches(4, everything, workers=2)]
         assert torch.equal(torch.cat(batches).permute(0, 2, 3, 1), torch.from_numpy(images))
         with pytest.raises(StopIteration):
