@@ -1,4 +1,4 @@
-"""Open the autoencoder between images and latents, and encode and decode with it.
+"""Load an autoencoder, encode images into latents, and decode latents into images.
 
 ``"digits"`` names the small autoencoder that ships with the package. A local folder or a Hub id
 names any other ``AutoencoderKL`` of diffusers. ``moh-dit autoencoder`` trains one on your images.

@@ -11,7 +11,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 def require_data(source: str | Path) -> None:
     """Raise ``UserError`` if ``source`` is a local path that does not exist.
 
-    The digits, Hugging Face data sets and patterns of tar shards are not local paths.
+    The digits, Hugging Face data sets and patterns of tar shards are not checked.
     """
     name = str(source)
     if name == "digits" or name.startswith(("hf:", "hf-stream:")) or re.search(r"[*?\[{]", name):

@@ -1,1 +1,1 @@
-"""Images, labels and the embedded digits."""
+"""Read labelled images and encode them into latents."""

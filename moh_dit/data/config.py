@@ -1,4 +1,7 @@
-"""Settings of `moh-dit encode` and `moh-dit export`. The docstring under a field is its help."""
+"""Define the settings of `moh-dit encode` and `moh-dit export`.
+
+The docstring under a field is its help text.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -35,7 +35,7 @@ from .latents import encode_views
 IMAGES_PER_PASS = 8
 MAX_IMAGES_PER_SHARD = 4096
 MAX_BYTES_PER_SHARD = 256 * 2**20
-TIMEOUT = timedelta(days=1)  # all processes wait while one checks the data, and for the last shard
+TIMEOUT = timedelta(days=1)  # processes wait while rank 0 checks the data, and for the last shard
 
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # uint8 (B, S, S, 3) and int64 (B,)
 
@@ -177,7 +177,7 @@ def _encode(
     """Yield the moments of a batch in order, (1 or 2, at most IMAGES_PER_PASS, 2C, h, w) each."""
 
     def encode(part: np.ndarray) -> np.ndarray:
-        padded = np.resize(part, (IMAGES_PER_PASS, *part.shape[1:]))  # by repeating images
+        padded = np.resize(part, (IMAGES_PER_PASS, *part.shape[1:]))  # np.resize repeats images
         moments = encode_views(vae, padded, plan["flipped"])[:, : len(part)]
         return moments.numpy().astype(plan["dtype"])
 
@@ -187,11 +187,11 @@ def _encode(
 
 @contextlib.contextmanager
 def _reproducible_threads(device: torch.device, tf32: bool) -> Iterator[ThreadPoolExecutor]:
-    """Yield threads in which every forward pass gives the same bits.
+    """Yield a thread pool in which a forward pass always gives the same bits.
 
     On a CPU, the bits of a convolution depend on its number of threads, and launchers set that
-    number according to the number of processes. Each pass therefore uses one thread, and several
-    passes run in parallel.
+    number according to the number of processes. Each pass therefore uses one thread, and
+    several passes run in parallel.
     """
     num_threads = torch.get_num_threads()
     on_cpu = device.type == "cpu"

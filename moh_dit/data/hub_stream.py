@@ -61,7 +61,7 @@ class HubStream:
     def fingerprint(self) -> str:
         """Return a SHA-256 over the class names, and the names and versions of all files.
 
-        The contents of the files are not known in advance.
+        The files have not been read yet, so their contents are not included.
         """
         return hashlib.sha256(json.dumps([self.class_names, self._versions]).encode()).hexdigest()
 
@@ -121,8 +121,8 @@ class HubStream:
         pixels: list[np.ndarray] = []
         labels: list[int] = []
         with ThreadPoolExecutor(threads) as pool:
-            while some := list(itertools.islice(rows, batch_size - len(pixels))):
-                for row, image in zip(some, pool.map(self._pixels, some), strict=True):
+            while chunk := list(itertools.islice(rows, batch_size - len(pixels))):
+                for row, image in zip(chunk, pool.map(self._pixels, chunk), strict=True):
                     if isinstance(image, str) and not self.skip_unreadable:
                         raise UserError(
                             f"image {row.name} cannot be read ({image}): repair or remove it, or "
@@ -159,7 +159,7 @@ class HubStream:
 
 
 def _read_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """Yield the same items, and prepare the next one in a thread meanwhile."""
+    """Yield the same items, and compute the next one in a thread in the meantime."""
     following: Callable[[], Item | None] = lambda: next(items, None)  # noqa: E731
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(following)

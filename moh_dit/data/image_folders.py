@@ -1,4 +1,4 @@
-"""Open images from the embedded digits or from class folders; base class of all image files.
+"""Open the embedded digits and class folders, and define the base class for encoded images.
 
 Names and labels are stored in arrays. Lists of a million Python objects would be copied into every
 data-loader worker.
@@ -45,7 +45,7 @@ class DigitImages:
 
 
 class ImageFiles:
-    """Base class of image sets whose images are encoded files: reads one image, checks them all."""
+    """Base class of image sets made of encoded files. It reads single images and checks all."""
 
     image_size: int
     class_names: list[str]
@@ -182,7 +182,7 @@ def _class_folders(root: Path) -> list[str]:
             "move them into one sub-folder for each class (a single one if there are no classes)"
         )
     if not names:
-        raise UserError(f"data folder {root} is empty: it needs one sub-folder for each class")
+        raise UserError(f"data folder {root} has no sub-folders: it needs one for each class")
     order = root / "classes.json"
     classes = read_class_names(order)
     if classes is None:

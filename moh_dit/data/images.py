@@ -105,7 +105,7 @@ def read_batches(
 class _BatchReader(Dataset):
     """Reads batches, and returns a ``UserError`` as a value.
 
-    A worker that raises an error sends its traceback, which is no message for the user.
+    If a data-loader worker raised it, the user would see a traceback.
     """
 
     def __init__(self, images: ImageSet):

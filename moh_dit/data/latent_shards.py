@@ -113,7 +113,7 @@ def write_index(folder: Path, plan: dict[str, Any], names: Iterable[str]) -> int
 
 
 def content_hash(index: dict[str, Any], labels: np.ndarray) -> str:
-    """Return a SHA-256 over all moments (their shards' hashes), labels, classes, autoencoder."""
+    """Return a SHA-256 over the shards' hashes, the labels, the classes and the autoencoder."""
     digest = hashlib.sha256()
     shards = [shard["sha256"] for shard in index["shards"]]
     facts = [shards, index["class_names"], index["flipped"], index["autoencoder"]["identity"]]

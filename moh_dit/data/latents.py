@@ -1,4 +1,4 @@
-"""Encode a data set into latents once: the moments of each posterior, from which every epoch draws.
+"""Encode a data set once into posterior moments, from which every epoch draws new latents.
 
 A set is indexed by ``(image, flip)``; the trainer decides the order and draws the flips. Small
 data sets are encoded into memory when a run starts (``encode_images``). Large data sets are encoded
@@ -76,7 +76,7 @@ def encode_images(
 
     Args:
         images: the images.
-        vae: the autoencoder. Its device computes; the result is on the CPU.
+        vae: the autoencoder, on the device to use. The result is on the CPU.
         flip: also encode the mirrored images. An autoencoder is not exactly equivariant, so the
             moments of a mirrored image differ from the mirrored moments.
         batch_size: images per forward pass.
@@ -151,7 +151,7 @@ class LatentStore(LatentSet):
         index: contents of ``index.json``; see docs/data.md.
     """
 
-    RESIDENT_BYTES = 256 * 2**20  # release mapped pages after reading this much
+    RESIDENT_BYTES = 256 * 2**20  # bytes to read before mapped pages are released
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -230,7 +230,7 @@ class LatentStore(LatentSet):
         return self._maps[number]
 
     def _prefetch(self, index: int, flip: bool) -> None:
-        """Request the moments of one image without waiting, so that a batch loads in parallel."""
+        """Start reading the moments of one image, so that a batch loads in parallel."""
         number, position = self._locate(index)
         data, moments = self._shard(number)
         size = moments[0, 0].nbytes
@@ -240,7 +240,7 @@ class LatentStore(LatentSet):
         _advise(data, "MADV_WILLNEED", page, start + size - page)
 
     def _release_pages(self, num_bytes: int) -> None:
-        """Count bytes read, and unmap the pages before the resident size becomes too large."""
+        """Count the bytes read, and release mapped pages before too many of them are resident."""
         self._bytes_read += num_bytes
         if self._bytes_read >= self.RESIDENT_BYTES:
             for data, _ in self._maps.values():

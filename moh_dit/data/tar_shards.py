@@ -164,7 +164,8 @@ def _label_text(content: bytes, kind: str) -> str | None:
 def _number_classes(texts: list[str], folder: Path) -> tuple[list[str], np.ndarray]:
     """Turn label texts into class names and int64 labels.
 
-    Numbers are used as labels. Names are numbered as in ``classes.json``, or sorted without it.
+    Numbers are used as labels. Names are numbered in the order of ``classes.json``, if there is
+    one, or else in sorted order.
     """
     names = read_class_names(folder / "classes.json")
     if all(text.isdecimal() for text in texts):

@@ -1,4 +1,4 @@
-"""Settings of `moh-dit autoencoder`. The docstring under a field is its help text."""
+"""Define the settings of `moh-dit autoencoder`. The docstring under a field is its help text."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -85,7 +85,7 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
             f"batch_size {config.batch_size} is not divisible by the number of processes, "
             f"{accelerator.num_processes}"
         )
-    latents_per_image = latent_shape(vae, config.image_size)
+    noise_shape = latent_shape(vae, config.image_size)
     images = open_images(
         config.data,
         config.image_size,
@@ -121,7 +121,7 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
             if config.horizontal_flip:
                 mirrored = torch.rand(len(pixels), generator=generator) < 0.5
                 pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-            noise = torch.randn(len(pixels), *latents_per_image, generator=generator)
+            noise = torch.randn(len(pixels), *noise_shape, generator=generator)
             pixels, noise = pixels.to(accelerator.device), noise.to(accelerator.device)
             decoded, kl = model(pixels, noise)
             error, kl = distance(decoded, pixels), kl.mean()

@@ -160,7 +160,7 @@ def test_bad_folders_are_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"nowhere does not exist.*digits"):
         open_images(tmp_path / "nowhere", 8)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty is empty"):
+    with pytest.raises(UserError, match="empty has no sub-folders"):
         open_images(tmp_path / "empty", 8)
     picture(8, 8).save(folder / "loose.png")
     with pytest.raises(UserError, match=r"loose\.png.*sub-folder"):
