@@ -78,6 +78,8 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["DiTBlock"]
     _repeated_blocks: ClassVar = ["DiTBlock"]
+    # Layers whose weights are used outside of their own forward, where diffusers casts them.
+    _skip_layerwise_casting_patterns: ClassVar = ["_embedder", "pos_embed", r"\.qkv", r"\.wg"]
 
     @register_to_config
     def __init__(
