@@ -84,10 +84,9 @@ class OpenedCheckpoint:
         config = self.resolve(**overrides)
         with torch.device("meta"):
             model = MoHDiTTransformer2DModel(**config)
-        # Copied, because writing to the file would change memory-mapped weights.
-        state = {
-            name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in self.state.items()
-        }
+        # torch.save overwrites a file in place, which would change memory-mapped weights.
+        copy = ".safetensors" not in self.path.name
+        state = {key: t.to(dtype or t.dtype, copy=copy) for key, t in self.state.items()}
         model.load_state_dict(state, assign=True)
         return model.eval()
 

@@ -256,9 +256,9 @@ class Exploit:
     ("name", "spoil", "words"),
     [
         ("a.pt", truncate, "truncated or damaged"),
-        ("a.pt", flip, "does not match its checksum"),
+        ("a.pt", flip, "match its checksum"),
         ("a.pt", lambda file: file.write_bytes(b""), "truncated or damaged"),
-        ("a.pt", lambda file: file.write_bytes(b"<!DOCTYPE html>"), "damaged, or was not written by torch"),
+        ("a.pt", lambda file: file.write_bytes(b"<!DOCTYPE html>"), "was not written by torch"),
         ("a.pt", lambda file: torch.save({"ema": Exploit()}, file), "would run code .*exec"),
         ("a.pt", lambda file: torch.save([1, 2], file), "contains no state dict"),
         ("a.safetensors", truncate, "cannot be read as safetensors"),
