@@ -1,10 +1,11 @@
-"""adaLN alone: what one block has of it, by torch.compile and by the Triton kernels.
+"""Time the adaLN of one block, by torch.compile and by the Triton kernels.
 
     python benchmarks/adaln.py [--tune] [--json adaln.json]
 
-The modulated norm at the start of a block, and the gated residual with a norm in the middle:
-milliseconds (medians of CUDA-graph replays) and the TB/s of what has to be read and written.
-``--tune`` sweeps how the kernels are launched; what it finds is entered by hand into
+One block contains a modulated norm before attention, and a gated residual with a modulated norm
+before the MLP. Prints milliseconds (medians of CUDA-graph replays) of the forward pass ("f") and of
+both passes ("f+b"), and TB/s: the bytes that must be read and written, over the kernels' time.
+``--tune`` instead prints the fastest launch configurations. Enter the best by hand in
 ``moh_dit/kernels/triton_adaln.py``.
 """
 
@@ -17,7 +18,7 @@ from common import environment, table, time_graph, write_json
 from moh_dit.kernels import triton_adaln
 from moh_dit.model.modulation import adaln
 
-# What: batch, tokens, width, dtype of the stream. Training keeps it in float32.
+# Case: batch, tokens, width, dtype of the residual stream (float32 in training).
 CASES = {
     "XL/2 training, 256 px": (160, 256, 1152, torch.float32),
     "XL/2 training, 512 px": (40, 1024, 1152, torch.float32),
@@ -28,11 +29,11 @@ CASES = {
     "XL/2 sampling, 1024 px": (8, 4096, 1152, torch.bfloat16),
 }
 USES = ("norm", "residual + norm")
-BACKWARD = list(itertools.product((8, 16, 32), (256, 512, 1024), (1, 2, 3, 4)))
+BACKWARD_CONFIGS = list(itertools.product((8, 16, 32), (256, 512, 1024), (1, 2, 3, 4)))
 
 
 def block(x, branch, modulation, backend):
-    """The stream, and what its attention and its MLP read of it, as linear layers round it."""
+    """Return the stream and the inputs of attention and MLP, in the dtype of a linear layer."""
     shift1, scale1, gate, shift2, scale2 = modulation.unsqueeze(1).chunk(5, dim=-1)
     x, first = adaln(x, shift1, scale1, backend=backend)
     x, second = adaln(x, shift2, scale2, gate, branch, backend)
@@ -64,7 +65,7 @@ def measure(name):
 
         row[f"{backend} f"] = time_graph(forward)
         row[f"{backend} f+b"] = time_graph(both)
-    # What has to be read and written: x, y; x, branch, x, y; then as much, and gradients.
+    # Forward: x, y; x, branch, x, y. Backward: the same again, and the gradients.
     bytes_forward = 3 * x.nbytes + 3 * branch.nbytes
     bytes_backward = 6 * x.nbytes + 4 * branch.nbytes
     row["TB/s f"] = bytes_forward / row["triton f"] / 1e9
@@ -73,7 +74,7 @@ def measure(name):
 
 
 def tune(name, use):
-    """Milliseconds of either kernel in every configuration."""
+    """Time both kernels in every launch configuration, and print the fastest."""
     x, branch, modulation = (each.detach() for each in inputs(*CASES[name]))
     shift, scale, gate, *_ = modulation.unsqueeze(1).chunk(5, dim=-1)
     if use == "norm":
@@ -85,7 +86,7 @@ def tune(name, use):
     for columns in (128, 256, 512, 1024):
         ms = time_graph(lambda c=columns: triton_adaln.run_forward(*given, c))
         rows.append(dict(what=name, use=use, kernel="forward", config=(columns,), ms=ms))
-    for config in BACKWARD:
+    for config in BACKWARD_CONFIGS:
         ms = time_graph(
             lambda c=config: triton_adaln.run_backward(
                 *upstream, x, statistics, gate, branch, scale, c
@@ -101,7 +102,7 @@ def tune(name, use):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--tune", action="store_true", help="sweep sizes instead")
+    parser.add_argument("--tune", action="store_true", help="time launch configurations instead")
     parser.add_argument("--json")
     args = parser.parse_args()
     print(environment())

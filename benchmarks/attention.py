@@ -1,11 +1,12 @@
-"""Attention alone: from q, k, v and router scores to the gated output, against dense attention.
+"""Time MoH attention without its projections, and compare it with dense attention.
 
-    python benchmarks/attention.py [--json attention.json]
+    python benchmarks/attention.py [--plans 24:14+2 ...] [--json attention.json]
 
-"dense" is plain multi-head attention of as many heads without any gate, by torch's fastest backend;
-"then mask" the published way to compute MoH: dense attention, eager routing, a gate multiply;
-"compiled mask" what torch.compile makes of that.
-Medians of CUDA-graph replays, turn by turn, milliseconds, bf16.
+Prints milliseconds in bf16 (medians of CUDA-graph replays, in turns), from q, k, v and router
+logits to the gated output. "dense" is multi-head attention with as many heads and no gate, by
+torch's fastest backend. "then mask" is the published way to compute MoH: dense attention, eager
+routing, multiplication by the gates. "compiled mask" is the same through torch.compile. "f+b" means
+forward and backward pass.
 """
 
 import argparse
@@ -29,7 +30,7 @@ PLANS = [(24, 14, 2), (16, 10, 2), (8, 8, 0), (24, 16, 3)]  # heads, shared, act
 
 
 def measure(batch, tokens, heads, shared, active, width, seconds):
-    torch._dynamo.reset()  # after a few graphs of one function it would compile no more
+    torch._dynamo.reset()  # torch.compile stops after a few graphs per function
     plan = (heads, shared, active, width)
     projected = make_projected(batch, tokens, *plan, torch.bfloat16)
     upstream = torch.randn(batch, tokens, heads * width, device="cuda", dtype=torch.bfloat16)
@@ -83,15 +84,17 @@ def measure(batch, tokens, heads, shared, active, width, seconds):
 
 
 def plan(text):
-    """ "24:14+2" → (24, 14, 2)."""
+    """Parse "24:14+2" into (24, 14, 2)."""
     heads, _, others = text.partition(":")
     return (int(heads), *map(int, others.split("+")))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--plans", nargs="+", type=plan, default=PLANS, help="as 24:14+2")
-    parser.add_argument("--seconds", type=float, default=0.4, help="of each kind's three turns")
+    parser.add_argument("--plans", nargs="+", type=plan, default=PLANS, help="heads:shared+active")
+    parser.add_argument(
+        "--seconds", type=float, default=0.4, help="length of each of the three turns"
+    )
     parser.add_argument("--json")
     args = parser.parse_args()
     print(environment())

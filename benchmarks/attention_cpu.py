@@ -1,8 +1,8 @@
-"""Attention on the CPU: computing only selected queries ("gathered") over computing all.
+"""Time attention on the CPU by the backends "gathered" (selected queries only) and "reference".
 
     python benchmarks/attention_cpu.py [--threads 2] [--json attention_cpu.json]
 
-Medians of interleaved runs, milliseconds, float32, random routing.
+Prints milliseconds (medians of interleaved runs, float32, random routing) and their ratio.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""How far the balance loss under gradient accumulation is from that of the whole batch.
+"""Measure the error of the balance loss's gradient under gradient accumulation.
 
     python benchmarks/balance_accumulation.py [--run runs/digits] [--micro_batches 2 4 8]
 
-For batches of the digits, the gradient of the balance loss alone: micro-batch by micro-batch as
-training takes it (f over the micro-batches so far), and per micro-batch as published, each against
-the whole batch at once. Prints ‖g - g_exact‖ / ‖g_exact‖ over all weights, mean over the batches.
+Uses batches of the digits. Prints ‖g - g_exact‖ / ‖g_exact‖ over all weights, the mean over the
+batches, where g_exact is the gradient for the whole batch at once. "f so far": each micro-batch
+uses the load f of all micro-batches so far, as in training. "f of each alone": each micro-batch
+uses only its own load, as published.
 """
 
 import argparse
@@ -21,11 +22,11 @@ from moh_dit.diffusion.objectives import NoiseObjective
 from moh_dit.model.attention import load_balance_loss
 from moh_dit.training.balance import BalanceLoss
 from moh_dit.training.config import TrainConfig
-from moh_dit.training.setup import build_model
+from moh_dit.training.setup import create_model
 
 
 def gradient(model, inputs, loss_of, parts):
-    """Gradient of the balance loss over all weights, flat, taken in ``parts`` micro-batches."""
+    """Return the flat gradient of the balance loss, accumulated over ``parts`` micro-batches."""
     model.zero_grad()
     for rows in zip(*(x.chunk(parts) for x in inputs), strict=True):
         (loss_of(model(*rows).router_stats) / parts).backward()
@@ -34,7 +35,9 @@ def gradient(model, inputs, loss_of, parts):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", help="a run of configs/digits.yaml; its initial weights if none")
+    parser.add_argument(
+        "--run", help="trained run of configs/digits.yaml (default: initial weights)"
+    )
     parser.add_argument("--micro_batches", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=10)
@@ -47,7 +50,7 @@ def main():
         model = load_pretrained(args.run, weights="raw")
     else:
         config = load_config(TrainConfig, shipped_configs()["digits"])
-        model = build_model(config, objective, (4, 8, 8), 10)
+        model = create_model(config, objective, (4, 8, 8), 10)
     model.train()
     active = [layer.num_active_routed_heads for layer in model.routed_layers.values()]
 
@@ -55,7 +58,9 @@ def main():
     for _ in range(args.batches):
         rows = torch.randint(len(latents), (args.batch_size,)).tolist()
         moments, labels = latents.__getitems__([(i, False) for i in rows])
-        clean = sample_posterior(moments, torch.randn(args.batch_size, 4, 8, 8), latent_scaling(vae))
+        clean = sample_posterior(
+            moments, torch.randn(args.batch_size, 4, 8, 8), latent_scaling(vae)
+        )
         times = torch.randint(1000, (args.batch_size,))
         noisy = objective.add_noise(clean, torch.randn_like(clean), times)
         inputs = noisy, times, labels

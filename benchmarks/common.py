@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: inputs, timing, peers' settings, tables, JSON."""
+"""Shared by the benchmarks: random inputs, timing, tables and JSON files."""
 
 import collections
 import contextlib
@@ -29,11 +29,11 @@ def relative_error(actual, expected):
 
 
 def make_projected(batch, tokens, heads, shared, active, width, dtype, routing="random"):
-    """Random q, k, v and router logits in one tensor, as the layer's projection makes them.
+    """Return random q, k, v and router logits in one tensor, as the layer's projection does.
 
-    ``routing``: "random"; "skewed": some heads are chosen far more often than others; "extreme":
-    in image 0 every token picks the first routed head and none the last; "cold": all scores of
-    queries and keys far below zero.
+    ``routing`` is "random"; "skewed", where some heads are selected far more often than others;
+    "extreme", where in image 0 every token selects the first routed head and none the last; or
+    "cold", where all attention scores are far below zero.
     """
     columns = 3 * heads * width
     total = columns + heads + (2 if shared and active else 0)
@@ -53,7 +53,7 @@ def make_projected(batch, tokens, heads, shared, active, width, dtype, routing="
 
 @functools.cache
 def dense_backends():
-    """Backends of torch's dense attention that run here, the fastest first (bf16, 72 wide)."""
+    """Return the dense attention backends of torch that run here, fastest first (bf16, d = 72)."""
     q = torch.randn(16, 16, 1024, 72, device="cuda", dtype=torch.bfloat16)
     times = {}
     for backend in (
@@ -66,17 +66,17 @@ def dense_backends():
 
 
 def fastest_dense():
-    """Within it, dense attention runs on the fastest backend, or plainly where that cannot."""
+    """Return a context in which dense attention uses the fastest backend that takes the inputs."""
     return sdpa_kernel([*dense_backends()[:1], SDPBackend.MATH], set_priority=True)
 
 
 def time_graph(call):
-    """Median milliseconds of one ``call``, from a few replays of :class:`Captured`."""
+    """Return the median milliseconds of one ``call``, from replays of a CUDA graph."""
     return time_replays([Captured(call)], turns=1, seconds=0.04)[0]
 
 
 def time_events(call):
-    """Milliseconds of the GPU for one ``call``."""
+    """Return the GPU milliseconds of one ``call``."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -86,10 +86,9 @@ def time_events(call):
 
 
 class Captured:
-    """A CUDA graph of some 4 ms of calls, 50 at most, and what it reads.
+    """A CUDA graph of about 4 ms of calls, at most 50.
 
-    A graph leaves out Python and launch overhead on every side alike; inputs should exceed the L2
-    cache.
+    A graph excludes the overhead of Python and of launches. Inputs should exceed the L2 cache.
     """
 
     def __init__(self, call):
@@ -107,16 +106,16 @@ class Captured:
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def milliseconds(self):
-        """Of one call, in one replay."""
+        """Replay the graph once and return the milliseconds per call."""
         with torch.cuda.stream(self.stream):
             return time_events(self.graph.replay) / self.calls
 
 
 def time_replays(captured, turns=4, seconds=0.6):
-    """Median milliseconds of each, in turns: a warmer card or a busier host meets all alike.
+    """Return the median milliseconds of each graph, measured in turns.
 
-    A turn is long enough for clocks to settle to what each draws by itself; its first third does
-    not count.
+    Turns spread changes of temperature and host load over all graphs. A turn is long enough for the
+    clocks to settle; its first third is not counted.
     """
     times = [[] for _ in captured]
     for _ in range(turns):
@@ -127,16 +126,11 @@ def time_replays(captured, turns=4, seconds=0.6):
 
 
 def time_steps(call, seconds=2.0, warmup=3, minimum=5):
-    """Median milliseconds of ``call`` run back to back, timed with events."""
+    """Return the median milliseconds of ``call``, run back to back and timed with events."""
     for _ in range(warmup):
         call()
     torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    count = max(minimum, min(200, int(1000 * seconds / start.elapsed_time(end))))
+    count = max(minimum, min(200, int(1000 * seconds / time_events(call))))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     events[0].record()
     for event in events[1:]:
@@ -146,7 +140,7 @@ def time_steps(call, seconds=2.0, warmup=3, minimum=5):
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
-KINDS = {  # part of a kernel's name: what it is counted as; the first that fits
+KINDS = {  # part of a kernel's name: its kind in the profile; the first match counts
     "attend": "attention", "sdpa": "attention", "flash": "attention", "_gradient": "attention",
     "route": "routing", "list_tokens": "routing",
     "gemm": "matrix products", "nvjet": "matrix products", "cutlass": "matrix products",
@@ -158,7 +152,7 @@ KINDS = {  # part of a kernel's name: what it is counted as; the first that fits
 
 
 def kernel_times(call, steps=3, shown=15):
-    """Print where the GPU's time of ``call`` goes: by kind of kernel, and the longest kernels."""
+    """Print the GPU time of ``call`` by kind of kernel, and the longest kernels."""
     call()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -184,6 +178,8 @@ def kernel_times(call, steps=3, shown=15):
 
 
 def table(rows, columns):
+    """Print columns of some rows as a table."""
+
     def show(value):
         if isinstance(value, float):
             return f"{value:.2e}" if 0 < abs(value) < 1e-2 else f"{value:.4g}"

@@ -1,10 +1,10 @@
-"""Print what got slower (or needs more memory) between two JSON files of the same benchmark.
-
-A row is known by everything in it that is not a measurement, a number with a point.
+"""Compare two JSON files of the same benchmark.
 
     python benchmarks/compare.py before.json after.json [--tolerance 0.03]
 
-Exit code 1 if anything did, 2 if the files do not belong together.
+Prints every measurement that got slower, or needs more memory, by more than the tolerance. Rows are
+matched by all values that are not floating-point numbers. Exit code 1 if something got worse, 2 if
+the files cannot be compared.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import re
 import sys
 from typing import NoReturn
 
-# Names of measurements, or words of them, of which less is better; of the others, these more.
+# Names of measurements for which less is better, and the one for which more is better.
 LESS_IS_BETTER = re.compile(r"\bms\b|\bpeak_GiB\b|^(dense|then mask|compiled mask|triton)\b")
 MORE_IS_BETTER = "images_per_s"
 
@@ -27,20 +27,20 @@ def load(path):
         for row in data["rows"]:
             known = tuple((k, str(v)) for k, v in row.items() if not isinstance(v, float))
             if known in rows:
-                raise ValueError(f"it has two rows of {', '.join(v for _, v in known)}")
+                raise ValueError(f"it contains two rows of {', '.join(v for _, v in known)}")
             rows[known] = row
     except (OSError, ValueError, KeyError, TypeError) as error:
-        _refuse(f"{path} is not a benchmark's JSON file: {error}")
+        _fail(f"{path} is not a benchmark's JSON file: {error}")
     return data["environment"], rows
 
 
-def _refuse(message) -> NoReturn:
+def _fail(message) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def compare(before, after, tolerance):
-    """Lines about what got worse by more than ``tolerance`` between two sets of rows."""
+    """Describe each measurement that got worse by more than ``tolerance``, worst first."""
     worse = []
     for key in before.keys() & after.keys():
         for name, old in before[key].items():
@@ -64,11 +64,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("before")
     parser.add_argument("after")
-    parser.add_argument("--tolerance", type=float, default=0.03, help="ignored change, a fraction")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.03, help="relative change that is ignored"
+    )
     args = parser.parse_args()
     (environment_before, before), (environment_after, after) = load(args.before), load(args.after)
     if not before.keys() & after.keys():
-        _refuse("the files have no row in common; compare two runs of one script")
+        _fail("the files have no row in common; compare two runs of the same script")
     print(f"before: {environment_before}\nafter:  {environment_after}")
     missing = before.keys() - after.keys()
     if missing:

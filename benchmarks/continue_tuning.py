@@ -1,13 +1,15 @@
-"""Continue-tuning on the digits: dense, converted to MoH, tuned; against MoH from scratch.
+"""Continue-tune a dense model of the digits to MoH, and compare it with MoH from scratch.
 
     python benchmarks/continue_tuning.py --work runs/continue_tuning --threads 1
 
-1,500 scans train and 297 are held back. A dense model is trained by the recipe of
-configs/digits.yaml; copies of it become MoH at 75 % and 50 % active heads and train on for a fifth
-of its steps, as do models of the same plans from scratch. The loss (as trained, without the balance
-term) of averaged weights on the held-back images, each at ``--draws`` fixed times with fixed noise,
-is read before, right after, and after 5, 10 and 20 % of the steps. Writes results.json and
-continue_tuning.png into the work folder; run again, it goes on where it stopped.
+1,500 scans are used for training, 297 are held out. A dense model is trained as in
+configs/digits.yaml. Copies of it are converted to MoH with 75 % and 50 % active heads and trained
+for another fifth of its steps; models with the same head plans are trained from scratch as long.
+
+The held-out loss (without the balance term) is measured before and right after the conversion, and
+after 5, 10 and 20 % of the steps. It uses averaged weights and ``--draws`` fixed times and noises
+per image. Prints one JSON line per model; writes results.json and continue_tuning.png into the work
+folder. An interrupted run continues when started again.
 """
 
 import argparse
@@ -39,14 +41,14 @@ PLANS = {  # shared heads, active routed heads of the six layers of six heads
     50: dict(num_shared_heads=1, num_active_routed_heads=2),
 }
 SHARES = (0.05, 0.1, 0.2)
-HELD_BACK = 297
+HELD_OUT = 297
 
 
 @dataclass
 class Arm:
-    """One model that trains for a fifth of the dense model's steps."""
+    """One model that is trained for a fifth of the dense model's steps."""
 
-    start: str  # "dense": the trained model, converted if there is a plan; "scratch"
+    start: str  # "dense" (the trained model, converted if `active` is set) or "scratch"
     active: int | None = None  # percent, a key of PLANS
     router: str = "query_norm"
     shared_heads: str = "first"
@@ -77,15 +79,15 @@ ARMS = [
 
 
 def split(folder: Path) -> tuple[Path, Path]:
-    """Folders of classes with the training and the held-back scans."""
+    """Write training scans and held-out scans into two folders of classes; return both."""
     images, labels = load_digit_images()
-    held_back = set(np.random.default_rng(0).permutation(len(images))[:HELD_BACK].tolist())
+    held_out = set(np.random.default_rng(0).permutation(len(images))[:HELD_OUT].tolist())
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        path = folder / ("held_back" if i in held_back else "digits") / str(label) / f"{i:04}.png"
+        path = folder / ("held_out" if i in held_out else "digits") / str(label) / f"{i:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             Image.fromarray(image).save(path)
-    return folder / "digits", folder / "held_back"
+    return folder / "digits", folder / "held_out"
 
 
 def configure(work: Path, name: str, data: Path, num_steps: int) -> TrainConfig:
@@ -93,14 +95,14 @@ def configure(work: Path, name: str, data: Path, num_steps: int) -> TrainConfig:
     config.run_dir, config.resume, config.data.source = str(work / name), True, str(data)
     config.num_steps, config.keep_checkpoints = num_steps, 0
     config.checkpoint_every = min(config.checkpoint_every, num_steps // 2)
-    config.evaluation.num_inference_steps = 2  # grids are not what this is about
+    config.evaluation.num_inference_steps = 2  # grids are not needed
     return config
 
 
 def configure_arm(args: argparse.Namespace, arm: Arm, data: Path) -> TrainConfig:
     config = configure(args.work, arm.folder, data, round(SHARES[-1] * args.steps))
     config.checkpoint_every = round(SHARES[0] * args.steps)
-    config.optimizer.lr_schedule = "constant_with_warmup"  # so that one run shows all shares
+    config.optimizer.lr_schedule = "constant_with_warmup"  # one run serves all fractions
     config.optimizer.lr_warmup_steps = config.checkpoint_every // 5
     if arm.start == "scratch":
         plan = PLANS[arm.active]
@@ -111,8 +113,8 @@ def configure_arm(args: argparse.Namespace, arm: Arm, data: Path) -> TrainConfig
     return config
 
 
-class HeldBack:
-    """Loss of each held-back image, with the same times and noise for every model."""
+class HeldOut:
+    """Loss of each held-out image, with the same times and noise for every model."""
 
     def __init__(self, folder: Path, draws: int):
         self.objective, vae = NoiseObjective(), load_autoencoder("digits")
@@ -122,7 +124,7 @@ class HeldBack:
         shape = len(latents), 4, 8, 8
         posterior = torch.randn(shape, generator=generator)
         self.clean = sample_posterior(moments, posterior, latent_scaling(vae))
-        # Evenly over the 1,000 times, in an order of its own in each draw.
+        # Times are spread evenly over the 1,000 timesteps, in a random order for each draw.
         grid = (torch.arange(len(latents)) * 1000) // len(latents)
         self.draws = [
             (grid[torch.randperm(len(grid), generator=generator)],
@@ -132,7 +134,7 @@ class HeldBack:
 
     @torch.no_grad()
     def __call__(self, model) -> torch.Tensor:
-        """(images, 2): squared error and variational bound, means over the draws."""
+        """Return squared error and variational bound (images, 2), means over the draws."""
         model.eval()
         terms = []
         for times, noise in self.draws:
@@ -144,7 +146,7 @@ class HeldBack:
 
 @torch.no_grad()
 def without_attention(model):
-    """A copy whose attention adds nothing: how much there is to lose."""
+    """Return a copy whose attention outputs zero, as an upper bound of the loss."""
     model = copy.deepcopy(model)
     for block in model.blocks:
         block.attn.proj.weight.zero_()
@@ -153,7 +155,7 @@ def without_attention(model):
 
 
 def summary(terms: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
-    """Mean loss, its terms, and the distance to the dense model with its standard error."""
+    """Return the mean loss, its terms, and its excess over the dense model with standard error."""
     difference = (terms - reference).sum(1)
     return {
         "loss": terms.sum(1).mean().item(),
@@ -166,7 +168,7 @@ def summary(terms: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def agreement(dense, settings: MoHSettings, data, inputs) -> list[float]:
-    """Share of the query-norm router's selections that the fitted one makes too, by layer."""
+    """Return, per layer, the fraction of query-norm selections that a fitted router shares."""
     routers = {}
     for router in ("query_norm", "learned"):
         both = MoHSettings(**{**vars(settings), "router": router})
@@ -186,7 +188,7 @@ def agreement(dense, settings: MoHSettings, data, inputs) -> list[float]:
 
 
 def plot(results: dict, path: Path) -> None:
-    """The distance to the dense model over the tuning, a panel a plan."""
+    """Plot the excess loss over the dense model during tuning, one panel per head plan."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -215,7 +217,7 @@ def plot(results: dict, path: Path) -> None:
         ax.set(title=f"{active} % of the heads active", xlabel=f"training, of {steps:,} steps")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.76))
-    axes[0].set_ylabel("loss on held-back digits, above dense")
+    axes[0].set_ylabel("loss on held-out digits, above dense")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -224,14 +226,14 @@ def plot(results: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("runs/continue_tuning"))
-    parser.add_argument("--steps", type=int, default=2000, help="steps of the dense model")
-    parser.add_argument("--draws", type=int, default=4, help="times and noises for each image")
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="peak of the tuning")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps of the dense model")
+    parser.add_argument("--draws", type=int, default=4, help="times and noises per held-out image")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="peak rate of tuning")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     work = args.work
-    training, held_back = split(work)
+    training, held_out = split(work)
 
     config = configure(work, "dense", training, args.steps)
     config.model.num_shared_heads = config.model.num_active_routed_heads = None
@@ -239,7 +241,7 @@ def main() -> None:
     final = work / "dense" / "checkpoints" / checkpoint_name(args.steps)
     dense = load_pretrained(final)
     half = load_pretrained(final.with_name(checkpoint_name(args.steps // 2)))
-    loss = HeldBack(held_back, args.draws)
+    loss = HeldOut(held_out, args.draws)
     reference = loss(dense)
     score = partial(summary, reference=reference)
     pipeline = MoHDiTPipeline(dense, load_autoencoder("digits"), loss.objective.scheduler)

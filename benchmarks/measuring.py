@@ -1,9 +1,10 @@
-"""What moves the Fréchet distance, and by how much: the tables of docs/measuring.md.
+"""Measure how files and sampling settings change the Fréchet distance, for docs/measuring.md.
 
     python benchmarks/measuring.py --run runs/digits --work /tmp/measuring
 
-``files`` changes the files and not the model; ``samples`` changes one setting of sampling at a
-time. All is measured with the digits extractor (64 features, ``fd_digits``).
+Prints Fréchet distance, precision and recall for changed files (JPEG, resizing, number of images)
+and, with --run, for samples with one setting changed at a time. The digits extractor is used (64
+features, ``fd_digits``).
 """
 
 import argparse
@@ -46,7 +47,7 @@ def resized(method):
 
 
 def files(digits):
-    """Half of the digits as reference, the other half as what is measured, changed a little."""
+    """Compare half of the digits with the other half, which is changed a little."""
     order = np.random.default_rng(0).permutation(len(digits))
     reference, other = digits[order[:898]], digits[order[898:]]
     row("the other half, as it is", reference, other)
@@ -63,7 +64,7 @@ def files(digits):
 
 
 def samples(digits, run, work, count):
-    """One setting changed at a time, against all digits."""
+    """Compare samples with all digits; each row changes one setting of sampling."""
     base = dict(guidance_scale=1.5, num_inference_steps=25)
     changes = [
         ("guidance 1.5, 25 steps of ddpm, seed 0", {}),
@@ -91,11 +92,11 @@ def samples(digits, run, work, count):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, help="a trained run of the digits; none: files alone")
+    parser.add_argument("--run", type=Path, help="trained run of the digits (default: files only)")
     parser.add_argument(
-        "--work", type=Path, default=Path("measuring"), help="samples are kept here"
+        "--work", type=Path, default=Path("measuring"), help="folder for the samples"
     )
-    parser.add_argument("--count", type=int, default=1000, help="samples of a set")
+    parser.add_argument("--count", type=int, default=1000, help="number of samples per set")
     arguments = parser.parse_args()
     images = open_images("digits", 32)
     digits = load_batch(images, range(len(images)))[0]

@@ -1,10 +1,11 @@
-"""Whole-model forward pass, images/s: MoH-DiT against dense DiT and MoH as published.
+"""Time the forward pass of whole models: MoH-DiT, dense DiT, MoH as published, diffusers' DiT.
 
     python benchmarks/model.py [--models ...] [--sizes 256 512 1024] [--json model.json]
 
-bf16 weights, blocks compiled, dense attention by torch's fastest backend in every model alike;
-medians of CUDA-graph replays, turn by turn, as `sample_dit.py --cuda_graphs true` has it, and
-without ("no graph"): launching 28 layers from Python may take longer than the pass itself.
+Prints images/s and milliseconds (medians of CUDA-graph replays, in turns), as with
+`sample_dit.py --cuda_graphs true`. "no graph" are milliseconds of launches from Python, which may
+take longer than the pass itself. Weights are bf16 and blocks compiled; all models use the fastest
+dense attention backend of torch.
 """
 
 import argparse
@@ -22,22 +23,20 @@ from common import (
     write_json,
 )
 from float8 import float8_linears
-from peers import add_model_arguments, build, compiled, initialise
+from peers import add_arguments, build, compiled, initialise
 
 from moh_dit import PRESETS
 
-MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 then mask",
-          "diffusers DiT-XL/2"]  # fmt: skip
 BATCH = {256: 64, 512: 32, 1024: 8}
 
 
 def prepare(name, pixels, batch, args):
-    """The forward pass as a graph, and milliseconds without one."""
+    """Return the forward pass as a CUDA graph, and the milliseconds of a pass without it."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     with torch.device("cuda"):
         model = initialise(build(name, pixels // 8)).to(torch.bfloat16).eval()
-        if name in PRESETS:  # as the sampler does
+        if name in PRESETS:  # as in sampling
             model.fuse_qkv_projections()
         model = compiled(model, args)
         x = torch.randn(batch, 4, pixels // 8, pixels // 8, dtype=torch.bfloat16)
@@ -55,7 +54,7 @@ def prepare(name, pixels, batch, args):
 
 
 def measure(pixels, batch, args):
-    """A row for every model."""
+    """Return one row per model."""
     passes, from_python = zip(*(prepare(n, pixels, batch, args) for n in args.models), strict=True)
     times = time_replays(passes, seconds=args.seconds)
     return [
@@ -67,12 +66,7 @@ def measure(pixels, batch, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--sizes", nargs="+", type=int, default=list(BATCH))
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each model's four turns")
-    add_model_arguments(parser)
-    parser.add_argument("--profile", action="store_true", help="show where the time goes")
-    parser.add_argument("--json")
+    add_arguments(parser, BATCH, seconds=1.0)
     args = parser.parse_args()
     print(environment())
     rows = []

@@ -1,4 +1,4 @@
-"""The models of the benchmarks: this project's, and what it is compared with in the same run."""
+"""Build the models of the benchmarks: those of this project and those they are compared with."""
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,12 @@ from moh_dit import build_model
 from moh_dit.kernels.backends import MODULATION_BACKENDS
 from moh_dit.model.attention import MoHAttention, split_heads
 
+MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 then mask",
+          "diffusers DiT-XL/2"]  # fmt: skip
+
 
 class DenseThenMask(nn.Module):
-    """MoH the published way: every head for every token, then a multiplication by the gates."""
+    """MoH as published: every head for every token, then a multiplication by the gates."""
 
     def __init__(self, layer: MoHAttention):
         super().__init__()
@@ -40,7 +43,7 @@ class DenseThenMask(nn.Module):
 
 
 def build(name, sample_size):
-    """``name``: a preset, a preset + " then mask", or "diffusers DiT-XL/2"."""
+    """Build a model: a preset, a preset + " then mask", or "diffusers DiT-XL/2"."""
     if name == "diffusers DiT-XL/2":
         return DiTTransformer2DModel(
             num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8,
@@ -59,25 +62,33 @@ def blocks(model):
     return model.transformer_blocks if hasattr(model, "transformer_blocks") else model.blocks
 
 
-def add_model_arguments(parser):
+def add_arguments(parser, sizes, seconds):
+    """Add the arguments that model.py and training.py share."""
+    parser.add_argument("--models", nargs="+", default=MODELS, help="see build() in peers.py")
+    parser.add_argument("--sizes", nargs="+", type=int, default=list(sizes), help="pixels")
+    parser.add_argument("--seconds", type=float, default=seconds, help="duration of one timing")
     parser.add_argument(
-        "--compile", choices=("blocks", "model"), default="blocks", help="what is one graph"
+        "--compile", choices=("blocks", "model"), default="blocks", help="unit of one graph"
     )
     parser.add_argument(
         "--mode", choices=("default", "max-autotune-no-cudagraphs"), default="default",
-        help="of torch.compile",
+        help="mode of torch.compile",
     )  # fmt: skip
     parser.add_argument(
-        "--modulation", choices=MODULATION_BACKENDS, default="auto", help="adaLN of our models"
+        "--modulation", choices=MODULATION_BACKENDS, default="auto", help="backend of adaLN"
     )
-    parser.add_argument("--float8", action="store_true", help="linear layers in FP8")
+    parser.add_argument("--float8", action="store_true", help="compute linear layers in FP8")
+    parser.add_argument("--profile", action="store_true", help="print GPU time by kind of kernel")
+    parser.add_argument("--json", help="file for the results")
 
 
 def compiled(model, args):
-    """``blocks``: layers of one plan share a graph, and seconds do for a minute; or all as one."""
+    """Compile the model: each block (blocks of equal head plans share a graph), or all as one."""
     if hasattr(model, "set_modulation_backend"):
         model.set_modulation_backend(args.modulation)
-        model.set_mlp_backend("reference" if args.float8 else "auto")  # FP8 has no GELU with it
+        model.set_mlp_backend(
+            "reference" if args.float8 else "auto"
+        )  # FP8 products cannot fuse the GELU
     if args.compile == "model":
         model.compile(dynamic=False, mode=args.mode)
         return model
@@ -87,7 +98,7 @@ def compiled(model, args):
 
 
 def initialise(model):
-    """Random modulation and output layers: at initialisation they are zero, and zeros run fast."""
+    """Fill zero-initialized layers with random values: products with zeros would run faster."""
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
             nn.init.normal_(parameter, std=0.02)

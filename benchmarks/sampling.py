@@ -1,12 +1,12 @@
-"""Sampling speed: what the loop, the seeds, the autoencoder and the files cost.
+"""Time sampling: the model alone, the sampling loop, per-image noise, decoding and writing.
 
     python benchmarks/sampling.py --json sampling.json             # one GPU: everything
     python benchmarks/sampling.py --parts seeds --device cpu       # any machine
 
-Weights are random (speed does not depend on them); the autoencoder has the architecture of
-stabilityai/sd-vae-ft-ema. ``forward`` is the rate of the compiled model alone, in evaluations per
-second at the same batch size; ``loop`` the share of that rate which sampling keeps before the
-autoencoder; ``end to end`` images per second with decoding and writing, first batch left out.
+Prints, for each case, ``forward_per_s`` (evaluations per second of the compiled model alone, at the
+batch size of a guided step), ``loop_share_of_forward`` (the fraction of this rate that the sampling
+loop reaches) and ``end_to_end_images_per_s`` (with decoding and writing, without the first batch).
+Weights are random; the autoencoder has the architecture of stabilityai/sd-vae-ft-ema.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from moh_dit.sampling.sample_set import sample_set, set_labels
 
 FULL, LIMITED = (0.0, 1.0), (0.1, 0.7)
 TINY = dict(hidden_size=192, depth=6, num_heads=6, num_shared_heads=2, num_active_routed_heads=2)
-# model, image size, batch, sampler, steps, part of the process that is guided
+# model, image size, batch, sampler, steps, guidance interval
 CASES = [
     ("MoH-DiT-XL/2-75", 256, 32, "ddpm", 250, FULL),
     ("MoH-DiT-XL/2-75", 256, 128, "dpmsolver++", 20, FULL),
@@ -48,7 +48,7 @@ CASES = [
 
 
 def make_pipeline(preset, image_size, device, dtype, compile_mode):
-    """A pipeline with random weights everywhere, the zero-initialised ones too."""
+    """Return a pipeline with random weights, also in zero-initialized layers."""
     torch.manual_seed(0)
     if preset is TINY:
         model = MoHDiTTransformer2DModel(sample_size=image_size // 8, **TINY)
@@ -67,7 +67,7 @@ def make_pipeline(preset, image_size, device, dtype, compile_mode):
     vae = torch.nn.Module.to(vae.eval().requires_grad_(False), device, dtype)
     pipeline = MoHDiTPipeline(torch.nn.Module.to(model, device, dtype), vae, make_scheduler())
     model.fuse_qkv_projections()
-    if compile_mode == "default":  # as the sampler does
+    if compile_mode == "default":  # as in sampling
         model.compile_repeated_blocks(dynamic=False)
     elif compile_mode:
         model.compile(mode=compile_mode, dynamic=False)
@@ -75,7 +75,7 @@ def make_pipeline(preset, image_size, device, dtype, compile_mode):
 
 
 def wall(call, device, repeats):
-    """Seconds of ``call``, the median of several."""
+    """Return the median seconds of ``call``."""
     times = []
     for _ in range(repeats):
         synchronize(device)
@@ -93,7 +93,7 @@ def synchronize(device):
 
 @torch.no_grad()
 def forward_rate(pipeline, batch):
-    """Evaluations per second of the model alone."""
+    """Return evaluations per second of the model alone."""
     model = pipeline.transformer
     size, device = model.config.sample_size, model.device
     latents = torch.randn(batch, 4, size, size, device=device, dtype=model.dtype)
@@ -110,7 +110,7 @@ def forward_rate(pipeline, batch):
 
 @torch.no_grad()
 def throughput(case, device, compile_mode):
-    """One row of the table."""
+    """Measure one case."""
     preset, image_size, batch, sampler, steps, interval = case
     pipeline = make_pipeline(preset, image_size, device, torch.bfloat16, compile_mode)
     settings = SamplingSettings(
@@ -158,7 +158,7 @@ def throughput(case, device, compile_mode):
 
 @torch.no_grad()
 def seeds(case, device, compile_mode):
-    """Time of per-image noise over that of one generator for the batch, stochastic DDPM."""
+    """Compare per-image noise with one generator for the batch, in stochastic DDPM."""
     preset, image_size, batch = case
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipeline = make_pipeline(preset, image_size, device, dtype, compile_mode)
@@ -174,7 +174,7 @@ def seeds(case, device, compile_mode):
         "a generator per image": one_per_image,
         "counter-based per image": lambda: ImageNoise(0, range(batch), device),
     }
-    # Turn by turn, so that whatever else the machine does meets all kinds alike.
+    # In turns, so that other load on the machine affects all kinds equally.
     times = {kind: [] for kind in kinds}
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     for turn in range(8):
@@ -195,7 +195,7 @@ def seeds(case, device, compile_mode):
 
 @torch.no_grad()
 def tolerance(dtype, device, compile_mode):
-    """How far bytes of images move when the batch has another size."""
+    """Measure how much the bytes of images change with the batch size."""
     pipeline = make_pipeline("MoH-DiT-S/2-75", 256, device, getattr(torch, dtype), None)
     settings = SamplingSettings(num_inference_steps=50, guidance_scale=1.5)
     labels = set_labels(16, range(1000), "balanced", 0)
@@ -213,12 +213,14 @@ def tolerance(dtype, device, compile_mode):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=["throughput", "seeds", "tolerance"])
-    parser.add_argument("--cases", nargs="+", type=int, help="rows of each part; all unless given")
+    parser.add_argument(
+        "--cases", nargs="+", type=int, help="row numbers of each part (default: all)"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument(
         "--compile_mode",
         default="default",
-        help="default (by block), max-autotune, reduce-overhead; '' for eager",
+        help="default (each block), max-autotune, reduce-overhead, or '' for eager",
     )
     parser.add_argument("--json")
     arguments = parser.parse_args()
@@ -248,7 +250,9 @@ def main():
             done.append(measure[part](case, device, mode))
             print(part, done[-1], flush=True)
             results.append(dict(part=part, **done[-1]))
-            write_json(arguments.json, results)  # after every row: a later one may be cut off
+            write_json(
+                arguments.json, results
+            )  # after every row, so that an interrupted run keeps them
         table(done, list(done[0]))
 
 

@@ -1,13 +1,15 @@
-"""The trainer itself: train_dit.py from latents on disk, as a user starts it, on one and two GPUs.
+"""Time train_dit.py with latents on disk, on one GPU and on all GPUs of a machine.
 
     python benchmarks/trainer.py --work /tmp/trainer [--parts data single ...] [--json out.json]
 
-Latents of 4×32×32 (256 px through a factor-8 autoencoder; here 128 px through the embedded one of
-factor 4), bf16, compiled, fused AdamW, one average, random images. "single" runs a model on every
-GPU at once, each on its own, so that the runs on all of them are compared with the same hardware
-doing as much; cards of one kind differ by some per cent, and scaling is over their mean. "resume"
-kills a run (SIGKILL) and compares what the resumed one ends with, byte for byte, with a run left
-alone. Figures are medians over the log entries after the first.
+Prints images/s, MFU, peak memory, time waiting for data, and the speed-up over one GPU. Values are
+medians over the log entries after the first. Latents are 4×32×32, as for 256 px and a factor-8
+autoencoder; they are made from random images of 128 px by the embedded factor-4 autoencoder.
+Training is bf16, compiled, with fused AdamW and one EMA.
+
+"single" trains on every GPU separately, on all at the same time, and the speed-up is relative to
+their mean: cards of one kind differ by some per cent. "resume" kills a run by SIGKILL, resumes it,
+and compares its final state, byte for byte, with an uninterrupted run.
 """
 
 import argparse
@@ -32,13 +34,13 @@ from moh_dit.training.run_log import read_log
 ROOT = Path(__file__).parents[1]
 MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75"]
 NUM_IMAGES, NUM_CLASSES, PIXELS = 2560, 8, 128
-ENTRIES = 5  # log entries, of ten steps each, that are measured
+ENTRIES = 5  # number of measured log entries, of ten steps each
 STATE = ["state/model.safetensors", "state/optimizer.safetensors",
          "transformer/diffusion_pytorch_model.safetensors"]  # fmt: skip
 
 
 def make_latents(work: Path) -> None:
-    """Random images in a folder per class, and their latents."""
+    """Write random images into one folder per class, and encode them."""
     random = np.random.default_rng(0)
     for number in range(NUM_IMAGES):
         folder = work / "images" / f"class {number % NUM_CLASSES}"
@@ -51,7 +53,7 @@ def make_latents(work: Path) -> None:
 
 
 def run(command: list[str], log: Path, gpus: str | None = None) -> subprocess.Popen:
-    """Start a command in the checkout; what it prints goes to a file."""
+    """Start a command in the repository; its output is appended to the log file."""
     variables = dict(os.environ, PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
     if gpus is not None:
         variables["CUDA_VISIBLE_DEVICES"] = gpus
@@ -60,7 +62,7 @@ def run(command: list[str], log: Path, gpus: str | None = None) -> subprocess.Po
 
 
 def training(work: Path, name: str, preset: str, batch: int, launch: list[str], **settings):
-    """The command of a run, and its folder."""
+    """Return the command of a training run, and its folder."""
     folder = work / name
     options = {
         "run_dir": folder, "model.preset": preset, "data.latents": work / "latents",
@@ -79,23 +81,23 @@ def launcher(config: str, processes: int) -> list[str]:
 
 
 def logged(folder: Path) -> list[dict]:
-    """Log entries of a run so far, but for the first, which compiles."""
+    """Return the log entries of a run so far, without the first, which includes compilation."""
     return read_log(folder / "log.jsonl")[1:]
 
 
 def finish(process: subprocess.Popen, folder: Path) -> None:
-    """Stop a run when it has logged enough: nobody needs its checkpoints."""
+    """Wait until a run has logged enough entries, then kill it."""
     while process.poll() is None and len(logged(folder)) < ENTRIES:
         time.sleep(0.2)
     with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(process.pid)  # its workers are in process groups of their own
+        parent = psutil.Process(process.pid)  # workers have their own process groups
         for each in [*parent.children(recursive=True), parent]:
             each.kill()
     process.wait()
 
 
 def result(folder: Path, log: Path, preset: str, launch: str, gpus: int, batch: int) -> dict:
-    """A row of the table from the log of a run."""
+    """Return a row of the table from the log of a run."""
     entries = logged(folder)
     row = dict(model=preset, launch=launch, gpus=gpus, batch=batch)
     if len(entries) < ENTRIES:
@@ -112,7 +114,7 @@ def result(folder: Path, log: Path, preset: str, launch: str, gpus: int, batch: 
 
 
 def measure(work: Path, launch: str, batch: int, preset: str) -> list[dict]:
-    """A model on each GPU alone, all at once ("single"), or on all of them together."""
+    """Train on each GPU separately, all at the same time ("single"), or on all GPUs together."""
     count = torch.cuda.device_count()
     processes = 1 if launch == "single" else count
     start = [sys.executable]
@@ -132,7 +134,7 @@ def measure(work: Path, launch: str, batch: int, preset: str) -> list[dict]:
 
 
 def checked_resume(work: Path, preset: str) -> dict:
-    """Kill a deterministic run after its first checkpoint, resume it; is it the one left alone?"""
+    """Kill a deterministic run after its first checkpoint, resume it, compare the final state."""
     common = dict(deterministic="true", checkpoint_every=10, num_steps=30)
     gpu = str(torch.cuda.device_count() - 1)
 

@@ -1,11 +1,11 @@
-"""A whole training step, images/s and peak memory: forward, backward, fused AdamW, EMA.
+"""Time a whole training step: forward and backward pass, fused AdamW, EMA.
 
     python benchmarks/training.py [--models ...] [--sizes 256 512] [--json training.json]
 
-float32 weights, bf16 autocast, blocks compiled, dense attention by torch's fastest backend in every
-model alike; medians. ``--loss_after N`` first trains on a made-up diffusion problem, with the same
-images, noise and timesteps for every model and precision, and shows the mean loss of the last
-quarter of N steps.
+Prints images/s, milliseconds (medians) and peak memory. Weights are float32 with bf16 autocast and
+blocks compiled; all models use the fastest dense attention backend of torch. ``--loss_after N``
+first trains N steps on synthetic images and prints the mean loss of the last quarter. Images, noise
+and timesteps are the same for every model and precision.
 """
 
 import argparse
@@ -14,24 +14,17 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from common import (
-    environment,
-    fastest_dense,
-    kernel_times,
-    table,
-    time_steps,
-    write_json,
-)
+from common import environment, fastest_dense, kernel_times, table, time_steps, write_json
 from float8 import float8_linears
-from peers import add_model_arguments, build, compiled, initialise
+from peers import add_arguments, build, compiled, initialise
 
-MODELS = ["DiT-XL/2", "MoH-DiT-XL/2-75", "MoH-DiT-XL/2-90", "MoH-DiT-XL/2-75 then mask",
-          "diffusers DiT-XL/2"]  # fmt: skip
+from moh_dit.common.compat import lerp_all_
+
 BATCH = {256: 160, 512: 40}
 
 
 def draw(generator, x, t, y, noise):
-    """A fresh batch in place: DDPM (linear β) of smooth images, their shape mostly the class."""
+    """Fill the inputs with a new noisy batch (DDPM, linear β) of smooth synthetic images."""
     classes = torch.Generator("cuda").manual_seed(1)
     shapes = torch.randn(1000, 4, 4, 4, generator=classes, device="cuda")
     for drawn in (t, y):
@@ -64,7 +57,7 @@ def measure(name, pixels, batch, args):
         (error if balance is None else error + 0.01 * balance).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(average, weights, 1e-4)
+        lerp_all_(average, weights, 1e-4)
         return error
 
     torch.cuda.reset_peak_memory_stats()
@@ -86,15 +79,10 @@ def measure(name, pixels, batch, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--sizes", nargs="+", type=int, default=list(BATCH))
-    parser.add_argument("--batch", type=int, help="instead of the default for each size")
-    parser.add_argument("--seconds", type=float, default=3.0)
-    add_model_arguments(parser)
-    parser.add_argument("--loss_after", type=int, default=0, help="train N steps and show the loss")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and of what it trains on")
-    parser.add_argument("--profile", action="store_true", help="show where the time goes")
-    parser.add_argument("--json")
+    add_arguments(parser, BATCH, seconds=3.0)
+    parser.add_argument("--batch", type=int, help="batch size (default: by size)")
+    parser.add_argument("--loss_after", type=int, default=0, help="train N steps, print the loss")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and images")
     args = parser.parse_args()
     print(environment())
     rows = []

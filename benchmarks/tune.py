@@ -1,8 +1,9 @@
-"""Sweep launch configurations of the Triton kernels on this GPU: time, and error against float64.
+"""Time launch configurations of the attention kernels, and measure their error against float64.
 
     python benchmarks/tune.py [--kernels attend query_gradient key_value_gradient] [--json out.json]
 
-What it finds is entered by hand into ``moh_dit/kernels/launch_table.py``.
+Prints the fastest configurations for each kernel, head width and number of tokens, and those whose
+results are wrong. Enter the best by hand in ``moh_dit/kernels/launch_table.py``.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from common import environment, make_projected, relative_error, time_graph, write_json
 
-from moh_dit.kernels import attention_operators as ops
+from moh_dit.kernels import attention_operators as operators
 
 CASES = {  # (batch, tokens, heads, shared, active)
     256: (64, 256, 24, 14, 2),
@@ -57,7 +58,7 @@ def candidates(kind, head_dim):
 
 
 class Bench:
-    """One kernel's operands at one size, ready to launch under any configuration."""
+    """The inputs of one kernel at one size, to launch it in any configuration."""
 
     def __init__(self, kind, batch, tokens, heads, shared, active, head_dim, ragged=False):
         self.kind, self.sizes = kind, (shared, head_dim)
@@ -66,7 +67,7 @@ class Bench:
             batch, tokens, *plan, torch.bfloat16, "extreme" if ragged else "random"
         )
         self.out = self.projected.new_empty(batch, tokens, heads * head_dim)
-        self.gates, self.index, self.count, self.stats = ops.run_route(self.projected, *plan)
+        self.gates, self.index, self.count, self.stats = operators.run_route(self.projected, *plan)
         if kind != "attend":
             safe = configuration(64, 64, 64, 4, 2, False)
             self.lse = self.attend(safe)
@@ -75,19 +76,19 @@ class Bench:
             self.delta = self.query_gradient(safe)
 
     def attend(self, config):
-        return ops.run_attend(
+        return operators.run_attend(
             self.projected, self.gates, self.index, self.count, self.stats, self.out,
             self.stats.new_empty(self.stats.shape[1:]), *self.sizes, config,
         )  # fmt: skip
 
     def query_gradient(self, config):
-        return ops.run_query_gradient(
+        return operators.run_query_gradient(
             self.projected, self.grad_out, self.out, self.gates, self.lse, self.index, self.count,
             self.grad, *self.sizes, config,
         )  # fmt: skip
 
     def key_value_gradient(self, config):
-        ops.run_key_value_gradient(
+        operators.run_key_value_gradient(
             self.projected, self.grad_out, self.lse, self.delta, self.index, self.count, self.grad,
             *self.sizes, config,
         )  # fmt: skip
@@ -96,7 +97,7 @@ class Bench:
         getattr(self, self.kind)(config)
 
     def exact(self):
-        """Float64 (output, gradient of projected's q, k, v) for the gates that routing chose."""
+        """Compute the output, or the gradient of q, k and v, in float64 for the same gates."""
         heads, width = self.gates.shape[1], self.sizes[1]
         batch, tokens, _ = self.projected.shape
         qkv = self.projected[..., : 3 * heads * width].double().requires_grad_()
@@ -125,7 +126,7 @@ def warm(job):
     kind, head_dim, configs = job
     bench = Bench(kind, 1, 256, 24, 14, 2, head_dim)
     for config in configs:
-        with contextlib.suppress(Exception):  # the sweep itself reports it
+        with contextlib.suppress(Exception):  # main() reports failures
             bench(config)
     torch.cuda.synchronize()
 
@@ -136,7 +137,7 @@ def main():
     parser.add_argument("--head-dims", nargs="+", type=int, default=[72, 64])
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 1024, 4096])
     parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--top", type=int, default=8, help="configurations printed per table")
+    parser.add_argument("--top", type=int, default=8, help="number of configurations to print")
     parser.add_argument("--json")
     args = parser.parse_args()
 

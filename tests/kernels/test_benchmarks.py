@@ -1,13 +1,27 @@
-"""benchmarks/compare.py finds measurements that got worse between two JSON files."""
+"""The benchmark scripts import; compare.py finds measurements that got worse."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compare.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SCRIPT = BENCHMARKS / "compare.py"
+
+
+def test_every_script_imports():
+    names = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
+    code = f"import {', '.join(names)}"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{BENCHMARKS}:{BENCHMARKS.parent}"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.fixture
