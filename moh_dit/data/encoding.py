@@ -29,7 +29,7 @@ from .config import EncodeConfig
 from .hub_stream import HubStream
 from .hugging_face import is_stream
 from .images import ImageSet, index_batches, open_images, read_batches
-from .latent_shards import FORMAT, SHARD_PREFIX, prepare_folder, write_index, write_shard
+from .latent_shards import FORMAT, SHARD_PREFIX, prepare_folder, write_index, write_latent_shard
 from .latents import encode_views
 
 IMAGES_PER_PASS = 8
@@ -89,7 +89,7 @@ def encode_data(config: EncodeConfig, images: ImageSet | None = None) -> None:
                 bar.update(len(batch_labels))
             no_images = np.empty((1 + plan["flipped"], 0, *plan["moments_shape"]), plan["dtype"])
             moments = np.concatenate([no_images, *parts], axis=1, dtype=plan["dtype"])
-            write_shard(folder / name, moments, np.concatenate(labels))
+            write_latent_shard(folder / name, moments, np.concatenate(labels))
     state.wait_for_everyone()
     if state.is_main_process:
         if isinstance(source, HubStream):

@@ -23,7 +23,7 @@ import numpy as np
 from fid_eval.sets.hugging_face import import_datasets
 
 from ..common.errors import UserError
-from .hugging_face import choose_columns, open_hub
+from .hugging_face import choose_columns, load_hub_split
 from .latent_shards import SHARD_PREFIX, write_file
 from .pixels import read_pixels
 
@@ -48,7 +48,7 @@ class HubStream:
 
     def __init__(self, source: str, image_size: int, *, skip_unreadable: bool = False):
         self.source, self.image_size, self.skip_unreadable = source, image_size, skip_unreadable
-        self._data, self._versions = open_hub(source, streaming=True)
+        self._data, self._versions = load_hub_split(source, streaming=True)
         self._image, self._label = choose_columns(self._data, source)
         self.class_names = list(self._data.features[self._label].names)
         self.num_files: int = self._data.num_shards

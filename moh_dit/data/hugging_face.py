@@ -27,7 +27,7 @@ class HubImages(ImageFiles):
     ):
         self.source = source
         self.image_size = image_size
-        data, _ = open_hub(source)
+        data, _ = load_hub_split(source)
         image, label = choose_columns(data, source)
         self.class_names = list(data.features[label].names)
         self.labels = np.array(data[label], np.int64)
@@ -107,7 +107,7 @@ def choose_columns(data: Any, source: str) -> tuple[str, str]:
     return images[0], labels[0]
 
 
-def open_hub(source: str, *, streaming: bool = False) -> tuple[Any, list]:
+def load_hub_split(source: str, *, streaming: bool = False) -> tuple[Any, list]:
     """Open one split of a Hugging Face data set, of the Hub or of a local folder.
 
     Args:

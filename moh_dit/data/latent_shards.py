@@ -73,7 +73,7 @@ def _check_same_plan(folder: Path, plan: dict[str, Any]) -> None:
         )
 
 
-def write_shard(path: Path, moments: np.ndarray, labels: np.ndarray) -> None:
+def write_latent_shard(path: Path, moments: np.ndarray, labels: np.ndarray) -> None:
     """Write the moments of n images, (1 or 2, n, 2C, h, w), and their labels, int64 (n,)."""
     content = io.BytesIO()
     np.save(content, moments)

@@ -69,7 +69,7 @@ def to_float(images: np.ndarray | Tensor) -> Tensor:
     return pixels / 127.5 - 1
 
 
-def to_uint8(images: Tensor) -> Tensor:
+def to_pixels(images: Tensor) -> Tensor:
     """Convert float (B, 3, H, W) in −1 … 1 to uint8 (B, H, W, 3) on the CPU; clip and round."""
     pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255)
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
@@ -85,7 +85,7 @@ def read_pixels(file: IO[bytes], size: int) -> np.ndarray:
         with Image.open(file) as image:
             return center_crop(to_rgb(image), size)
     except PILLOW_ERRORS as error:
-        raise ValueError(_describe(error)) from None
+        raise ValueError(_error_text(error)) from None
 
 
 def find_defect(file: IO[bytes]) -> str | None:
@@ -100,7 +100,7 @@ def find_defect(file: IO[bytes]) -> str | None:
             elif image.format != "JPEG" or not _has_jpeg_end(file):
                 to_rgb(image)
     except PILLOW_ERRORS as error:
-        return _describe(error)
+        return _error_text(error)
     return None
 
 
@@ -118,6 +118,6 @@ def _has_jpeg_end(file: IO[bytes]) -> bool:
     return found
 
 
-def _describe(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     text = " ".join(str(error).split())
     return "not an image" if "cannot identify" in text else text or type(error).__name__

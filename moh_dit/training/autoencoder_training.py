@@ -33,7 +33,7 @@ from ..common.cli import save_config
 from ..common.errors import UserError
 from ..common.progress import progress_bar
 from ..data.images import ImageSet, load_batch, open_images, read_batches
-from ..data.pixels import to_float, to_uint8
+from ..data.pixels import to_float, to_pixels
 from .autoencoder_config import AutoencoderTrainingConfig
 
 
@@ -152,7 +152,7 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
         vae.register_to_config(sample_size=config.image_size)
         measured = held_out if len(held_out) else training
         metrics = _measure(vae, images, training, measured, config)
-        output = _write(vae, images, measured, metrics, config)
+        output = _write_results(vae, images, measured, metrics, config)
         print(f"wrote {output}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     accelerator.wait_for_everyone()
     return metrics
@@ -257,7 +257,7 @@ def _measure(
     }
 
 
-def _write(
+def _write_results(
     vae: AutoencoderKL,
     images: ImageSet,
     indices: np.ndarray,
@@ -278,7 +278,7 @@ def _write(
             torch.zeros((), device=vae.device),
             latent_scaling(vae),
         )
-        after = to_uint8(decode_latents(vae, latents)).numpy()
+        after = to_pixels(decode_latents(vae, latents)).numpy()
         grid = Image.fromarray(_before_after(before, after))
         enlarge = max(1, 64 // config.image_size)  # small images are hard to judge by eye
         grid = grid.resize((grid.width * enlarge, grid.height * enlarge), Image.Resampling.NEAREST)

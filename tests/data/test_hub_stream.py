@@ -109,10 +109,10 @@ def test_resume_after_a_kill(files, tmp_path, monkeypatch, last_written):
         if len(written) == last_written:
             raise KeyboardInterrupt
         written.append(path)
-        shards.write_shard(path, data, labels)
+        shards.write_latent_shard(path, data, labels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "write_shard", die)
+        patch.setattr(encoding, "write_latent_shard", die)
         with pytest.raises(KeyboardInterrupt):
             encode_data(settings)
     times = {path: path.stat().st_mtime_ns for path in written}

@@ -11,7 +11,7 @@ from moh_dit.common.errors import UserError
 from moh_dit.data.digits import load_digit_images
 from moh_dit.data.image_folders import ImageFolder
 from moh_dit.data.images import load_batch, open_images, read_batches
-from moh_dit.data.pixels import center_crop, to_float, to_rgb, to_uint8
+from moh_dit.data.pixels import center_crop, to_float, to_pixels, to_rgb
 
 
 def picture(width, height, mode="RGB", seed=0):
@@ -152,8 +152,8 @@ def test_float_and_back():
     assert images.shape == (1, 3, 16, 16)
     assert images.dtype == torch.float32
     assert (images.min(), images.max()) == (-1, 1)
-    np.testing.assert_array_equal(to_uint8(images).numpy(), pixels)
-    assert to_uint8(torch.full((1, 3, 1, 1), 7.0)).max() == 255
+    np.testing.assert_array_equal(to_pixels(images).numpy(), pixels)
+    assert to_pixels(torch.full((1, 3, 1, 1), 7.0)).max() == 255
 
 
 def test_bad_folders_are_named(folder, tmp_path):

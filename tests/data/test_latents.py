@@ -249,7 +249,7 @@ def test_resume_refuses_changed_data(config, images, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "write_shard", stop)
+        patch.setattr(encoding, "write_latent_shard", stop)
         with pytest.raises(KeyboardInterrupt):
             encode_data(config)
     extra = images.root / "a" / "extra.png"
