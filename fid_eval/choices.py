@@ -1,4 +1,4 @@
-"""Names and choices that the command line offers.
+"""Define names and choices that the command line offers.
 
 This module imports no torch, so that ``--help`` and parsing are fast.
 """

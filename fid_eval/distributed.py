@@ -1,4 +1,4 @@
-"""Collective operations of a run with several ranks, or of a single process.
+"""Run collective operations on several ranks, or on a single process.
 
 Ranks are those of ``torchrun`` or ``accelerate launch``, or of a process group that the caller has
 initialized.

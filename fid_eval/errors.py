@@ -1,4 +1,4 @@
-"""Errors that the user can correct, and hints for mistyped names."""
+"""Define the error for wrong input, and hints for mistyped names."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -51,17 +51,17 @@ class Comparison:
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Pooled features (m, d) of the reference and (n, d) of the samples."""
+        """Return pooled features (m, d) of the reference and (n, d) of the samples."""
         return tuple(f.rows["pool"].to(self.device) for f in (self.reference, self.samples))  # type: ignore[return-value]
 
     @cached_property
     def flags(self) -> tuple[Tensor, Tensor]:
-        """Which samples, and which reference images, lie in a ball of the other set."""
+        """Return which samples, and which reference images, lie in a ball of the other set."""
         return precision_recall_flags(*self.rows, self.distances, self.k)
 
     @cached_property
     def logits(self) -> Tensor:
-        """Class logits (n, classes) of the samples."""
+        """Return class logits (n, classes) of the samples."""
         if self.samples.logits is not None:
             return self.samples.logits
         return self.extractor.logits(self.samples.rows["pool"], self.device)

@@ -1,1 +1,1 @@
-"""Metrics as functions of arrays."""
+"""Compute metrics from arrays."""

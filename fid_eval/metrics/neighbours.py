@@ -71,7 +71,7 @@ def _keep_smallest(
 def coverage_flags(
     a: Tensor, radii_a: Tensor, b: Tensor, radii_b: Tensor, mode: DistancePrecision = "fp32"
 ) -> tuple[Tensor, Tensor]:
-    """Return which points of ``a`` lie in a ball of ``b`` (n_a,), and the converse (n_b,); bool."""
+    """Return which points of ``a`` lie in a ball of ``b``, and vice versa (bool)."""
     a_in = torch.zeros(len(a), dtype=torch.bool, device=a.device)
     b_in = torch.zeros(len(b), dtype=torch.bool, device=a.device)
     distances = PairDistances(a, b, mode)

@@ -1,1 +1,1 @@
-"""Feature extractors and their weights."""
+"""Build feature extractors and load their weights."""

@@ -130,7 +130,7 @@ def open_dataset(
         return next((key for key, value in features if type(value).__name__ == kind), None)
 
     if isinstance(dataset, dict):
-        raise EvaluationError(f"{set_name}: has splits {sorted(dataset)}; choose one")
+        raise EvaluationError(f"{set_name}: has splits {sorted(dataset)}; choose one of them")
     image, label = image or first_column("Image"), label or first_column("ClassLabel")
     for wanted in (image, label):
         if wanted is not None and wanted not in (dataset.column_names or []):
