@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..common.compat import silence_empty_float32_warning
 from ..common.errors import UserError
+from ..common.renamed import alias_modules
 from ..kernels.backends import BACKENDS, MLP_BACKENDS, MODULATION_BACKENDS, check_choice
 from .attention import MoHAttention, load_balance_loss
 from .blocks import DiTBlock, FinalLayer
@@ -26,6 +27,7 @@ from .embeddings import LabelEmbedder, PatchEmbedder, TimestepEmbedder
 HeadPlan = int | list[int] | list[int | None] | None
 
 silence_empty_float32_warning()
+alias_modules()
 
 
 @dataclass
