@@ -171,19 +171,19 @@ class Metric:
 
     Attributes:
         name: key in results with the published Inception.
-        other_name: prefix of the key with another extractor.
         compute: the function.
         reference: inputs from the reference.
         samples: inputs from the samples.
+        other_name: prefix of the key with another extractor, if it is not ``name``.
         extractor: the extractor that the metric is defined with; None if it can be chosen.
         higher_is_better: whether larger values are better.
     """
 
     name: str
-    other_name: str
     compute: Callable[[Comparison], float]
-    reference: frozenset[str]
-    samples: frozenset[str]
+    reference: tuple[str, ...]
+    samples: tuple[str, ...]
+    other_name: str | None = None
     extractor: str | None = None
     higher_is_better: bool = False
 
@@ -191,48 +191,34 @@ class Metric:
         """Return the key in results for an extractor."""
         if extractor.label is None or self.extractor == extractor.label:
             return self.name
-        if self.extractor is not None:
-            return f"{self.name}_{extractor.label}"
-        return f"{self.other_name}_{extractor.label}"
+        return f"{self.other_name or self.name}_{extractor.label}"
 
 
-def _metric(
-    name: str,
-    compute: Callable[[Comparison], float],
-    reference: str,
-    samples: str,
-    other_name: str | None = None,
-    extractor: str | None = None,
-    higher_is_better: bool = False,
-) -> Metric:
-    inputs = frozenset(reference.split()), frozenset(samples.split())
-    return Metric(name, other_name or name, compute, *inputs, extractor, higher_is_better)
-
-
-POOL, SPATIAL = "gaussian:pool", "gaussian:spatial"
+POOL, SPATIAL, ROWS = ("gaussian:pool",), ("gaussian:spatial",), ("pool",)
+LABELS, LOGITS = ("labels",), ("logits",)
 METRICS = {
-    "fid": _metric("fid", lambda c: _frechet(c, "pool"), POOL, POOL, "fd"),
-    "sfid": _metric("sfid", lambda c: _frechet(c, "spatial"), SPATIAL, SPATIAL, "sfd"),
-    "is": _metric(
-        "inception_score", _inception_score, "", "logits", "class_score", higher_is_better=True
+    "fid": Metric("fid", lambda c: _frechet(c, "pool"), POOL, POOL, "fd"),
+    "sfid": Metric("sfid", lambda c: _frechet(c, "spatial"), SPATIAL, SPATIAL, "sfd"),
+    "is": Metric(
+        "inception_score", _inception_score, (), LOGITS, "class_score", higher_is_better=True
     ),
-    "precision": _metric(
-        "precision", lambda c: _precision_or_recall(c, 0), "pool", "pool", higher_is_better=True
+    "precision": Metric(
+        "precision", lambda c: _precision_or_recall(c, 0), ROWS, ROWS, higher_is_better=True
     ),
-    "recall": _metric(
-        "recall", lambda c: _precision_or_recall(c, 1), "pool", "pool", higher_is_better=True
+    "recall": Metric(
+        "recall", lambda c: _precision_or_recall(c, 1), ROWS, ROWS, higher_is_better=True
     ),
-    "kid": _metric("kid", _kid, "pool", "pool", "kd"),
-    "fid_infinity": _metric("fid_infinity", _fid_infinity, POOL, "pool", "fd_infinity"),
-    "density": _metric(
-        "density", lambda c: c.density_coverage[0], "pool", "pool", higher_is_better=True
+    "kid": Metric("kid", _kid, ROWS, ROWS, "kd"),
+    "fid_infinity": Metric("fid_infinity", _fid_infinity, POOL, ROWS, "fd_infinity"),
+    "density": Metric(
+        "density", lambda c: c.density_coverage[0], ROWS, ROWS, higher_is_better=True
     ),
-    "coverage": _metric(
-        "coverage", lambda c: c.density_coverage[1], "pool", "pool", higher_is_better=True
+    "coverage": Metric(
+        "coverage", lambda c: c.density_coverage[1], ROWS, ROWS, higher_is_better=True
     ),
-    "class_fid": _metric("class_fid", _class_fid, "pool labels", "pool labels", "class_fd"),
-    "memorised": _metric("memorised", _memorised, "pool", "pool"),
-    "accuracy": _metric("accuracy", _accuracy, "", "logits labels", higher_is_better=True),
-    "fd_dinov2": _metric("fd_dinov2", lambda c: _frechet(c, "pool"), POOL, POOL, "", "dinov2"),
-    "cmmd": _metric("cmmd", lambda c: extras.cmmd(*c.rows), "pool", "pool", "", "clip"),
+    "class_fid": Metric("class_fid", _class_fid, ROWS + LABELS, ROWS + LABELS, "class_fd"),
+    "memorised": Metric("memorised", _memorised, ROWS, ROWS),
+    "accuracy": Metric("accuracy", _accuracy, (), LOGITS + LABELS, higher_is_better=True),
+    "fd_dinov2": Metric("fd_dinov2", lambda c: _frechet(c, "pool"), POOL, POOL, extractor="dinov2"),
+    "cmmd": Metric("cmmd", lambda c: extras.cmmd(*c.rows), ROWS, ROWS, extractor="clip"),
 }

@@ -1,48 +1,41 @@
-"""Show progress with the rate and remaining time: a bar on a terminal, otherwise log lines."""
+"""Show progress: a bar on a terminal, a line every few seconds in a log file."""
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from typing import Any
 
 from tqdm import tqdm
 
-LOG_INTERVAL = 15.0  # seconds between log lines
+SECONDS_BETWEEN_LINES = 15
 
 
-class ProgressBar(Protocol):
-    def update(self, n: int) -> object: ...
+class _Lines:
+    """Text stream that prints each state of a tqdm bar as a line of its own."""
+
+    def write(self, text: str) -> None:
+        # tqdm writes codes that move the cursor up, which a log file cannot do.
+        if line := text.replace("\x1b[A", "").strip("\r\n "):
+            sys.stderr.write(line + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
-class _LogLines:
-    def __init__(self, total: int | None, description: str, unit: str) -> None:
-        self.total, self.description, self.unit = total, description, unit
-        self.done, self.start = 0, time.monotonic()
-        self.printed = self.start
+def progress_bar(total: int | None, *, desc: str, unit: str, enabled: bool = True) -> tqdm:
+    """Return a tqdm bar that shows the rate and the time left.
 
-    def update(self, n: int) -> None:
-        self.done += n
-        now = time.monotonic()
-        if now - self.printed >= LOG_INTERVAL:
-            self.printed = now
-            rate = self.done / (now - self.start)
-            left = f", {(self.total - self.done) / rate:.0f} s left" if self.total else ""
-            of = f"/{self.total}" if self.total else ""
-            print(
-                f"{self.description}: {self.done}{of} {self.unit}, {rate:.1f} {self.unit}/s{left}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-@contextmanager
-def progress(
-    total: int | None, description: str, unit: str = "images", quiet: bool = False
-) -> Iterator[ProgressBar]:
-    """Yield an object whose ``update(n)`` reports ``n`` finished units; ``quiet`` shows nothing."""
-    if quiet or sys.stderr.isatty():
-        with tqdm(total=total, desc=description, unit=f" {unit}", disable=quiet) as bar:
-            yield bar
-    else:
-        yield _LogLines(total, description, unit)
+    Args:
+        total: number of units, ``None`` if unknown.
+        desc: what the program is doing, as shown before the numbers.
+        unit: name of one unit.
+        enabled: show nothing if false.
+    """
+    options: dict[str, Any] = {"dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        options = {
+            "file": _Lines(),
+            "mininterval": SECONDS_BETWEEN_LINES,
+            "maxinterval": SECONDS_BETWEEN_LINES,
+            "delay": SECONDS_BETWEEN_LINES,
+            "bar_format": "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left",
+        }
+    return tqdm(total=total, desc=desc, unit=unit, disable=not enabled, **options)
