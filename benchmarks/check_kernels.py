@@ -1,14 +1,18 @@
-"""Hold the Triton kernels against float64 on this GPU, in every configuration ``auto`` can choose.
+"""Compare the Triton kernels with float64 on this GPU, in every configuration ``auto`` can choose.
 
-    python benchmarks/check_kernels.py [--json check.json]
+    python benchmarks/check_kernels.py [--parts presets shapes ...] [--json check.json]
 
-Each row is one input; its error may be at most 1.5 times that of the dense reference at the same
-precision (floor: rounding of the output format). Exit code 1 if any is not. Unwritten memory is
-NaN throughout, and every result is computed twice and must repeat bit by bit. Where torch's own
-dense attention gives what is not finite, its flash attention is the reference.
+The part "presets" runs every distinct head plan of the presets at batches of 1 to 512. The part
+"shapes" runs a few plans at every kind of token count and routing. Each row of a table is one
+input. An error is that of the worst image, or of the worst group of images with 256 tokens in all.
+It may be at most 1.5 times the error of plain torch operations at the same precision, or the
+rounding of the format if that is larger. Unwritten memory is filled with NaN. Every result is
+computed twice, and both must have the same bits. Where torch's default dense attention returns
+values that are not finite, its flash attention is the reference. Exit code 1 if any input fails.
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import sys
@@ -21,16 +25,45 @@ from common import environment, make_projected, relative_error, table, write_jso
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moh_dit.diffusion.noise import philox_normal
+from moh_dit.kernels.block_sizes import cdiv
 from moh_dit.kernels.linear_gelu import linear_gelu
 from moh_dit.model.attention import moh_attention
 from moh_dit.model.modulation import adaln
+from moh_dit.model.presets import PRESETS
+from moh_dit.model.transformer import per_layer
 
+PARTS = ("noise", "adaln", "gelu", "shapes", "presets")
+LIMIT = 1.5  # of the ratio to the error of plain torch operations
 PLANS = [(24, 14, 2), (16, 10, 2), (8, 8, 0), (6, 0, 3)]
 TOKENS = [3, 200, 256, 576, 1000, 1024, 2100, 4096]
 # For the first plan alone: whatever else the kernels are compiled for (no copy engine, as N is no
 # multiple of 4; N a multiple of one block and not of the other).
 MORE_TOKENS = [96, 544, 1001, 2049, 2112]
 ROUTINGS = ["random", "skewed", "extreme", "cold"]
+# Batches at 256 tokens, for every plan of the presets.
+BATCHES = {
+    torch.bfloat16: [1, 2, 3, 8, 32, 64, 160, 256, 512],
+    torch.float16: [3, 160],
+    torch.float32: [3, 160],
+}
+LONGER = [(1024, 3), (4096, 1)]  # tokens, batch: likewise, bfloat16
+CHUNK_TOKENS = 8192  # computed in float64 at once
+
+
+def preset_plans():
+    """Return every distinct (heads, shared, active, width) of the presets' layers with a router."""
+    plans = set()
+    for preset in PRESETS.values():
+        depth = preset["depth"]
+        columns = [
+            per_layer(name, preset.get(name), depth)
+            for name in ("num_heads", "num_shared_heads", "num_active_routed_heads")
+        ]
+        for heads, shared, active in zip(*columns, strict=True):
+            if shared is not None:
+                width = preset.get("head_dim") or preset["hidden_size"] // heads
+                plans.add((heads, shared, active, width))
+    return sorted(plans)
 
 
 def outcome(projected, plan, backend, upstream, pull):
@@ -38,10 +71,10 @@ def outcome(projected, plan, backend, upstream, pull):
     heads, shared, active, width = plan
     projected = projected.detach().requires_grad_()
     output, stats = moh_attention(projected, *plan, backend)
-    total = (output.double() * upstream.double()).sum()
+    outputs, upstreams = [output], [upstream.to(output.dtype)]
     if stats is not None:
-        total = total + (stats.double() * pull.double()).sum()
-    (gradient,) = torch.autograd.grad(total, projected)
+        outputs, upstreams = [output, stats], [*upstreams, pull.to(stats.dtype)]
+    (gradient,) = torch.autograd.grad(outputs, projected, upstreams)
     hidden = heads * width
     used = 3 * hidden + heads + (2 if shared and active else 0)
     parts = gradient[..., :hidden], gradient[..., hidden : 3 * hidden]
@@ -51,7 +84,9 @@ def outcome(projected, plan, backend, upstream, pull):
 
 def dense_outcome(projected, plan, upstream, pull):
     """As :func:`outcome`, by dense attention of the same precision."""
-    found = outcome(projected, plan, "reference", upstream, pull)
+    plain = projected.dtype == torch.float32  # fused kernels may split float32 into TF32 parts
+    with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+        found = outcome(projected, plan, "reference", upstream, pull)
     if all(part.isfinite().all() for part in found):
         return found
     print(f"torch's dense attention is not finite: {projected.dtype}, {plan}, {projected.shape[1]}")
@@ -68,24 +103,54 @@ def keep_worst(row, ratio, name):
         row["worst"], row["where"] = ratio, name
 
 
-def check(dtype, width, tokens, plan, routing):
-    batch = 1 if tokens > 2000 else max(2, 256 // tokens)
-    plan = (*plan, width)
+def worst_images(found, projected, plan, upstream, pull):
+    """Return the errors of each outcome in ``found`` against float64: a list for each.
+
+    The error of an output or gradient is the norm of the difference in the worst image, divided by
+    the root mean square of the exact norms of all images. Float64 runs in chunks of images.
+    """
+    batch, tokens, _ = projected.shape
+    step = max(1, CHUNK_TOKENS // tokens)
+    errors, norms, stats = [[] for _ in found], [], []
+    for images in torch.arange(batch).split(step):
+        part = slice(int(images[0]), int(images[-1]) + 1)
+        share = len(images) / batch  # statistics are means over the batch
+        exact = outcome(projected[part].double(), plan, "reference", upstream[part], pull * share)
+        stats += [share * each for each in exact[4:]]
+        norms.append(torch.stack([e.flatten(1).norm(dim=1) for e in exact[:4]]))
+        for own, result in zip(errors, found, strict=True):
+            pairs = zip(result, exact[:4], strict=False)
+            own.append(torch.stack([(a[part] - e).flatten(1).norm(dim=1) for a, e in pairs]))
+    scale = torch.cat(norms, 1).square().mean(1).sqrt().clamp(min=1e-300)
+    few = cdiv(256, tokens)  # the error of one image of few tokens is mostly chance
+    worst = []
+    for own in errors:
+        groups = torch.cat(own, 1).split(few, dim=1)
+        means = [group.square().mean(1).sqrt() for group in groups]
+        worst.append((torch.stack(means, 1).amax(1) / scale).tolist())
+    for own, result in zip(worst, found, strict=True):
+        own += [relative_error(each, sum(stats)) for each in result[4:]]
+    return worst
+
+
+def check(dtype, batch, tokens, plan, routing):
     projected = make_projected(batch, tokens, *plan, dtype, routing)
-    upstream = torch.randn(batch, tokens, plan[0] * width, device="cuda").to(dtype)
+    upstream = torch.randn(batch, tokens, plan[0] * plan[3], device="cuda").to(dtype)
     pull = 10 * torch.randn(2, plan[0] - plan[1], device="cuda")
-    exact = outcome(projected.double(), plan, "reference", upstream, pull)
     dense = dense_outcome(projected, plan, upstream, pull)
     chosen = outcome(projected, plan, "triton", upstream, pull)
     again = outcome(projected, plan, "triton", upstream, pull)
+    same = all(torch.equal(a, b) for a, b in zip(chosen, again, strict=True))
+    del again
+    errors, allowed = worst_images([chosen, dense], projected, plan, upstream, pull)
     floor = torch.finfo(dtype).eps / 8
-    row = dict(dtype=str(dtype)[6:], d=width, N=tokens, plan="{}, {}+{}".format(*plan[:3]),
-               routing=routing, worst=0.0, where="")  # fmt: skip
-    for name, a, d, e in zip(NAMES, chosen, dense, exact, strict=False):
-        allowed = max(relative_error(d, e), 1e-6 if name == "stats" else floor)
-        row[name] = relative_error(a, e)
-        keep_worst(row, row[name] / allowed, name)
-    row["repeats"] = all(torch.equal(a, b) for a, b in zip(chosen, again, strict=True))
+    row = dict(dtype=str(dtype)[6:], d=plan[3], N=tokens, B=batch,
+               plan="{}: {}+{}".format(*plan[:3]), routing=routing,
+               worst=0.0, where="")  # fmt: skip
+    for name, error, limit in zip(NAMES, errors, allowed, strict=False):
+        row[name] = error
+        keep_worst(row, error / max(limit, 1e-6 if name == "stats" else floor), name)
+    row["repeats"] = same
     return row
 
 
@@ -145,7 +210,7 @@ def check_adaln():
         rows.append(row)
     print("adaLN:")
     table(rows, list(rows[0]))
-    return all(row["worst"] <= 1.5 and row["repeats"] for row in rows)
+    return all(row["worst"] <= LIMIT and row["repeats"] for row in rows)
 
 
 def check_linear_gelu():
@@ -170,7 +235,7 @@ def check_linear_gelu():
                          worst=error / allowed, repeats=torch.equal(found, again)))  # fmt: skip
     print("linear layer with GELU:")
     table(rows, list(rows[0]))
-    return all(row["worst"] <= 1.5 and row["repeats"] for row in rows)
+    return all(row["worst"] <= LIMIT and row["repeats"] for row in rows)
 
 
 def fill_memory_with_nan():
@@ -187,14 +252,8 @@ def check_all(inputs):
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workers", type=int, default=14, help="processes (they mostly compile)")
-    parser.add_argument("--json")
-    args = parser.parse_args()
-    print(environment())
-    good = [check_noise(), check_adaln(), check_linear_gelu()]
-    short, long = [], []
+def shape_groups():
+    """Return lists of inputs: a few plans at every kind of token count and routing."""
     for dtype, width, (i, plan) in itertools.product(
         (torch.bfloat16, torch.float16), (64, 72), enumerate(PLANS)
     ):
@@ -202,30 +261,73 @@ def main():
             continue  # the same kernels as for bfloat16; one plan tells whether the type is right
         routings = ROUTINGS if i == 0 else ROUTINGS[-1:]
         for tokens in TOKENS + (MORE_TOKENS if i == 0 else []):
-            inputs = [(dtype, width, tokens, plan, routing) for routing in routings]
-            (long if tokens > 1024 else short).append(inputs)
+            batch = 1 if tokens > 2000 else max(2, 256 // tokens)
+            yield [(dtype, batch, tokens, (*plan, width), routing) for routing in routings]
+
+
+def preset_groups():
+    """Return lists of inputs: every plan of the presets at every batch."""
+    for plan in preset_plans():
+        routings = ["random", "skewed"] if plan[2] else ["random"]
+        for dtype, batches in BATCHES.items():
+            sizes = [(256, batch) for batch in batches]
+            sizes += LONGER if dtype == torch.bfloat16 else []
+            yield [(dtype, b, n, plan, routing) for n, b in sizes for routing in routings]
+
+
+def is_large(dtype, batch, tokens, *_):
+    """Return whether an input takes gigabytes of GPU memory."""
+    return tokens * max(tokens, 32 * batch) > 2**20
+
+
+def run_groups(groups, workers):
+    """Check all groups in processes that share the GPU; few processes for large inputs."""
+    groups = list(groups)
     rows, context = [], torch.multiprocessing.get_context("spawn")
-    # Exact attention over 4096 tokens takes gigabytes: few of those at a time.
-    for group, workers in ((short, args.workers), (long, min(7, args.workers))):
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            rows += itertools.chain.from_iterable(pool.map(check_all, group))
-    wrong = [row for row in rows if not row["worst"] <= 1.5 or not row["repeats"]]
+    for large, count in ((False, workers), (True, min(4, workers))):
+        chosen = [[one for one in group if is_large(*one) == large] for group in groups]
+        with ProcessPoolExecutor(count, mp_context=context) as pool:
+            rows += itertools.chain.from_iterable(pool.map(check_all, filter(None, chosen)))
+    return rows
+
+
+def report(rows, keys):
+    """Print the worst row per value of ``keys`` and up to 10 wrong rows; return if all pass."""
+    wrong = [row for row in rows if not row["worst"] <= LIMIT or not row["repeats"]]
     worst = {}
     for row in rows:
-        key = (row["dtype"], row["d"], row["N"])
+        key = tuple(row[name] for name in keys)
         if key not in worst or not row["worst"] <= worst[key]["worst"]:
             worst[key] = row
-    print("worst of each precision, width and N, as a ratio to the dense reference's error:")
-    table(
-        list(worst.values()), ["dtype", "d", "N", "plan", "routing", *NAMES[:4], "worst", "where"]
-    )
+    print(f"worst of each {', '.join(keys)}, as a ratio to the error of plain torch operations:")
+    columns = ["dtype", "d", "N", "B", "plan", "routing", *NAMES[:4], "worst", "where"]
+    table(list(worst.values()), columns)
     for row in wrong[:10]:
         print("WRONG", row)
-    print(
-        f"{len(rows)} inputs, {len(wrong)} wrong, worst ratio {max(r['worst'] for r in rows):.2f}"
-    )
+    highest = max(row["worst"] for row in rows)
+    print(f"{len(rows)} inputs, {len(wrong)} wrong, worst ratio {highest:.2f}")
+    return not wrong
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--workers", type=int, default=14, help="processes (they mostly compile)")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    print(environment())
+    checks = dict(noise=check_noise, adaln=check_adaln, gelu=check_linear_gelu)
+    good = [check() for part, check in checks.items() if part in args.parts]
+    rows = []
+    if "shapes" in args.parts:
+        rows += run_groups(shape_groups(), args.workers)
+        good.append(report(rows, ["dtype", "d", "N"]))
+    if "presets" in args.parts:
+        of_presets = run_groups(preset_groups(), args.workers)
+        good += [report(of_presets, keys) for keys in (["dtype", "d", "plan"], ["dtype", "N", "B"])]
+        rows += of_presets
     write_json(args.json, rows)
-    sys.exit(bool(wrong) or not all(good))
+    sys.exit(not all(good))
 
 
 if __name__ == "__main__":
