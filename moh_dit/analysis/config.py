@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from ..common.errors import UserError
 from ..sampling.config import (
-    Precision,
+    ModelSettings,
     SampleConfig,
     SamplingSettings,
     require_checkpoint,
@@ -16,15 +16,11 @@ from ..training.config import TrainConfig
 
 
 @dataclass(kw_only=True)
-class HeadLoadConfig(SamplingSettings):
+class HeadLoadConfig(SamplingSettings, ModelSettings):
     """What to sample, count and draw"""
 
-    checkpoint: str
-    """Run folder (its newest checkpoint), a checkpoint or pipeline folder, or a Hub id."""
     output: str
     """Folder for figures and numbers; it must not exist."""
-    weights: str = "transformer"
-    """Weights to use: transformer (the first average), raw, or a folder such as ema-0.999."""
     class_labels: str | None = None
     """Class names or ids, separated by commas (default: all classes)."""
     images_per_class: int = 8
@@ -38,12 +34,6 @@ class HeadLoadConfig(SamplingSettings):
     """Rows of the sheet of patch maps; row i shows the first image of class i."""
     map_steps: int = 6
     """Columns of the sheet of patch maps: steps, evenly spaced from noise to image."""
-    batch_size: int = 64
-    """Images per batch and process."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to run on; auto uses a GPU if there is one."""
-    dtype: Precision = "float32"
-    """Precision of the transformer; latents and scheduler stay float32."""
 
     def check_paths(self) -> None:
         """Check the settings and both paths without importing torch."""
@@ -61,9 +51,7 @@ class HeadLoadConfig(SamplingSettings):
         for name, least in at_least.items():
             if (value := getattr(self, name)) < least:
                 raise UserError(f"{name} is {value}; it must be at least {least}")
-        own = ("output", "timestep_ranges", "layer", "map_images", "map_steps")
-        shared = {name: value for name, value in vars(self).items() if name not in own}
-        config = SampleConfig(output="grid.png", **shared)
+        config = SampleConfig.from_config(self, output="grid.png")
         config.check()
         return config
 

@@ -63,7 +63,7 @@ class HeadLoad:
         return self.num_active[layer] / self.activated[layer].shape[-1]
 
     def share(self, layer: int, *by: str) -> np.ndarray:
-        """Return the share of tokens that activate each routed head, 0 … 1, with sum k.
+        """Return the share (0 … 1) of tokens that activate each routed head; the shares sum to k.
 
         Args:
             layer: index of a routed layer.
@@ -156,7 +156,7 @@ class HeadLoadRecorder:
                 "the model has no routed heads, so it has no head load; give a MoH-DiT with "
                 "num_active_routed_heads above 0"
             )
-        self.model = model
+        self.model, self._layers = model, model.routed_layers
         self.timestep_ranges, self.num_train_timesteps = timestep_ranges, num_train_timesteps
         self.map_images, self.map_steps = frozenset(map_images), frozenset(map_steps)
         self.maps: dict[tuple[int, int], HeadMap] = {}
@@ -171,10 +171,6 @@ class HeadLoadRecorder:
         self._seen = threading.local()
         self._lock = threading.Lock()
         self._attached = ExitStack()
-
-    @property
-    def _layers(self) -> dict[int, MoHAttention]:
-        return self.model.routed_layers
 
     def __enter__(self) -> "HeadLoadRecorder":
         with ExitStack() as attached:

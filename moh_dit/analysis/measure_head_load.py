@@ -109,7 +109,7 @@ def sample_and_count(
         ``(load, maps, finals)``: the load over all processes. On the main process also the maps by
         (image index, step), and the final images by image index.
     """
-    settings = SamplingSettings(**{k: getattr(config, k) for k in vars(SamplingSettings())})
+    settings = SamplingSettings.from_config(config)
     chosen, _ = use_settings(pipeline, settings)
     steps = count_steps(chosen, settings)
     per_class = config.images_per_class
@@ -139,8 +139,7 @@ def sample_and_count(
             finals |= {i: image for i, image in zip(indices, images, strict=True) if i in mapped}
     maps = {(int(mine[image]), step): found for (image, step), found in recorder.maps.items()}
     load = recorder.result()
-    gathered = gather_object([(maps, finals)]) if state.num_processes > 1 else [(maps, finals)]
-    for some_maps, some_finals in gathered:
+    for some_maps, some_finals in gather_object([(maps, finals)]):
         maps |= some_maps
         finals |= some_finals
     return load, maps, finals

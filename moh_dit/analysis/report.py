@@ -17,7 +17,7 @@ from ..common.errors import UserError
 from ..common.version import __version__
 from ..training.config import TrainConfig, flatten
 from .config import ReportConfig
-from .report_charts import COLORS, Series, head_load_chart, line_chart
+from .report_charts import COLORS, colored_series, head_load_chart, line_chart
 from .run_reader import Run, read_run_folders
 
 TEMPLATE = "report.html.jinja"
@@ -164,8 +164,7 @@ def logged_charts(
     """Return ``(title, SVG)`` of each quantity that was logged."""
     charts = []
     for title, key, log in quantities:
-        pairs = zip(COLORS, runs, strict=False)
-        series = [Series(run.name, color, *run.series(key)) for color, run in pairs]
+        series = colored_series(run.series(key) for run in runs)
         if any(value for line in series for value in line.values):
             charts.append((title, line_chart(title, series, log=log)))
     return [(title, chart) for title, chart in charts if chart]
@@ -212,8 +211,7 @@ def metric_charts(runs: list[Run]) -> list[tuple[str, str]]:
         better = [e.get("higher_is_better", {}).get(key) for r in runs for e in r.evaluations]
         known = next((value for value in better if value is not None), None)
         hint = {True: ", higher is better", False: ", lower is better", None: ""}[known]
-        pairs = zip(COLORS, runs, strict=False)
-        series = [Series(run.name, color, *run.metrics(key)) for color, run in pairs]
+        series = colored_series(run.metrics(key) for run in runs)
         if chart := line_chart(key, series):
             charts.append((key + hint, chart))
     return charts

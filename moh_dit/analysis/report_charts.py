@@ -1,6 +1,6 @@
 """Draw the charts of a report as SVG that follows the light or dark colours of the page."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from math import ceil
 from typing import Any, NamedTuple
@@ -29,10 +29,14 @@ STYLE: Any = {
 class Series(NamedTuple):
     """Values of one run over its steps, both (n,)."""
 
-    run: str
     color: str
     steps: Sequence[float]
     values: Sequence[float]
+
+
+def colored_series(values: Iterable[tuple[Sequence[float], Sequence[float]]]) -> list[Series]:
+    """Give the ``(steps, values)`` of each run the colour of the run."""
+    return [Series(color, *each) for color, each in zip(COLORS, values, strict=False)]
 
 
 def line_chart(title: str, series: Sequence[Series], *, log: bool = False) -> str:

@@ -2,9 +2,9 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 from ..common.errors import UserError
 from ..common.paths import require_new_output
@@ -29,25 +29,37 @@ class SamplingSettings:
     seed: int = 0
     """Seed of all noise. The noise of an image depends only on the seed and the image's index."""
 
+    @classmethod
+    def from_config(cls, config: Any, **settings: Any) -> Self:
+        """Create an instance from ``settings`` and the fields of ``config`` with the same names."""
+        names = {field.name for field in fields(cls)} & vars(config).keys()
+        return cls(**{**{name: getattr(config, name) for name in names}, **settings})
+
 
 @dataclass(kw_only=True)
-class InputAndOutput:
-    """The two required settings."""
+class ModelSettings:
+    """Which model to load, and how to run it; shared by all programs that sample."""
 
     checkpoint: str
     """Run folder (its newest checkpoint), a checkpoint or pipeline folder, a published file, or a
     Hub id of any of these (docs/checkpoints.md)."""
-    output: str
-    """Grid: .png. Animation of the denoising: .gif, .webp, .mp4. Set of images: .npz, .tar
-    (WebDataset), or a folder (no suffix)."""
+    weights: str = "transformer"
+    """Weights to use: transformer (the first average), raw, or a folder such as ema-0.999."""
+    batch_size: int = 64
+    """Images per batch and process. The CPU rounds it up to whole units (docs/sampling.md)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to run on; auto uses a GPU if there is one."""
+    dtype: Precision = "float32"
+    """Precision of the transformer; latents and scheduler stay float32."""
 
 
 @dataclass(kw_only=True)
-class SampleConfig(SamplingSettings, InputAndOutput):  # the last base comes first in --help
+class SampleConfig(SamplingSettings, ModelSettings):  # --help lists the last base first
     """What to sample"""
 
-    weights: str = "transformer"
-    """Weights to use: transformer (the first average), raw, or a folder such as ema-0.999."""
+    output: str
+    """Grid: .png. Animation of the denoising: .gif, .webp, .mp4. Set of images: .npz, .tar
+    (WebDataset), or a folder (no suffix)."""
     autoencoder: str | None = None
     """Autoencoder for a checkpoint that has none, e.g. stabilityai/sd-vae-ft-ema."""
     guidance_checkpoint: str | None = None
@@ -76,14 +88,8 @@ class SampleConfig(SamplingSettings, InputAndOutput):  # the last base comes fir
     resume: bool = False
     """Continue an unfinished set, or start if there is none."""
 
-    batch_size: int = 64
-    """Images per batch and process. The CPU rounds it up to whole units (docs/sampling.md)."""
     decode_batch_size: int | None = None
     """Images that the autoencoder decodes at once (default: batch_size)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to run on; auto uses a GPU if there is one."""
-    dtype: Precision = "float32"
-    """Precision of the transformer; latents and scheduler stay float32."""
     decode_dtype: Precision = "float32"
     """Precision of the autoencoder."""
     allow_tf32: bool = False

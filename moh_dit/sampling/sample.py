@@ -136,7 +136,7 @@ def load_for_sampling(
     pipeline.to(device)
     pipeline.transformer.fuse_qkv_projections()  # after the last change of the weights
     if config.compile:
-        # All batches have one size, guided or not, so static shapes need only two compilations.
+        # All batches have one size, so static shapes need two compilations: guided and unguided.
         if config.cuda_graphs:
             pipeline.transformer.compile(mode="reduce-overhead", dynamic=False)
         else:  # blocks with the same numbers of heads share one compilation

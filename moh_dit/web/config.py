@@ -1,21 +1,14 @@
 """Settings of the demo page. The docstring under a field is its help text."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from ..common.errors import UserError
-from ..sampling.config import Precision, SampleConfig, require_checkpoint
+from ..sampling.config import ModelSettings, Precision, SampleConfig, require_checkpoint
 
 
 @dataclass(kw_only=True)
-class DemoConfig:
+class DemoConfig(ModelSettings):
     """The model, the address of the page, and the limits of a request"""
-
-    checkpoint: str
-    """Run folder (its newest checkpoint), a checkpoint or a saved pipeline folder; may be given
-    without the name: moh-dit demo RUN."""
-    weights: str = "transformer"
-    """Weights to use: transformer (the first average), raw, or a folder such as ema-0.999."""
 
     host: str = "127.0.0.1"
     """Address to listen on. The page has no passwords: keep the default unless everyone who can
@@ -38,12 +31,6 @@ class DemoConfig:
     """Number of previews per request. The autoencoder decodes all images for each; 0 turns previews
     off."""
 
-    batch_size: int = 64
-    """Images per batch. The CPU rounds it up to whole units (docs/sampling.md)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to run on; auto uses a GPU if there is one."""
-    dtype: Precision = "float32"
-    """Precision of the transformer; latents and scheduler stay float32."""
     decode_dtype: Precision = "float32"
     """Precision of the autoencoder."""
 
@@ -59,15 +46,4 @@ class DemoConfig:
 
     def to_sample_config(self) -> SampleConfig:
         """Return the default settings of a request."""
-        return SampleConfig(
-            checkpoint=self.checkpoint,
-            output="grid.png",
-            weights=self.weights,
-            images_per_class=1,
-            guidance_scale=self.guidance_scale,
-            num_inference_steps=self.num_inference_steps,
-            batch_size=self.batch_size,
-            device=self.device,
-            dtype=self.dtype,
-            decode_dtype=self.decode_dtype,
-        )
+        return SampleConfig.from_config(self, output="grid.png", images_per_class=1)

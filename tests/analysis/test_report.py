@@ -197,11 +197,11 @@ def test_large_pictures_shrink(tmp_path):
 
 def test_lines_keep_their_mean_and_leave_out_what_is_not_finite():
     steps = np.arange(8_000)
-    line = downsample(Series("a", "#000000", steps, np.where(steps % 10, steps, np.nan)))
+    line = downsample(Series("#000000", steps, np.where(steps % 10, steps, np.nan)))
     assert len(line.steps) == MAX_POINTS
     assert np.allclose(line.steps, line.values)
     assert np.mean(line.values) == pytest.approx(steps[steps % 10 > 0].mean())
-    assert line_chart("nothing", [Series("a", "#000000", [1], [float("nan")])]) == ""
+    assert line_chart("nothing", [Series("#000000", [1], [float("nan")])]) == ""
 
 
 def test_the_command(tmp_path, capsys):

@@ -56,6 +56,7 @@ def test_record_alone_reproduces_the_sheet(run, tmp_path, monkeypatch):
         assert sheet.text["settings"] == record
     assert "# guidance on the first 3 of 4 latent channels" in record
     assert yaml.safe_load(record)["checkpoint"].endswith("step-00000002")
+    assert "resume" not in yaml.safe_load(record)
     for config, output in (("a.png.yaml", "b.png"), ("a.png", "c.png")):
         again = ["--config", str(tmp_path / config), "--output", str(tmp_path / output)]
         monkeypatch.setattr(sys, "argv", ["sample_dit.py", *again])
@@ -140,6 +141,48 @@ def test_an_output_that_cannot_be_written_is_found_out_before_sampling(
             command(monkeypatch, run, tmp_path / "file" / name, *more)
         assert end.value.code == 2
         assert f"{tmp_path / 'file'} is not a writable folder" in capsys.readouterr().err
+
+
+def test_an_unfinished_set_needs_resume(run, tmp_path, monkeypatch, capsys):
+    arguments = ("--num_samples", 5, "--batch_size", 2)
+    command(monkeypatch, run, tmp_path / "new.npz", *arguments, "--resume")  # starts
+    command(monkeypatch, run, tmp_path / "old.npz", *arguments)
+    (tmp_path / "s.npz.partial").mkdir()
+    (tmp_path / "s.npz.partial" / "settings.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, run, tmp_path / "s.npz", *arguments)
+    assert "s.npz.partial holds an unfinished set; continue it with --resume" in (
+        capsys.readouterr().err
+    )
+    assert (tmp_path / "new.npz").read_bytes() == (tmp_path / "old.npz").read_bytes()
+
+
+CONFIGS_WITH_WRONG_PATHS = """
+import sys
+from moh_dit.analysis.config import CostConfig, HeadLoadConfig, ReportConfig
+from moh_dit.common.errors import UserError
+from moh_dit.sampling.config import SampleConfig
+from moh_dit.web.config import DemoConfig
+
+for config in (
+    SampleConfig(checkpoint="nowhere", output="x.png"),
+    HeadLoadConfig(checkpoint="nowhere", output="x"),
+    CostConfig(checkpoint="nowhere"),
+    ReportConfig(runs=["nowhere"], output="x.html"),
+    DemoConfig(checkpoint="nowhere"),
+):
+    try:
+        config.check_paths()
+    except UserError as error:
+        assert "nowhere does not exist" in str(error), error
+    else:
+        raise AssertionError(config)
+assert "torch" not in sys.modules
+"""
+
+
+def test_wrong_paths_are_found_without_torch():
+    subprocess.run([sys.executable, "-c", CONFIGS_WITH_WRONG_PATHS], cwd=PROGRAM.parent, check=True)
 
 
 def test_nothing_is_written_over(run, tmp_path, monkeypatch, capsys):
