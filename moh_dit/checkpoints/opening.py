@@ -277,7 +277,7 @@ def _load_stored_vae(folder: Path) -> AutoencoderKL:
     try:
         tensors = open_weights(find_weights(folder)).values()
         dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
-        return AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
+        return AutoencoderKL.from_pretrained(folder, local_files_only=True, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be opened: {' '.join(str(error).split())}") from None
 

@@ -58,7 +58,7 @@ def test_a_model_in_half_precision_keeps_its_dtype(config, dtype, low_cpu_mem_us
     model = randomized(config).to(dtype)
     model.save_pretrained(tmp_path)
     loaded = MoHDiTTransformer2DModel.from_pretrained(
-        tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, torch_dtype=dtype
+        tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, dtype=dtype
     )
     assert loaded.dtype == dtype
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}

@@ -87,7 +87,7 @@ def test_half_precision_prints_nothing_and_survives_saving(dtype, pipeline, tmp_
     assert pipeline.to(dtype).dtype == dtype
     assert capfd.readouterr() == ("", "")
     pipeline.save_pretrained(tmp_path)
-    loaded = MoHDiTPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = MoHDiTPipeline.from_pretrained(tmp_path, dtype=dtype)
     assert loaded.transformer.dtype == loaded.vae.dtype == dtype
     loaded.set_progress_bar_config(disable=True)
     np.testing.assert_allclose(run(loaded), run(pipeline), atol=1e-2)
@@ -96,7 +96,7 @@ def test_half_precision_prints_nothing_and_survives_saving(dtype, pipeline, tmp_
 def test_a_dtype_for_each_component(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     dtypes = {"transformer": torch.bfloat16, "default": torch.float16}
-    loaded = MoHDiTPipeline.from_pretrained(tmp_path, torch_dtype=dtypes)
+    loaded = MoHDiTPipeline.from_pretrained(tmp_path, dtype=dtypes)
     assert loaded.transformer.dtype == torch.bfloat16
     assert loaded.vae.dtype == torch.float16
 
