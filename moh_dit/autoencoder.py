@@ -99,10 +99,9 @@ def autoencoder_identity(vae: AutoencoderKL) -> str:
 
 @torch.no_grad()
 def encode_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Encode images (B, 3, H, W) in −1 … 1.
+    """Encode images (B, 3, H, W) in −1 … 1 to posterior moments, float32 (B, 2C, h, w).
 
-    Returns:
-        Mean and log-variance of the posterior, unscaled, float32 (B, 2C, h, w).
+    The moments are the unscaled mean and log-variance.
     """
     with torch.autocast(images.device.type, enabled=False):
         posterior = vae.encode(images.to(vae.dtype)).latent_dist
@@ -110,15 +109,12 @@ def encode_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def sample_posterior(moments: Tensor, noise: Tensor, scaling: LatentScaling) -> Tensor:
-    """Draw a sample of the posterior and scale it.
+    """Draw scaled latents, float32 (B, C, h, w), from the posterior.
 
     Args:
         moments: mean and log-variance, (B, 2C, h, w).
         noise: standard normal noise, (B, C, h, w); zeros give the posterior mean.
         scaling: scaling of the autoencoder.
-
-    Returns:
-        Scaled latents, float32 (B, C, h, w).
     """
     mean, log_variance = moments.float().chunk(2, dim=1)
     return (mean + torch.exp(0.5 * log_variance) * noise - scaling.shift) * scaling.factor
@@ -154,7 +150,7 @@ def _load_local(folder: Path, name: str) -> AutoencoderKL:
         vae, report = AutoencoderKL.from_pretrained(
             str(folder),
             use_safetensors=True,
-            torch_dtype=torch.float32,
+            dtype=torch.float32,
             output_loading_info=True,
             local_files_only=True,
         )

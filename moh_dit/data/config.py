@@ -7,13 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..common import paths
 from ..common.errors import UserError
-from ..common.paths import (
-    choose_autoencoder,
-    require_autoencoder,
-    require_data,
-    require_new_output,
-)
 
 
 @dataclass
@@ -45,16 +40,11 @@ class EncodeConfig:
     """Continue an unfinished encoding, or start if there is none."""
 
     def check_paths(self) -> None:
-        """Check the data, the autoencoder and the output folder.
-
-        Raises:
-            UserError: the data or the autoencoder does not exist, no autoencoder is given, or the
-                output is finished, or exists although ``resume`` is not set.
-        """
+        """Raise ``UserError`` if an input is missing, or the output exists without ``resume``."""
         from .latent_shards import check_latents_output
 
-        require_data(self.data)
-        require_autoencoder(choose_autoencoder(self.autoencoder, self.data))
+        paths.require_data(self.data)
+        paths.require_autoencoder(paths.choose_autoencoder(self.autoencoder, self.data))
         check_latents_output(Path(self.output), self.resume)
 
 
@@ -74,12 +64,8 @@ class ExportConfig:
     """Data-loader workers."""
 
     def check_paths(self) -> None:
-        """Check the data and the output file.
-
-        Raises:
-            UserError: the data does not exist, or the output exists or does not end in ``.npz``.
-        """
-        require_data(self.data)
+        """Raise ``UserError`` if the data is missing, or the output exists or is not a .npz."""
+        paths.require_data(self.data)
         if Path(self.output).suffix != ".npz":
             raise UserError(f"output {self.output} must end in .npz")
-        require_new_output(Path(self.output))
+        paths.require_new_output(Path(self.output))

@@ -55,27 +55,25 @@ def encode_data(config: EncodeConfig, images: ImageSet | None = None) -> None:
     state.wait_for_everyone()  # every process has checked the output before rank 0 creates it
     source, plan = run_on_main_process(state, lambda: _prepare(config, vae, images))
     folder = Path(config.output)
-    rank, world_size = state.process_index, state.num_processes
+    every_nth = slice(state.process_index, None, state.num_processes)
+    batch_size = _whole_passes(config.batch_size)
     shards: Iterator[tuple[str, Batches]]
     if isinstance(source, HubStream):
         total = source.num_images
-        shards = source.parts(
-            folder,
-            plan["images_per_shard"],
-            _whole_passes(config.batch_size),
-            max(1, config.num_workers),
-            rank,
-            world_size,
-        )
+        threads = max(1, config.num_workers)
+        shards = source.parts(folder, plan["images_per_shard"], batch_size, threads, every_nth)
     else:
-        total, shards = _missing_shards(folder, plan, source, config, rank, world_size)
+        present = set(os.listdir(folder))
+        missing = [i for i in range(_num_shards(plan)) if _shard_name(plan, i) not in present]
+        total = sum(len(_image_range(plan, shard)) for shard in missing[every_nth])
+        shards = _read_shards(source, plan, missing[every_nth], batch_size, config.num_workers)
     state.wait_for_everyone()  # every process has listed the existing shards
     vae = vae.to(state.device)
     with (
         _reproducible_threads(state.device, config.tf32) as pool,
         progress_bar(
             total,
-            desc=f"encoding, 1 of {world_size}" if world_size > 1 else "encoding",
+            desc=f"encoding, 1 of {n}" if (n := state.num_processes) > 1 else "encoding",
             unit="img",
             enabled=state.is_main_process,
         ) as bar,
@@ -145,25 +143,13 @@ def _prepare(
     return source, plan
 
 
-def _missing_shards(
-    folder: Path,
-    plan: dict[str, Any],
-    images: ImageSet,
-    config: EncodeConfig,
-    rank: int,
-    world_size: int,
-) -> tuple[int, Iterator[tuple[str, Batches]]]:
-    """Return the number of images that this rank must encode, and its shards: name and batches."""
-    present = set(os.listdir(folder))
-    missing = [i for i in range(_num_shards(plan)) if _shard_name(plan, i) not in present]
-    assigned = missing[rank::world_size]
-
-    def shards() -> Iterator[tuple[str, Batches]]:
-        for shard in assigned:
-            batches = index_batches(_image_range(plan, shard), _whole_passes(config.batch_size))
-            yield _shard_name(plan, shard), read_batches(images, batches, config.num_workers)
-
-    return sum(len(_image_range(plan, shard)) for shard in assigned), shards()
+def _read_shards(
+    images: ImageSet, plan: dict[str, Any], shards: list[int], batch_size: int, num_workers: int
+) -> Iterator[tuple[str, Batches]]:
+    """Yield the file name and the batches of each of these shards."""
+    for shard in shards:
+        batches = index_batches(_image_range(plan, shard), batch_size)
+        yield _shard_name(plan, shard), read_batches(images, batches, num_workers)
 
 
 def _whole_passes(count: int) -> int:

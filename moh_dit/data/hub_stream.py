@@ -66,22 +66,16 @@ class HubStream:
         return hashlib.sha256(json.dumps([self.class_names, self._versions]).encode()).hexdigest()
 
     def parts(
-        self,
-        folder: Path,
-        rows_per_part: int,
-        batch_size: int,
-        threads: int,
-        rank: int,
-        world_size: int,
+        self, folder: Path, rows_per_part: int, batch_size: int, threads: int, files: slice
     ) -> Iterator[tuple[str, Iterator[Batch]]]:
-        """Yield file name and batches of each part that process ``rank`` must still encode.
+        """Yield file name and batches of each part of these files that must still be encoded.
 
         All batches of a part must be read before the next part is requested.
 
         Raises:
             UserError: an unreadable image (unless skipped), a missing label, or a lost connection.
         """
-        for number in range(rank, self.num_files, world_size):
+        for number in range(self.num_files)[files]:
             done = folder / f"file-{number:05}.done"
             if done.exists():
                 continue

@@ -74,11 +74,7 @@ def is_stream(source: str | Path) -> bool:
 
 
 def parse_source(source: str | Path) -> HubUrl:
-    """Parse the URL of a Hugging Face data set.
-
-    Raises:
-        UserError: the URL is malformed.
-    """
+    """Parse the URL of a Hugging Face data set; raise ``UserError`` if it is malformed."""
     try:
         return parse_hub_url(str(source))
     except EvaluationError as error:
@@ -86,11 +82,7 @@ def parse_source(source: str | Path) -> HubUrl:
 
 
 def choose_columns(data: Any, source: str) -> tuple[str, str]:
-    """Return the names of the image column and of the label column.
-
-    Raises:
-        UserError: the data set has no such columns.
-    """
+    """Return the names of the image column and of the label column."""
     url = parse_source(source)
     kinds = {name: type(kind).__name__ for name, kind in (data.features or {}).items()}
 
@@ -135,11 +127,8 @@ def load_hub_split(source: str, *, streaming: bool = False) -> tuple[Any, list]:
             return datasets.load_dataset(url.name, url.config, split=url.split), []
         builder = datasets.load_dataset_builder(url.name, url.config)
         files = (builder.config.data_files or {}).get(url.split, [])
-        versions = str(getattr(files, "origin_metadata", ""))
-        return (
-            builder.as_streaming_dataset(url.split),
-            [url.split, builder.hash, *map(str, files), versions],
-        )
+        versions = [builder.hash, *map(str, files), str(getattr(files, "origin_metadata", ""))]
+        return builder.as_streaming_dataset(url.split), [url.split, *versions]
     except Exception as error:  # datasets raises many types for a wrong name, split or network
         reason = " ".join(str(error).split())
         raise UserError(f"data {source} cannot be opened: {reason[:300]}") from None

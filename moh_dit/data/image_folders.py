@@ -70,11 +70,7 @@ class ImageFiles:
         raise NotImplementedError
 
     def _find_readable(self, skip_unreadable: bool, progress: bool) -> np.ndarray:
-        """Check every image and return which ones are readable, bool (N,).
-
-        Raises:
-            UserError: an image is unreadable and ``skip_unreadable`` is not set, or all are.
-        """
+        """Check every image and return which ones are readable, bool (N,)."""
 
         def unreadable_reason(index: int) -> str | None:
             try:

@@ -89,13 +89,7 @@ def _metadata_path(shard: Path) -> Path:
 
 
 def write_index(folder: Path, plan: dict[str, Any], names: Iterable[str]) -> int:
-    """Write the index of finished shards, remove temporary files, return the number of images.
-
-    Args:
-        folder: the latents.
-        plan: settings to store in the index.
-        names: file names of all shards, in order.
-    """
+    """Write the index of the shards with these file names, and return the number of images."""
     shards, labels = [], []
     for name in names:
         metadata = json.loads(_metadata_path(folder / name).read_text())
@@ -132,11 +126,7 @@ def _remove_temporary_files(folder: Path) -> None:
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write a file atomically.
-
-    Raises:
-        UserError: the disk is full or not writable.
-    """
+    """Write a file atomically; raise ``UserError`` if the disk is full or not writable."""
     try:
         atomic_write(path, data)
     except OSError as error:

@@ -100,12 +100,7 @@ def encode_images(
 
 
 def encode_views(vae: AutoencoderKL, pixels: np.ndarray, flip: bool) -> Tensor:
-    """Encode images as they are and, with ``flip``, mirrored.
-
-    Args:
-        vae: the autoencoder.
-        pixels: uint8 (B, S, S, 3).
-        flip: also encode the mirrored images.
+    """Encode images, uint8 (B, S, S, 3), as they are and, with ``flip``, mirrored.
 
     Returns:
         Moments on the CPU, float32 (1 or 2, B, 2C, h, w).

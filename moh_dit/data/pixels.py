@@ -15,17 +15,10 @@ PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Resize the shorter side to ``size`` and crop the centre, as in the training of ADM and DiT.
+    """Resize the shorter side of an RGB image to ``size`` and crop the centre, as ADM and DiT do.
 
     A box filter halves the image while its shorter side is at least twice ``size``. Bicubic
-    interpolation then resizes (or enlarges) it to ``size``.
-
-    Args:
-        image: an RGB image.
-        size: side in pixels.
-
-    Returns:
-        Pixels, uint8 (size, size, 3).
+    interpolation then resizes (or enlarges) it. The result is uint8 (size, size, 3).
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -65,11 +65,7 @@ class AutoencoderTrainingConfig:
     """Seed of the initial weights, the order of images, the flips and the posterior samples."""
 
     def check_paths(self) -> None:
-        """Check the data, the initial autoencoder and the output folder.
-
-        Raises:
-            UserError: the data or the autoencoder does not exist, or the output exists.
-        """
+        """Raise ``UserError`` if the data or ``initial`` is missing, or the output exists."""
         require_data(self.data)
         if self.initial is not None:
             require_autoencoder(self.initial)

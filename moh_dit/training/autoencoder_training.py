@@ -45,11 +45,7 @@ class _Autoencode(nn.Module):
         self.vae, self.latent_noise = vae, latent_noise
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruct images.
-
-        Args:
-            images: (B, 3, H, W) in −1 … 1.
-            noise: standard normal noise, (B, C, h, w).
+        """Reconstruct images (B, 3, H, W) in −1 … 1, using normal noise (B, C, h, w).
 
         Returns:
             Reconstructions (B, 3, H, W), and the KL divergence averaged over latent values, (B,).
@@ -65,10 +61,7 @@ class _Autoencode(nn.Module):
 
 
 def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
-    """Train an autoencoder, measure it and write ``config.output``.
-
-    Returns:
-        The measurements, which are also written to ``metrics.json``.
+    """Train an autoencoder, write it to ``config.output`` and return its measurements.
 
     Raises:
         UserError: bad data, an existing output folder, or sizes that are not divisible.
@@ -181,10 +174,7 @@ def _new_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:
 def _batch_indices(
     indices: np.ndarray, config: AutoencoderTrainingConfig, rank: int, world_size: int
 ) -> Iterator[list[int]]:
-    """Yield this rank's part of each global batch, for ``num_steps`` steps.
-
-    The order is drawn anew in each epoch.
-    """
+    """Yield this rank's part of each of ``num_steps`` global batches; shuffle in each epoch."""
     size = config.batch_size
     per_epoch = len(indices) // size
     for step in range(config.num_steps):
@@ -287,15 +277,7 @@ def _write_results(
 
 
 def _before_after(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Arrange images in rows of eight: originals above their reconstructions.
-
-    Args:
-        before: originals, uint8 (N, S, S, 3).
-        after: reconstructions, uint8 (N, S, S, 3).
-
-    Returns:
-        One image, uint8 (H, W, 3), with a gap below each pair of rows.
-    """
+    """Arrange originals above their reconstructions, both uint8 (N, S, S, 3), in rows of eight."""
     _, size, _, channels = before.shape
     gap = max(2, size // 16)
     rows = []
