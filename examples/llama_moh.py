@@ -1,7 +1,9 @@
-"""A Hugging Face LLaMA decoder with mixture-of-head attention: equal, tuned, generating.
+"""Replace the attention of a Hugging Face LLaMA decoder by mixture-of-head attention.
 
-pip install transformers
-python examples/llama_moh.py
+    pip install transformers
+    python examples/llama_moh.py
+
+Prints the error with all heads active, the loss of fine-tuning, and a check of generation.
 """
 
 import copy
@@ -17,7 +19,7 @@ from moh_dit.model.attention import load_balance_loss, recorded_router_stats
 
 
 class MoHLlamaAttention(nn.Module):
-    """In place of LlamaAttention; transformers drops the router statistics it returns."""
+    """Replacement for LlamaAttention; transformers discards the router statistics it returns."""
 
     def __init__(self, dense: LlamaAttention, shared: int, active: int, router: str):
         super().__init__()
@@ -42,7 +44,7 @@ class MoHLlamaAttention(nn.Module):
 
 
 def to_moh(model: LlamaForCausalLM, shared: int, active: int, router: str = "query_norm"):
-    """A copy of the model whose tokens choose ``active`` heads beside the first ``shared``."""
+    """Return a copy with MoH attention: ``shared`` heads, and ``active`` routed ones per token."""
     model = copy.deepcopy(model)
     for layer in model.model.layers:
         layer.self_attn = MoHLlamaAttention(layer.self_attn, shared, active, router)
@@ -50,7 +52,7 @@ def to_moh(model: LlamaForCausalLM, shared: int, active: int, router: str = "que
 
 
 def tune(model: LlamaForCausalLM, tokens: torch.Tensor, active: int, steps: int) -> list[float]:
-    """Train on one batch, heads kept in balance; the loss of each step."""
+    """Train on one batch with the load-balance loss; return the loss of each step."""
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
     for _ in range(steps):
         with recorded_router_stats(model) as stats:

@@ -79,7 +79,7 @@ def norm_each(tensors: list[Tensor]) -> list[Tensor]:
     ``torch.nn.utils.get_total_norm`` returns only the total. ``torch._foreach_norm`` exists since
     torch 1.13.
     """
-    return torch._foreach_norm(tensors)
+    return list(torch._foreach_norm(tensors))
 
 
 def scale_all_(tensors: list[Tensor], factor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Training objectives: what a model predicts, its loss, and the diffusers scheduler for sampling.
+"""Define training objectives: the prediction, its loss, and the diffusers scheduler for sampling.
 
 An objective draws times, adds noise to latents, and computes the loss of a model's output. The
 papers use ``NoiseObjective`` with its defaults.

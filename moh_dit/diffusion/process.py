@@ -1,4 +1,4 @@
-"""Diffusion process: MSE on the noise, plus the variational bound that trains the variance.
+"""Compute the diffusion loss: MSE of the noise, and the variational bound for the variance.
 
 DDPM (arXiv 2006.11239) with the learned variance of Improved DDPM (arXiv 2102.09672). The noise
 schedule comes from a diffusers ``DDPMScheduler``, which also samples from the model.

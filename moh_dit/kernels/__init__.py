@@ -1,1 +1,1 @@
-"""Fast implementations of attention, adaLN and the MLP, which ``moh_dit.model`` defines."""
+"""Compute attention, adaLN and the MLP faster than the definitions in ``moh_dit.model``."""

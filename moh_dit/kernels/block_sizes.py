@@ -1,4 +1,4 @@
-"""Integer arithmetic for block sizes. Triton's own helpers are meant for its compiler and slow."""
+"""Compute block sizes. Triton's own helpers are meant for its compiler and slow on the host."""
 
 
 def cdiv(a: int, b: int) -> int:

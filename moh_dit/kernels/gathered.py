@@ -1,4 +1,4 @@
-"""Attention for CPUs that computes routed heads only for the tokens that selected them."""
+"""Compute attention on CPUs, routed heads only for the tokens that selected them."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Launch configurations of the attention kernels, as data.
+"""List the launch configurations of the attention kernels, and look one up.
 
 They were measured on an NVIDIA H200 with torch 2.11 and triton 3.6 (``benchmarks/tune.py``).
 ``benchmarks/check_kernels.py`` compares the results of each configuration with float64 on the GPU.

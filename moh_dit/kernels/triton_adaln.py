@@ -1,4 +1,4 @@
-"""Triton kernels for adaLN (DiT §3.2) that pass over the tokens once per direction.
+"""Compute adaLN (DiT §3.2) by Triton kernels, in one pass over the tokens per direction.
 
 ``moh_dit.model.modulation`` defines the function in plain torch. The code of torch.compile reads a
 row several times if it does not fit in registers, and once more for each gradient that is a sum

@@ -1,4 +1,4 @@
-"""Triton kernels for the gradients of queries, keys, values and gates.
+"""Compute the gradients of queries, keys, values and gates by Triton kernels.
 
 Conventions are those of :mod:`.triton_forward`. There are two passes, one over tiles of queries and
 one over tiles of keys, instead of a single pass with atomic additions. This costs a little more

@@ -1,4 +1,4 @@
-"""Triton kernels for softmax attention of the selected (token, head) pairs only.
+"""Compute softmax attention of the selected (token, head) pairs by Triton kernels.
 
 Tensors are described in :mod:`.attention_operators`. Queries, keys and values are read directly
 from the output of the projection, in rows that are ``STRIDE`` apart. The columns of a head are

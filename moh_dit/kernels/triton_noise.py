@@ -1,4 +1,4 @@
-"""Triton kernel that draws per-image normal noise in one launch.
+"""Draw per-image normal noise in one launch of a Triton kernel.
 
 It computes the same numbers as ``moh_dit.diffusion.noise``. The plain tensor operations there
 launch about 170 small kernels, which would slow down sampling from a small model.
@@ -68,7 +68,7 @@ def philox_normal_triton(
     out = torch.empty(draws, len(indices), count, dtype=torch.float64, device=indices.device)
     grid = (cdiv(cdiv(count, 4), BLOCK), len(indices), draws)
     interpreted = triton.knobs.runtime.interpret
-    seed = (seed + 2**63) % 2**64 - 2**63  # the same bits as a signed integer
+    seed = (seed + 2**63) % 2**64 - 2**63  # as a signed integer with the same bits
     with torch.cuda.device_of(out):
         philox_normal_kernel[grid](
             out, indices, seed, first_draw, count, BLOCK, 2 * math.pi * 2.0**-32, interpreted

@@ -1,4 +1,4 @@
-"""Triton kernels that compute gates, lists of selected tokens, router statistics and gradients.
+"""Compute gates, lists of selected tokens, router statistics and gradients by Triton kernels.
 
 Tensors are described in :mod:`.attention_operators`. The router logits of a token follow its
 queries, keys and values: shared heads, routed heads, then two for the two-stage weights.

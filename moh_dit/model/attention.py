@@ -1,4 +1,4 @@
-"""Mixture-of-head attention in plain torch (MoH, arXiv 2410.11842, §3).
+"""Compute mixture-of-head attention in plain torch (MoH, arXiv 2410.11842, §3).
 
 ``MoHAttention`` is the definition: a kernel is correct if it agrees with it. Heads ``0 … s-1`` are
 shared (always active), the other ``E = h - s`` are routed. Each token activates its top ``k``

@@ -1,4 +1,4 @@
-"""Blocks of the Diffusion Transformer: attention and MLP with adaLN-Zero, and the output layer."""
+"""Define the blocks of the Diffusion Transformer: attention, MLP, adaLN-Zero, last layer."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

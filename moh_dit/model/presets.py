@@ -1,4 +1,4 @@
-"""The published models as data, one line each (MoH §4.2 and appendix; DiT table 1)."""
+"""List the published models, one line each (MoH §4.2 and appendix; DiT table 1), and build them."""
 
 import difflib
 from typing import TYPE_CHECKING, Any
