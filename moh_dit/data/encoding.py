@@ -153,7 +153,7 @@ def _read_shards(
 
 
 def _whole_passes(count: int) -> int:
-    """Round a number of images down to a multiple of ``IMAGES_PER_PASS``, but at least to one."""
+    """Round a number of images down to whole forward passes, but at least to one pass."""
     return max(1, count // IMAGES_PER_PASS) * IMAGES_PER_PASS
 
 
