@@ -33,7 +33,7 @@ def test_published_models_by_part(name):
     assert flops["attention"] / dense == pytest.approx(PUBLISHED[name][1] / found["model"]["heads"])
 
 
-def test_gpu_hours_are_work_over_speed():
+def test_gpu_hours_are_flops_divided_by_speed():
     asked = dict(preset="DiT-XL/2", num_steps=1000, mixed_precision="bf16", mfu=0.5)
     found = estimate_cost(CostConfig(**asked))["training"]
     # 118.6 GMAC forward (the published figure), three passes' worth, at half of 989.4 TFLOP/s.
@@ -113,7 +113,7 @@ def test_mistakes_are_named(settings, message):
 
 
 @pytest.mark.parametrize("name", shipped_configs())
-def test_every_shipped_configuration_is_accounted(name):
+def test_every_shipped_configuration_has_an_estimate(name):
     config = load_config(CostConfig, shipped_configs()[name])
     config.model.num_classes = config.model.num_classes or 10
     found = estimate_cost(config)

@@ -1,4 +1,4 @@
-"""Head load against the statistics that the layers return, and as exact counts of what was made."""
+"""Compare head load with the statistics of the layers and with exact counts."""
 
 import functools
 import json
@@ -33,7 +33,11 @@ FIGURES = ("class-bars", "class-map", "layer-map", "timestep-map")
 FILES = {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")} | {
     "head_load.json", "head-maps.png", "settings.yaml"
 }  # fmt: skip
-PLANS = {0: (2, 1), 1: (3, 2), 2: (4, 2)}  # routed heads and active ones of tiny_pipeline's layers
+PLANS = {
+    0: (2, 1),
+    1: (3, 2),
+    2: (4, 2),
+}  # (routed, active) heads of tiny_pipeline's layers
 
 
 def record(pipeline, labels, settings=None, indices=None, **options):
@@ -47,7 +51,7 @@ def record(pipeline, labels, settings=None, indices=None, **options):
 
 
 def forward(model, rows):
-    """One evaluation of ``rows`` requests at one timestep, guided as the pipeline guides."""
+    """Evaluate ``rows`` requests at one timestep, with guidance as in the pipeline."""
     torch.manual_seed(0)
     latents, labels = torch.randn(8, 4, 8, 8)[rows], torch.arange(8)[rows] % 5
     null = torch.full_like(labels, model.null_class)
@@ -68,7 +72,7 @@ def test_shares_are_the_loads_that_the_layers_return():
         assert np.isnan(load.share(layer, "timestep")[5]).all()
 
 
-def test_rows_that_only_fill_a_batch_do_not_count():
+def test_padding_does_not_count():
     model = tiny_pipeline().transformer.train()
     with HeadLoadRecorder(model) as recorder:
         forward(model, slice(None))
@@ -84,7 +88,7 @@ def test_every_token_of_every_image_is_counted_once():
     settings = SamplingSettings(num_inference_steps=STEPS, guidance_scale=2.0)
     plain = np.concatenate([images for _, images in generate(pipeline, labels, settings)])
     recorder, images = record(pipeline, labels)
-    assert np.array_equal(images, plain)  # looking changes nothing
+    assert np.array_equal(images, plain)  # recording does not change the images
     assert not pipeline.transformer._forward_pre_hooks
     assert not any(layer._forward_pre_hooks for layer in pipeline.transformer.modules())
     load = recorder.result()
@@ -99,18 +103,18 @@ def test_every_token_of_every_image_is_counted_once():
         assert load.balanced_share(layer) == active / routed
 
 
-def test_a_compiled_model_is_looked_into_all_the_same():
+def test_a_compiled_model_is_recorded_too():
     plain = record(tiny_pipeline(), [1, 4])[0].result()
     pipeline = tiny_pipeline()
     pipeline.transformer.compile(backend="eager")
     for _ in generate(pipeline, [1, 4], SamplingSettings(num_inference_steps=1)):
-        pass  # compiled by now, without any hook
+        pass  # compiles the model without hooks
     load = record(pipeline, [1, 4])[0].result()
     for layer, counts in plain.activated.items():
         assert np.array_equal(load.activated[layer], counts)
 
 
-def test_null_half_is_counted_where_guidance_acts():
+def test_null_half_is_counted_only_inside_the_guidance_interval():
     settings = SamplingSettings(
         num_inference_steps=STEPS, guidance_scale=2.0, guidance_interval=(0.0, 0.5)
     )
@@ -120,7 +124,7 @@ def test_null_half_is_counted_where_guidance_acts():
     assert tokens[HALVES.index("null")].tolist() == [2 * TOKENS] * 2 + [0] * 2
 
 
-def test_maps_hold_what_each_patch_chose():
+def test_maps_hold_the_head_of_each_patch():
     pipeline = tiny_pipeline()
     recorder, _ = record(pipeline, [2, 4], map_images=[1], map_steps=[0, 3])
     assert sorted(recorder.maps) == [(1, 0), (1, 3)]
@@ -129,7 +133,7 @@ def test_maps_hold_what_each_patch_chose():
     alone = record(pipeline, [4], indices=[1])[0].result()
     for layer, (routed, active) in PLANS.items():
         assert first.heads[layer].shape == (TOKENS,)
-        if active == 1:  # the chosen head is the one of greatest gate
+        if active == 1:  # the active head is the one with the greatest gate
             counted = alone.activated[layer][0, 0, 3]
             assert np.array_equal(np.bincount(first.heads[layer], minlength=routed), counted)
     assert first.latents.shape == last.latents.shape == (4, 8, 8)
@@ -201,7 +205,7 @@ def test_nothing_is_written_over(saved, tmp_path):
         measure(saved, tmp_path)
 
 
-def test_patches_wear_the_colour_of_their_head():
+def test_patches_have_the_colour_of_their_head():
     heads = np.array([0, 1, 2, 0])
     shown = overlay_heads(np.full((32, 32, 3), 100, np.uint8), heads, 3)
     assert shown.shape == (128, 128, 3)

@@ -1,4 +1,4 @@
-"""Memory by formula against the bytes that autograd keeps, tensor by tensor."""
+"""Compare the memory formula with the bytes that autograd keeps, tensor by tensor."""
 
 import pytest
 import torch
@@ -25,9 +25,9 @@ def build(plan):
 
 
 def kept_bytes(model, forward):
-    """Bytes of all storages that ``forward`` saves for the backward pass; parameters do not count.
+    """Sum the bytes of all storages, except parameters, that ``forward`` saves for backward.
 
-    Under checkpointing also what the backward pass saves anew, a block at a time.
+    Checkpointed blocks save only their inputs here.
     """
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
@@ -35,7 +35,7 @@ def kept_bytes(model, forward):
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+            kept[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -79,7 +79,7 @@ def test_activations_under_checkpointing(plan):
     )
     model.enable_gradient_checkpointing()
     measured, _ = kept_bytes(model, lambda: model(*inputs()).sample)
-    assert measured < one_block  # the hooks see inputs of blocks alone
+    assert measured < one_block  # the hooks see only the inputs of the blocks
     estimate = activation_bytes(model, BATCH, checkpointing=True)
     assert estimate == pytest.approx(measured + one_block, rel=0.03)
     assert estimate < activation_bytes(model, BATCH)

@@ -29,7 +29,7 @@ VOID = {"meta", "img", "input", "wbr", "br", "link", "path", "use", "image"}
 
 
 class Page(HTMLParser):
-    """Elements, text and attributes of a page; fails where tags do not match."""
+    """Collects the elements and the text of a page; fails if tags do not match."""
 
     def __init__(self, text):
         super().__init__()
@@ -58,7 +58,7 @@ class Page(HTMLParser):
 
 
 def make_run(folder, steps=4, **settings):
-    """A run folder as training leaves it, with made-up numbers."""
+    """Write a run folder in the layout of training, with made-up numbers."""
     model = ModelConfig(hidden_size=32, depth=2, num_heads=4)
     folder.mkdir(parents=True)
     save_config(TrainConfig(num_steps=steps * 10, model=model, **settings), folder / "config.yaml")
@@ -84,7 +84,7 @@ def make_run(folder, steps=4, **settings):
     return folder
 
 
-def test_one_run_whole(tmp_path):
+def test_a_complete_run(tmp_path):
     page = Page(text := render_report([make_run(tmp_path / "a", batch_size=7)]))
     assert "Missing or left out" not in page.text
     for words in ("40 of 40", "batch_", "7", "256", "125", "25", "abacus", "Note: few samples",
@@ -103,7 +103,7 @@ def test_one_run_whole(tmp_path):
     assert text.count("currentColor") > 50
 
 
-def test_nothing_comes_from_outside(tmp_path):
+def test_the_report_loads_no_other_files(tmp_path):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
     for tag, attributes in Page(render_report(runs)).elements:
         assert tag not in ("link", "iframe", "object")
@@ -125,7 +125,7 @@ def test_runs_side_by_side_show_where_they_differ(tmp_path):
     assert len([div for div in page.all("figure") if "data-run" in div]) == 2
 
 
-def test_a_single_run_is_held_against_the_defaults(tmp_path):
+def test_a_single_run_is_compared_with_the_defaults(tmp_path):
     (run,) = read_run_folders([make_run(tmp_path / "a", ema_decays=[0.5, 0.9])])
     assert setting_differences([run]) == [
         ("model.hidden_size", ["32", "none"]),
@@ -134,11 +134,11 @@ def test_a_single_run_is_held_against_the_defaults(tmp_path):
         ("num_steps", ["40", "400000"]),
         ("ema_decays", ["0.5, 0.9", "0.9999"]),
     ]
-    # Four heads of which each token activates two: 0.5 is even.
+    # Each token activates two of four heads, so the balanced load is 0.5.
     assert np.allclose(relative_load(run)["1"], [[1, 1.5, 0, 1.5]] * 4)
 
 
-def test_a_torn_run_still_reports_and_says_what_is_missing(tmp_path):
+def test_a_damaged_run_has_a_report_that_lists_missing_parts(tmp_path):
     torn = make_run(tmp_path / "torn")
     lines = (torn / "log.jsonl").read_text().splitlines()
     (torn / "log.jsonl").write_text("\n".join([*lines[:4], lines[4][:30]]))
@@ -167,7 +167,7 @@ def test_any_part_alone_makes_a_report(tmp_path, name):
     assert "part: no evaluation" in both.text
 
 
-def test_names_and_settings_are_text_and_no_markup(tmp_path):
+def test_names_and_settings_are_escaped(tmp_path):
     folder = make_run(tmp_path / "<b>&run", init_from="<script>alert(1)</script>")
     page = Page(render_report([folder]))
     assert not page.all("b")

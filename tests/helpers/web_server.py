@@ -1,4 +1,4 @@
-"""A small untrained model behind the page, for its tests; its steps can be held."""
+"""Serve a small untrained model for tests of the page; its steps can be paused."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ MODEL = dict(sample_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=10
 
 
 def write_run(folder, **model):
-    """A run folder as training leaves it: random weights, the embedded digits autoencoder."""
+    """Write a run folder in the layout of training, with random weights."""
     torch.manual_seed(0)
     transformer = MoHDiTTransformer2DModel(**{**MODEL, **model})
     for parameter in transformer.parameters():
@@ -41,7 +41,7 @@ def demo_config(run, **options):
 
 
 class Gate:
-    """Holds a model at the start of an evaluation while it is closed, and counts evaluations."""
+    """Pauses a model before each evaluation while the gate is closed; counts evaluations."""
 
     def __init__(self, model):
         self.open, self.reached, self.evaluations = threading.Event(), threading.Event(), 0
@@ -63,13 +63,13 @@ class Gate:
             self.open.set()
 
     def wait(self):
-        """Return once the model is at the gate."""
+        """Wait until the model reaches the gate."""
         assert self.reached.wait(PATIENCE)
 
 
 @contextlib.contextmanager
 def serving(service, allowed_hosts=("127.0.0.1",)):
-    """Serve from a thread; yields the address."""
+    """Serve from a thread; yield the address."""
     server = Server(service, list(allowed_hosts))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]))

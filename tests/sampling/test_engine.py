@@ -1,4 +1,4 @@
-"""Images by (seed, index, class): noise known by its published values, bytes free of the batch."""
+"""Noise matches its published values; the bytes of an image do not depend on its batch."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ STEPS = 3
 
 @pytest.mark.parametrize(
     ("counter", "key", "expected"),
-    [  # known answers that come with the authors' Random123 library
+    [  # known answers from the authors' Random123 library
         ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((WORD,) * 4, WORD << 32 | WORD, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
         (
@@ -61,7 +61,7 @@ def test_noise_depends_on_seed_index_and_draw_alone():
                 for i in range(3)}) == 211  # fmt: skip
 
 
-def test_schedulers_draw_from_it():
+def test_torch_randn_returns_the_noise_inside_the_block():
     noise = ImageNoise(1, [4, 9], "cpu")
     with noise:
         inside = torch.randn((2, 3, 2, 2), generator=None, dtype=torch.float64)
@@ -82,7 +82,7 @@ def sampled(pipeline, labels, indices, batch_size, **settings):
 def test_bytes_do_not_depend_on_batch_or_neighbours(scheduler):
     pipeline = tiny_pipeline()
     unit = images_per_unit(pipeline.transformer)
-    assert unit > 2  # else nothing below shares a unit
+    assert unit > 2  # otherwise no images share a unit below
     labels = [index % 5 for index in range(37)]
     whole = sampled(pipeline, labels, None, 37, scheduler=scheduler)
     for batch_size in (1, 5, 16):
@@ -95,7 +95,7 @@ def test_bytes_do_not_depend_on_batch_or_neighbours(scheduler):
 
 
 def test_latents_agree_to_the_last_bit():
-    # Bytes of images forgive small differences; the latents behind them do not.
+    # Rounding to bytes hides small differences of the latents.
     pipeline, settings = tiny_pipeline(), SamplingSettings(num_inference_steps=STEPS)
     chosen, guidance = use_settings(pipeline, settings)
     compute = lambda asked: denoise_batch(chosen, guidance, settings, asked).numpy()  # noqa: E731
@@ -132,12 +132,12 @@ def test_batches_of_an_accelerator_have_one_size(monkeypatch):
         lambda module, arguments: sizes.append(len(arguments[0]))
     )
     in_batches = sampled(pipeline, labels, None, 4)
-    assert set(sizes) == {8}  # guided: two of each; the last batch is filled up
+    assert set(sizes) == {8}  # 4 images, with and without guidance; the last batch is padded
     assert abs(in_batches.astype(int) - in_units.astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("in_units", [True, False])
-def test_every_step_of_every_image_can_be_watched(monkeypatch, in_units):
+def test_on_step_gets_every_step_of_every_image(monkeypatch, in_units):
     pipeline, labels = tiny_pipeline(), [index % 5 for index in range(11)]
     monkeypatch.setattr("moh_dit.sampling.engine.runs_in_units", lambda transformer: in_units)
     states = {}
@@ -156,7 +156,7 @@ def test_every_step_of_every_image_can_be_watched(monkeypatch, in_units):
     assert abs(decoded - images).max() <= 1
 
 
-def test_what_a_watcher_raises_ends_the_work():
+def test_an_exception_in_on_step_ends_the_sampling():
     pipeline, calls = tiny_pipeline(), []
 
     def stop(positions, step, latents):
@@ -171,7 +171,7 @@ def test_what_a_watcher_raises_ends_the_work():
     assert set(calls) == {0}
 
 
-def test_units_give_every_image_its_place():
+def test_units_put_each_image_into_its_row():
     indices = np.array([0, 3, 4, 8, 1, 4])
     units = plan_units(indices, 4)
     assert [unit.tolist() for unit in units] == [[0, 4, -1, 1], [2, -1, -1, -1],
@@ -180,7 +180,7 @@ def test_units_give_every_image_its_place():
     assert sorted(placed) == list(range(6))
 
 
-def test_a_live_model_is_left_in_its_mode():
+def test_a_model_in_training_keeps_its_mode():
     pipeline = tiny_pipeline()
     pipeline.transformer.train()
     scheduler = pipeline.scheduler
@@ -189,7 +189,7 @@ def test_a_live_model_is_left_in_its_mode():
     assert pipeline.scheduler is scheduler
     pipeline.transformer.eval()
     assert np.array_equal(first, sampled(pipeline, [1, 2], None, 2, scheduler="ddim"))
-    # Its weights may go on changing, so none are joined for good.
+    # Training may continue, so no joined copy of the weights may remain.
     assert all(layer.fused_weight is None for layer in pipeline.transformer.routed_layers.values())
 
 

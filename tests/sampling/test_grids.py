@@ -1,4 +1,4 @@
-"""Sheets: every cell is the image it says, with what differs written beside it."""
+"""Each cell of a sheet shows the image that its labels name."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ SETTINGS = SamplingSettings(num_inference_steps=3)
 
 @pytest.fixture
 def cells(monkeypatch):
-    """What is handed to the drawing of a sheet: images, row labels, column labels."""
+    """Record the arguments of the last ``draw_sheet``: images, row labels, column labels."""
     drawn = []
 
     def remember(images, rows, columns=()):
@@ -49,7 +49,7 @@ def test_grid_has_a_row_per_class(cells):
     assert sheet.height == 2 * (64 + 2)
 
 
-def test_sheet_shows_every_image_whole():
+def test_sheet_contains_every_image():
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64, 3), np.uint8)
     sheet = np.asarray(draw_sheet(images, ["a", "much longer"], ["x", "y", "z"]))
     windows = np.lib.stride_tricks.sliding_window_view(sheet[..., 0], (64, 64))
@@ -57,7 +57,7 @@ def test_sheet_shows_every_image_whole():
         assert (windows[:, :, :2, :2] == image[:2, :2, 0]).all(axis=(2, 3)).any()
 
 
-def test_sweep_changes_what_is_swept_alone(cells):
+def test_sweep_changes_only_the_swept_settings(cells):
     pipelines = {"transformer": tiny_pipeline(NAMES), "raw": tiny_pipeline(NAMES)}
     pipelines["raw"].transformer.final_layer.linear.bias.data += 1
     rows = Axis("weights", ["transformer", "raw"])
@@ -92,7 +92,7 @@ def test_wrong_sweeps_are_errors(text, message):
         parse_axis(text, lambda values: [])
 
 
-def test_sweep_is_checked_before_work(monkeypatch):
+def test_sweep_is_checked_before_sampling(monkeypatch):
     pipeline = tiny_pipeline(NAMES)
     monkeypatch.setattr("moh_dit.sampling.sweeps.generate", lambda *a, **k: pytest.fail("worked"))
     rows = Axis("num_inference_steps", [2, 2000])
@@ -103,13 +103,13 @@ def test_sweep_is_checked_before_work(monkeypatch):
 
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
-def test_strip_leads_from_one_image_to_another(cells, scheduler):
+def test_strip_blends_from_image_0_to_image_1(cells, scheduler):
     settings = SamplingSettings(num_inference_steps=3, scheduler=scheduler)
     sample_strip(tiny_pipeline(NAMES), settings, ["dog", "eel"], 4)
     images, rows, columns = cells
     assert (rows, columns) == (["dog", "eel"], ["0 %", "33 %", "67 %", "100 %"])
     assert np.array_equal(images[0, 0], one(1, 0, scheduler=scheduler))
-    # The other end is computed in another place of its unit, which may round differently.
+    # The last image is computed in another row of its unit, which may round differently.
     end = one(2, 1, scheduler=scheduler).astype(int)
     assert abs(images[1, 3] - end).max() <= 1
     steps = np.abs(np.diff(images.astype(int), axis=1)).mean(axis=(2, 3, 4))

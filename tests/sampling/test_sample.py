@@ -1,4 +1,4 @@
-"""The program as people run it: run folder in, files out, in one process and in several."""
+"""Run the sampling program on a run folder, in one process and in several."""
 
 import json
 import os
@@ -28,7 +28,7 @@ PROGRAM = Path(sample_dit.__file__)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder with one checkpoint, as training leaves it (see moh_dit.checkpoints.runs)."""
+    """Write a run folder with one checkpoint in the layout of training."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     pipeline = tiny_pipeline()
     pipeline.vae.save_pretrained(folder / "vae")
@@ -48,7 +48,7 @@ def command(monkeypatch, run, output, *arguments):
     sample_dit.main()
 
 
-def test_record_alone_reproduces_the_sheet(run, tmp_path, monkeypatch):
+def test_the_settings_alone_reproduce_the_sheet(run, tmp_path, monkeypatch):
     arguments = ("--class_labels", "fox,dog, domestic", "--guidance_channels", 3)
     command(monkeypatch, run, tmp_path / "a.png", *arguments, "--images_per_class", 2)
     record = (tmp_path / "a.png.yaml").read_text()
@@ -65,7 +65,7 @@ def test_record_alone_reproduces_the_sheet(run, tmp_path, monkeypatch):
         assert np.array_equal(*pixels)
 
 
-def test_forms_of_a_set_hold_the_same_images(run, tmp_path, monkeypatch):
+def test_all_formats_of_a_set_hold_the_same_images(run, tmp_path, monkeypatch):
     for name in ("s.npz", "s.tar", "s"):
         command(monkeypatch, run, tmp_path / name, "--num_samples", 7, "--batch_size", 4)
     arrays = np.load(tmp_path / "s.npz")
@@ -131,7 +131,7 @@ def test_mistakes_are_one_line_and_leave_nothing(run, tmp_path, monkeypatch, cap
     assert not list(tmp_path.iterdir())
 
 
-def test_an_output_that_cannot_be_written_is_found_out_before_sampling(
+def test_an_output_that_cannot_be_written_is_an_error_before_sampling(
     run, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "file").write_text("")
@@ -255,7 +255,7 @@ def test_two_processes_killed_and_resumed_make_the_file_of_one(run, tmp_path, mo
         assert process.returncode == 0, errors.decode()
         said.append(text.decode())
     assert "already finished" in said[0]
-    assert not said[1]  # it knows that it is not the first
+    assert not said[1]  # only the main process prints
     assert output.read_bytes() == expected
     labels = np.load(output)["arr_1"]
     assert np.array_equal(labels, set_labels(192, range(5), "drawn", 0))

@@ -22,7 +22,7 @@ def make(path, pipeline=None, settings=SETTINGS, labels=LABELS, batch_size=8, **
     return path.read_bytes()
 
 
-def test_adm_file_of_exactly_that_many(tmp_path):
+def test_adm_file_has_exactly_n_images(tmp_path):
     make(tmp_path / "s.npz", settings_yaml="seed: 0\n")
     arrays = np.load(tmp_path / "s.npz")
     assert arrays["arr_0"].shape == (55, 16, 16, 3)
@@ -33,7 +33,7 @@ def test_adm_file_of_exactly_that_many(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.npz", "s.npz.yaml"]
 
 
-def test_drawn_labels_are_even_and_depend_on_the_seed():
+def test_drawn_labels_are_uniform_and_depend_on_the_seed():
     labels = set_labels(5000, [3, 7, 9], "drawn", 1)
     counts = [int((labels == label).sum()) for label in (3, 7, 9)]
     assert sum(counts) == 5000
@@ -80,7 +80,7 @@ def test_nothing_is_written_over(tmp_path):
     assert output.read_text() == "precious"
 
 
-def test_half_finished_with_other_settings_is_an_error(tmp_path, monkeypatch):
+def test_resuming_with_other_settings_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "join_shards", lambda *arguments: None)
     with pytest.raises(FileNotFoundError):
         make(tmp_path / "s.npz", resume=True)  # starts: there is nothing to continue
@@ -99,7 +99,7 @@ def test_half_finished_with_other_settings_is_an_error(tmp_path, monkeypatch):
     assert json.loads(before)["num_samples"] == 55
 
 
-def test_full_disk_is_said_before_work(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_before_sampling(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": module.SPARE_BYTES + 20_000})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
     with pytest.raises(UserError, match=r"s\.npz needs .* MiB are free"):

@@ -1,4 +1,4 @@
-"""The page's addresses over real connections: what comes back, and what closing one does."""
+"""Test the HTTP interface over real connections, including closed ones."""
 
 import http.client
 import json
@@ -41,7 +41,7 @@ def connect(address):
 
 
 def ask(connection, method, path, body=None, **headers):
-    """Status, headers and body, JSON decoded."""
+    """Send a request; return status, headers and body, with JSON decoded."""
     if body is not None:
         headers = {"Content-Type": "application/json", **headers}
         body = body if isinstance(body, (str, bytes)) else json.dumps(body)
@@ -54,7 +54,7 @@ def ask(connection, method, path, body=None, **headers):
 
 
 class Making:
-    """A POST whose news are read one by one."""
+    """A POST whose progress is read line by line."""
 
     def __init__(self, connection, asked=ASKED):
         headers = {"Content-Type": "application/json"}
@@ -73,7 +73,7 @@ class Making:
         return news
 
 
-def test_the_page_needs_nothing_from_elsewhere(address):
+def test_the_page_loads_nothing_from_other_servers(address):
     folder = Path(moh_dit.web.app.__file__).parent / "page"
     with connect(address) as connection:
         for path in ("/", *(f"/page/{file.name}" for file in folder.iterdir())):
@@ -123,14 +123,14 @@ def test_a_request_is_followed_to_its_files(address, service):
         ("GET", "/nothing", None, {}, 404, "Not Found"),
     ],
 )
-def test_mistakes_are_answered_in_words(address, method, path, body, headers, status, message):
+def test_mistakes_have_an_error_message(address, method, path, body, headers, status, message):
     with connect(address) as connection:
         got, _, content = ask(connection, method, path, body, **headers)
     assert got == status
     assert message in content["error"]
 
 
-def test_a_file_that_these_images_have_not(address):
+def test_an_unknown_file_is_an_error(address):
     with connect(address) as connection:
         making = Making(connection)
         making.until("done")
@@ -139,8 +139,8 @@ def test_a_file_that_these_images_have_not(address):
         assert (status, content) == (404, {"error": "these images have no file raw.pt"})
 
 
-def test_other_names_are_not_answered(address):
-    # A name of someone else's that points here would let their page read this one.
+def test_other_host_names_are_rejected(address):
+    # A page of another domain that resolves to this machine could otherwise read this one.
     with connect(address) as connection:
         status, _, content = ask(connection, "GET", "/model", Host="example.org")
         assert (status, content) == (400, b"Invalid host header")
@@ -156,14 +156,14 @@ def test_requests_queue_and_can_be_cancelled(address, gate):
             assert ask(other, "DELETE", f"/images/{waiting.id}")[0] == 204
             assert waiting.until("cancelled")
             assert ask(other, "DELETE", f"/images/{running.id}")[0] == 204
-            assert ask(other, "GET", "/model")[0] == 200  # the page answers while the model works
+            assert ask(other, "GET", "/model")[0] == 200  # the server answers while the model runs
             before = gate.evaluations
         assert running.until("cancelled")
-        assert gate.evaluations == before  # the step that it was in
+        assert gate.evaluations == before  # it ended within its current step
         assert Making(other).until("done")
 
 
-def test_who_leaves_makes_room(address, gate):
+def test_closing_a_connection_cancels_its_request(address, gate):
     with connect(address) as first, connect(address) as second, connect(address) as third:
         with gate.closed():
             gone = [Making(first), Making(second)]
@@ -171,7 +171,7 @@ def test_who_leaves_makes_room(address, gate):
             for making, connection in zip(gone, (first, second), strict=True):
                 connection.close()
                 making.response.close()
-            # The place of the one that waited is free as soon as the server notices.
+            # The queue has room as soon as the server notices the closed connections.
             headers = {"Content-Type": "application/json"}
             deadline = time.monotonic() + PATIENCE
             while time.monotonic() < deadline:
@@ -183,5 +183,5 @@ def test_who_leaves_makes_room(address, gate):
             assert response.status == 200
             before = gate.evaluations
         assert json.loads(response.read().splitlines()[-1])["status"] == "done"
-        # What ran was given up in the step it was in; what waited never began.
+        # The running request ended within its current step; the waiting one never started.
         assert gate.evaluations == before + 4

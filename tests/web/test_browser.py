@@ -1,4 +1,4 @@
-"""The page in a real browser: Chromium without a window, driven by Playwright."""
+"""Test the page in headless Chromium, driven by Playwright."""
 
 import shutil
 
@@ -47,7 +47,7 @@ def address(service, gate):
 
 @pytest.fixture
 def visit(browser, address):
-    """Opens the page as one more user; in the end nothing must have gone wrong in any."""
+    """Return a function that opens the page as a new user; check for page errors at the end."""
     contexts, problems, asked_for = [], [], []
 
     def open_page(**options):
@@ -112,7 +112,7 @@ def test_generate_a_digit_and_change_a_setting(visit, service, tmp_path):
     assert page.locator("#heat td").all_text_contents() != shares
 
 
-def test_a_wrong_value_is_said_and_nothing_lost(visit):
+def test_a_wrong_value_is_reported_and_results_remain(visit):
     page = visit()
     generate(page)
     for name, value, message in (
@@ -149,12 +149,12 @@ def test_two_users_queue_and_one_cancels(visit, gate):
         before = gate.evaluations
     expect(first.locator("#status")).to_have_text("Cancelled.")
     expect(second.locator("#status")).to_have_text("Done.")
-    assert gate.evaluations == before + 4  # the second's; the first's ended with the step it was in
+    assert gate.evaluations == before + 4  # those of the second; the first ended within its step
     assert first.locator("#download").is_hidden()
     generate(first)
 
 
-def test_previews_come_on_the_way(visit, gate):
+def test_previews_appear_during_sampling(visit, gate):
     page = visit()
     with page.expect_request("**/preview.jpg?1"):
         page.click("#make")
@@ -168,7 +168,7 @@ def test_it_fits_a_phone(visit, scheme):
     page.fill("[name=images_per_class]", "2")
     generate(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    # WCAG's contrast for text, on the button and on the panel.
+    # The minimum contrast of WCAG for text, on the button and on the panel.
     for selector, ground in (
         ("#make", "#make"),
         ("#download", "#download"),
@@ -180,7 +180,7 @@ def test_it_fits_a_phone(visit, scheme):
 
 
 def contrast(*colours):
-    """Contrast ratio of two CSS colours ``rgb(r, g, b)``, WCAG 2."""
+    """Return the contrast ratio of two CSS colours ``rgb(r, g, b)`` (WCAG 2)."""
     bright, dim = sorted((luminance(colour) for colour in colours), reverse=True)
     return (bright + 0.05) / (dim + 0.05)
 

@@ -1,4 +1,4 @@
-"""The queue in front of the model: order, limits, cancelling, and work that fails."""
+"""Test the order, limits, cancellation and failures of the job queue."""
 
 import threading
 
@@ -11,7 +11,7 @@ PATIENCE = 60
 
 
 class Watched(Job):
-    """A job that remembers its news and can be waited for."""
+    """A job that records its states and can be waited for."""
 
     def __init__(self, request=None):
         self.news, self.ended = [], threading.Event()
@@ -28,7 +28,7 @@ class Watched(Job):
 
 
 class Work:
-    """Work in steps, each of which waits to be let go."""
+    """Work in three steps, each of which waits for ``release``."""
 
     def __init__(self):
         self.begun, self.steps, self.order = threading.Event(), threading.Semaphore(0), []
@@ -44,7 +44,7 @@ class Work:
         job.files["made"] = b"!"
         return {"made": job.request}
 
-    def let_go(self, steps=1000):
+    def release(self, steps=1000):
         self.steps.release(steps)
 
 
@@ -57,12 +57,12 @@ def work():
 def jobs(work):
     jobs = JobQueue(work, max_waiting=2)
     yield jobs
-    work.let_go()
+    work.release()
     jobs.close()
 
 
 def submit(jobs, work, *requests):
-    """The first of them running, the others waiting."""
+    """Submit jobs; return when the first one runs."""
     submitted = []
     for request in requests:
         submitted.append(Watched(request))
@@ -71,51 +71,51 @@ def submit(jobs, work, *requests):
     return submitted
 
 
-def test_first_come_first_served_and_told_their_place(jobs, work):
+def test_jobs_run_in_order_and_publish_their_position(jobs, work):
     first, second, third = submit(jobs, work, "a", "b", "c")
     assert [job.state["ahead"] for job in (second, third)] == [1, 2]
     with pytest.raises(QueueFull, match="try again"):
         jobs.submit(Watched("d"))
-    work.let_go()
+    work.release()
     assert [job.end()["made"] for job in (first, second, third)] == ["a", "b", "c"]
     assert work.order == ["a", "b", "c"]
     assert [news["ahead"] for news in third.news[:-1]] == [2, 1, 0]
     assert jobs.find(second.id).files == {"made": b"!"}
 
 
-def test_cancelling_what_runs_frees_the_queue(jobs, work):
+def test_cancelling_the_running_job_frees_the_queue(jobs, work):
     running, waiting = submit(jobs, work, "a", "b")
     jobs.cancel(running)
     assert running.state["status"] == "waiting"  # until its step has ended
-    work.let_go(1)
+    work.release(1)
     assert running.end() == {"status": "cancelled"}
-    work.let_go()
+    work.release()
     assert waiting.end()["status"] == "done"
     jobs.cancel(waiting)
     assert waiting.state["status"] == "done"
 
 
-def test_cancelling_what_waits_moves_the_others_up(jobs, work):
+def test_cancelling_a_waiting_job_moves_the_others_up(jobs, work):
     running, second, third = submit(jobs, work, "a", "b", "c")
     jobs.cancel(second)
     assert second.state == {"status": "cancelled"}
     assert third.state["ahead"] == 1
-    work.let_go()
+    work.release()
     assert third.end()["status"] == running.end()["status"] == "done"
     assert work.order == ["a", "c"]
 
 
-def test_work_that_fails_says_so_and_the_next_one_runs(jobs, work, capsys):
+def test_a_failed_job_has_a_message_and_the_next_one_runs(jobs, work, capsys):
     mistake, broken, after = submit(jobs, work, UserError("too big"), KeyError("x"), "b")
-    work.let_go()
+    work.release()
     assert mistake.end() == {"status": "failed", "error": "too big"}
     assert broken.end()["error"] == "the server failed to sample; see the traceback in its log"
     assert after.end()["status"] == "done"
     assert "KeyError: 'x'" in capsys.readouterr().err
 
 
-def test_old_results_are_forgotten_and_ids_cannot_be_guessed(jobs, work):
-    work.let_go()
+def test_old_results_are_discarded_and_ids_are_random(jobs, work):
+    work.release()
     made = [Watched(number) for number in range(FINISHED_JOBS_KEPT + 1)]
     for job in made:
         jobs.submit(job)
@@ -132,7 +132,7 @@ def test_closing_cancels_everything(work):
     closing = threading.Thread(target=jobs.close)
     closing.start()
     assert waiting.end() == {"status": "cancelled"}
-    work.let_go()
+    work.release()
     closing.join()
     assert running.end() == {"status": "cancelled"}
     with pytest.raises(QueueFull, match="shutting down"):

@@ -36,7 +36,7 @@ def test_it_answers_on_this_machine_until_interrupted(run):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Whoever runs the tests in the background may have it ignored.
+        # SIGINT may be ignored if the tests run in the background.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
@@ -80,7 +80,7 @@ def test_mistakes_are_one_line(capsys, arguments, message):
     assert error.count("\n") == 1
 
 
-def test_a_port_in_use_is_said_before_the_model_is_loaded(run, monkeypatch, capsys):
+def test_a_port_in_use_is_an_error_before_the_model_is_loaded(run, monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setattr("moh_dit.sampling.sample.load_pipeline", None)
@@ -90,7 +90,7 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(run, monkeypatch, caps
     assert capsys.readouterr().err == expected
 
 
-def test_an_address_of_another_machine_is_said(run, capsys):
+def test_an_address_of_another_machine_is_an_error(run, capsys):
     assert start(run, "--host", "192.0.2.1", "--port", 0) == 2
     assert "cannot listen on 192.0.2.1, port 0: Cannot assign" in capsys.readouterr().err
 

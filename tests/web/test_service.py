@@ -1,4 +1,4 @@
-"""What may be asked of the page, and whether what it makes is what the command line makes."""
+"""Test the checks of requests; images equal those of the command line."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def pixels(png):
         return np.asarray(image)
 
 
-def test_the_command_line_makes_the_same_sheet_from_it(service, tmp_path, monkeypatch):
+def test_the_command_line_reproduces_the_sheet(service, tmp_path, monkeypatch):
     job, news = make(service, {**ASKED, "seed": "5", "guidance_scale": 1.5})
     assert news["name"] == "digits-step-00000002-seed5.png"
     (tmp_path / news["name"]).write_bytes(job.files["grid.png"])
@@ -112,7 +112,7 @@ def test_cancelling_stops_within_a_step(run):
     pipeline = load_pipeline(run)
     service, gate = ImageService(pipeline, demo_config(run)), Gate(pipeline.transformer)
     job = Job(service.parse_request({"class_labels": [1, 2], "num_inference_steps": 10}))
-    job.on_change = job.cancelled.set  # at the first news, which comes after the first step
+    job.on_change = job.cancelled.set  # called after the first step
     with pytest.raises(Cancelled):
         service.run_job(job)
     assert gate.evaluations == 2
@@ -149,7 +149,7 @@ def test_cancelling_stops_within_a_step(run):
         ({"gidance_scale": 2}, "did you mean guidance_scale?"),
     ],
 )
-def test_wrong_values_are_said_in_words(service, asked, message):
+def test_wrong_values_are_errors_in_one_short_line(service, asked, message):
     if isinstance(asked, dict) and asked and "class_labels" not in asked:
         asked = {"class_labels": [0, 1], **asked}
     with pytest.raises(UserError) as error:
@@ -159,7 +159,7 @@ def test_wrong_values_are_said_in_words(service, asked, message):
     assert len(str(error.value)) < 300
 
 
-def test_what_is_left_out_is_the_default(service):
+def test_missing_settings_keep_their_default(service):
     config = service.parse_request(
         {"class_labels": ["0"], "scheduler": "", "seed": None, "guidance_scale": 0}
     )
@@ -169,7 +169,7 @@ def test_what_is_left_out_is_the_default(service):
     assert big.seed == (1 << 64) - 1
 
 
-def test_classes_of_one_name_are_recorded_by_id(run):
+def test_classes_with_equal_names_are_recorded_by_id(run):
     pipeline = load_pipeline(run)
     names = ["crane"] * 2 + ["a, b", "a", " b", *"56789"]
     pipeline.register_to_config(class_names=names)
@@ -179,7 +179,7 @@ def test_classes_of_one_name_are_recorded_by_id(run):
     assert service.parse_request({"class_labels": ["a, b"]}).class_labels == "a, b"
 
 
-def test_too_little_memory_is_said_in_words(service, monkeypatch):
+def test_too_little_memory_is_an_error_with_advice(service, monkeypatch):
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

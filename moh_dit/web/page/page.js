@@ -21,7 +21,7 @@ function showStatus(text, { error = "", progress = null } = {}) {
 
 // ---- settings
 
-async function describe() {
+async function showModel() {
   const model = await (await fetch("model")).json();
   $("model").textContent = model.name;
   document.title = `${model.name} · MoH-DiT`;
@@ -39,26 +39,26 @@ async function describe() {
   form.num_inference_steps.max = model.max_inference_steps;
   form.images_per_class.value = Math.min(4, model.max_images);
   maximum = model.max_images;
-  count();
+  showCount();
 }
 
 const chosen = () => [...form.querySelectorAll("[name=class]:checked")].map((box) => +box.value);
 
-function count() {
+function showCount() {
   const images = chosen().length * (parseInt(form.images_per_class.value) || 0);
   $("count").textContent = `${images} of at most ${maximum} images`;
 }
 
-function tick(checked) {
+function setVisibleClasses(checked) {
   for (const label of $("names").children) {
     if (!label.hidden) label.firstChild.checked = checked;
   }
-  count();
+  showCount();
 }
 
-form.addEventListener("input", count);
-$("all").onclick = () => tick(true);
-$("none").onclick = () => tick(false);
+form.addEventListener("input", showCount);
+$("all").onclick = () => setVisibleClasses(true);
+$("none").onclick = () => setVisibleClasses(false);
 $("search").oninput = () => {
   const part = $("search").value.toLowerCase();
   for (const label of $("names").children) {
@@ -75,7 +75,7 @@ $("dice").onclick = () => {
 
 form.onsubmit = (event) => {
   event.preventDefault();
-  if (!running) make();
+  if (!running) sample();
 };
 $("cancel").onclick = () => {
   $("cancel").disabled = true;
@@ -83,7 +83,7 @@ $("cancel").onclick = () => {
   else running.abort.abort();
 };
 
-async function make() {
+async function sample() {
   const values = Object.fromEntries(new FormData(form));
   delete values.class;
   const labels = chosen();
@@ -114,12 +114,12 @@ async function make() {
       } else if (news.status === "running") {
         showStatus("Denoising …", { progress: news.done / news.total });
         if (news.picture) {
-          grid ??= layOut(names, columns);
-          fill(grid, `images/${news.id}/preview.jpg?${news.picture}`);
+          grid ??= createCells(names, columns);
+          showPicture(grid, `images/${news.id}/preview.jpg?${news.picture}`);
         }
       }
     }
-    await end(last, grid);
+    await showResult(last, grid);
   } catch (error) {
     if (error.name === "AbortError") showStatus("Cancelled.");
     else showStatus("No images were sampled.", { error: "The connection to the server was lost." });
@@ -130,10 +130,10 @@ async function make() {
   }
 }
 
-async function end(news, grid) {
+async function showResult(news, grid) {
   if (news.status === "done") {
-    grid ??= layOut(news.rows, news.columns);
-    await fill(grid, `images/${news.id}/cells.png`);
+    grid ??= createCells(news.rows, news.columns);
+    await showPicture(grid, `images/${news.id}/cells.png`);
     showDownloads(news);
     showHeadLoad(news);
     showStatus("Done.");
@@ -163,7 +163,7 @@ async function* lines(body) {
 
 // ---- display: all cells show parts of one picture, which holds all images
 
-function layOut(names, columns) {
+function createCells(names, columns) {
   const cells = [];
   $("images").replaceChildren(
     ...names.map((name, row) => {
@@ -187,7 +187,7 @@ function layOut(names, columns) {
   return { cells, columns, latest: 0 };
 }
 
-async function fill(grid, address) {
+async function showPicture(grid, address) {
   const turn = ++grid.latest;
   const picture = new Image();
   picture.src = address;
@@ -242,4 +242,4 @@ function heatMap({ layers }, { shares }) {
   return [top, ...rows];
 }
 
-describe().catch(() => showStatus("", { error: "The server cannot be reached." }));
+showModel().catch(() => showStatus("", { error: "The server cannot be reached." }));
