@@ -64,8 +64,8 @@ def make_pipeline(preset, image_size, device, dtype, compile_mode):
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
     )
-    vae = torch.nn.Module.to(vae.eval().requires_grad_(False), device, dtype)
-    pipeline = MoHDiTPipeline(torch.nn.Module.to(model, device, dtype), vae, make_scheduler())
+    vae = vae.eval().requires_grad_(False).to(device, dtype)
+    pipeline = MoHDiTPipeline(model.to(device, dtype), vae, make_scheduler())
     model.fuse_qkv_projections()
     if compile_mode == "default":  # as in sampling
         model.compile_repeated_blocks(dynamic=False)

@@ -1,7 +1,6 @@
 """Replace the attention of a Hugging Face LLaMA decoder by mixture-of-head attention.
 
-    pip install transformers
-    python examples/llama_moh.py
+    python examples/llama_moh.py    # needs: pip install transformers
 
 Prints the error with all heads active, the loss of fine-tuning, and a check of generation.
 """

@@ -28,7 +28,7 @@ class MoHViTAttention(nn.Module):
 
 
 def to_moh(model: ViTForImageClassification, images, shared: int, active: int, router="learned"):
-    """Return a copy with MoH attention; its heads are ordered, and routers fitted, on ``images``."""
+    """Return a copy with MoH attention; heads ordered and routers fitted on ``images``."""
     model = copy.deepcopy(model).eval()
     dense = []
     for layer in model.vit.layers:

@@ -13,36 +13,12 @@ from .triton_forward import load_head_rows, load_rows, store_rows, zero_unselect
 
 @triton.jit
 def _query_gradient_tile(
-    projected,
-    kv0,
-    kv1,
-    grad_out,
-    out,
-    gates,
-    lse,
-    delta,
-    index,
-    grad_projected,
-    limit,
-    tile,
-    b,
-    head,
-    N,
-    scale,
-    scale_log2,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    STRIDE: tl.constexpr,
-    EVEN_KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
-    GATHER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    projected, kv0, kv1, grad_out, out, gates, lse, delta, index, grad_projected, limit, tile, b,
+    head, N, scale, scale_log2,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, STRIDE: tl.constexpr,
+    EVEN_KEYS: tl.constexpr, MASKED: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     slots = tile * BM + tl.arange(0, BM)
     valid = slots < limit
     rows = tl.load(index + slots, mask=valid, other=0) if GATHER else slots
@@ -111,34 +87,13 @@ def _query_gradient_tile(
 
 @triton.jit
 def query_gradient(
-    projected,
-    kv0,
-    kv1,
-    grad_out,
-    out,
-    gates,
-    lse,
-    delta,
-    index,
-    count,
-    grad_projected,
-    N,
-    scale,
+    projected, kv0, kv1, grad_out, out, gates, lse, delta, index, count, grad_projected, N, scale,
     scale_log2,
-    H: tl.constexpr,
-    S: tl.constexpr,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    STRIDE: tl.constexpr,
-    EVEN_KEYS: tl.constexpr,
-    EVEN_QUERIES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
-    BM: tl.constexpr,
-    BM_ROUTED: tl.constexpr,
+    H: tl.constexpr, S: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    STRIDE: tl.constexpr, EVEN_KEYS: tl.constexpr, EVEN_QUERIES: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BM_ROUTED: tl.constexpr,
     BN: tl.constexpr,
-):
+):  # fmt: skip
     """Compute dq and δ (B, h, N) of selected queries; dq of others is zero. Grid as `attend`."""
     pid = tl.program_id(0)
     b = tl.program_id(1)
@@ -171,38 +126,12 @@ def query_gradient(
 
 @triton.jit
 def _key_value_gradient_tile(
-    projected,
-    q0_blocks,
-    q1_blocks,
-    y0_blocks,
-    y1_blocks,
-    lse_blocks,
-    delta_blocks,
-    grad_out,
-    lse,
-    delta,
-    index,
-    grad_projected,
-    limit,
-    tile,
-    b,
-    head,
-    N,
-    scale,
-    scale_log2,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    STRIDE: tl.constexpr,
-    EVEN_KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
-    GATHER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    projected, q0_blocks, q1_blocks, y0_blocks, y1_blocks, lse_blocks, delta_blocks, grad_out, lse,
+    delta, index, grad_projected, limit, tile, b, head, N, scale, scale_log2,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, STRIDE: tl.constexpr,
+    EVEN_KEYS: tl.constexpr, MASKED: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     keys = tile * BN + tl.arange(0, BN)
     inside = keys < N
     query = projected + b.to(tl.int64) * N * STRIDE + head * D
@@ -276,36 +205,13 @@ def _key_value_gradient_tile(
 
 @triton.jit
 def key_value_gradient(
-    projected,
-    q0_blocks,
-    q1_blocks,
-    y0_blocks,
-    y1_blocks,
-    lse_blocks,
-    delta_blocks,
-    grad_out,
-    lse,
-    delta,
-    index,
-    count,
-    grad_projected,
-    N,
-    scale,
-    scale_log2,
-    H: tl.constexpr,
-    S: tl.constexpr,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    STRIDE: tl.constexpr,
-    EVEN_KEYS: tl.constexpr,
-    EVEN_QUERIES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
-    BM: tl.constexpr,
-    BM_ROUTED: tl.constexpr,
+    projected, q0_blocks, q1_blocks, y0_blocks, y1_blocks, lse_blocks, delta_blocks, grad_out, lse,
+    delta, index, count, grad_projected, N, scale, scale_log2,
+    H: tl.constexpr, S: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    STRIDE: tl.constexpr, EVEN_KEYS: tl.constexpr, EVEN_QUERIES: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BM_ROUTED: tl.constexpr,
     BN: tl.constexpr,
-):
+):  # fmt: skip
     """Compute dk and dv of every key from the selected queries. Grid (H·⌈N/BN⌉, B)."""
     pid = tl.program_id(0)
     b = tl.program_id(1)

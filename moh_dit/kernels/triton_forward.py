@@ -33,15 +33,10 @@ def allow_next_kernel(EARLY: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    base,
-    rows,
-    valid,
-    STRIDE: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
+    base, rows, valid,
+    STRIDE: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
     MASKED: tl.constexpr,
-):
+):  # fmt: skip
     """Load columns FIRST … FIRST+WIDTH-1 of rows; zero beyond column D and in invalid rows."""
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = base + rows[:, None] * STRIDE + columns[None, :]
@@ -56,16 +51,10 @@ def load_rows(
 
 @triton.jit
 def store_rows(
-    base,
-    rows,
-    valid,
-    values,
-    STRIDE: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
+    base, rows, valid, values,
+    STRIDE: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
     MASKED: tl.constexpr,
-):
+):  # fmt: skip
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = base + rows[:, None] * STRIDE + columns[None, :]
     values = values.to(base.dtype.element_ty)
@@ -82,21 +71,10 @@ def store_rows(
 
 @triton.jit
 def load_head_rows(
-    descriptor,
-    base,
-    b,
-    start,
-    head,
-    rows,
-    valid,
-    STRIDE: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
-    TMA: tl.constexpr,
-):
+    descriptor, base, b, start, head, rows, valid,
+    STRIDE: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """Load rows of one head, by the copy engine (zeros out of bounds) or through pointers."""
     if TMA:
         return descriptor.load([b, start, head, FIRST]).reshape(BLOCK, WIDTH)
@@ -105,16 +83,9 @@ def load_head_rows(
 
 @triton.jit
 def zero_unselected(
-    gates,
-    target,
-    tile,
-    N,
-    STRIDE: tl.constexpr,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BM: tl.constexpr,
-):
+    gates, target, tile, N,
+    STRIDE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
     """Store zeros for those of BM tokens, from tile·BM on, that did not select this head."""
     tokens = tile * BM + tl.arange(0, BM)
     empty = tl.load(gates + tokens, mask=tokens < N, other=1.0) == 0.0
@@ -125,34 +96,12 @@ def zero_unselected(
 
 @triton.jit
 def _attend_tile(
-    projected,
-    kv0,
-    kv1,
-    gates,
-    index,
-    out,
-    lse,
-    limit,
-    tile,
-    b,
-    head,
-    N,
-    scale_log2,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    V1: tl.constexpr,
-    STRIDE: tl.constexpr,
-    EVEN_KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
-    GATHER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
-    EARLY: tl.constexpr,
-    BM: tl.constexpr,
+    projected, kv0, kv1, gates, index, out, lse, limit, tile, b, head, N, scale_log2,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V1: tl.constexpr,
+    STRIDE: tl.constexpr, EVEN_KEYS: tl.constexpr, MASKED: tl.constexpr, GATHER: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, EARLY: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
-):
+):  # fmt: skip
     """Attend with BM queries of one head to all keys (online softmax), apply the gate, store."""
     slots = tile * BM + tl.arange(0, BM)
     valid = slots < limit
@@ -215,35 +164,12 @@ def _attend_tile(
 
 @triton.jit
 def attend(
-    projected,
-    kv0,
-    kv1,
-    gates,
-    index,
-    count,
-    out,
-    lse,
-    image_stats,
-    stats,
-    N,
-    scale_log2,
-    H: tl.constexpr,
-    S: tl.constexpr,
-    E_PAD: tl.constexpr,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    V1: tl.constexpr,
-    STRIDE: tl.constexpr,
-    EVEN_KEYS: tl.constexpr,
-    EVEN_QUERIES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
-    EARLY: tl.constexpr,
-    BM: tl.constexpr,
-    BM_ROUTED: tl.constexpr,
-    BN: tl.constexpr,
-):
+    projected, kv0, kv1, gates, index, count, out, lse, image_stats, stats, N, scale_log2,
+    H: tl.constexpr, S: tl.constexpr, E_PAD: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, V1: tl.constexpr, STRIDE: tl.constexpr, EVEN_KEYS: tl.constexpr,
+    EVEN_QUERIES: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, EARLY: tl.constexpr,
+    BM: tl.constexpr, BM_ROUTED: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """Compute gated attention. Grid (S·⌈N/BM⌉ + E·⌈N/BM_ROUTED⌉, B).
 
     The first program also averages the router statistics over the batch, which saves a launch.

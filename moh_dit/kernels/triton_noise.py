@@ -31,15 +31,9 @@ def _normal_pair(radius_word, angle_word, TURN: tl.constexpr, INTERPRETED: tl.co
 
 @triton.jit(do_not_specialize=["seed", "first_draw"])
 def philox_normal_kernel(
-    out,
-    indices,
-    seed,
-    first_draw,
-    COUNT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TURN: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
+    out, indices, seed, first_draw,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr, TURN: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """Fill ``out`` float64 (draws, B, COUNT). Grid (⌈COUNT/4/BLOCK⌉, B, draws)."""
     counter = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row, draw = tl.program_id(1), tl.program_id(2)

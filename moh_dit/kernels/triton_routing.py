@@ -12,13 +12,9 @@ from .triton_forward import allow_next_kernel, wait_for_previous_kernel
 
 @triton.jit
 def _router_logits(
-    logits,
-    tokens,
-    valid,
-    H: tl.constexpr,
-    STRIDE: tl.constexpr,
-    H_PAD: tl.constexpr,
-):
+    logits, tokens, valid,
+    H: tl.constexpr, STRIDE: tl.constexpr, H_PAD: tl.constexpr,
+):  # fmt: skip
     """Load logits (tokens, H_PAD) of shared and routed heads; padded heads are zero."""
     heads = tl.arange(0, H_PAD)
     return tl.load(
@@ -59,19 +55,10 @@ def _stages(logits, tokens, valid, H: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def route(
-    projected,
-    gates,
-    score_sums,
-    N,
-    H: tl.constexpr,
-    S: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    STRIDE: tl.constexpr,
-    H_PAD: tl.constexpr,
-    TOKENS: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    projected, gates, score_sums, N,
+    H: tl.constexpr, S: tl.constexpr, K: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr,
+    H_PAD: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """Compute gates (MoH eq. 5–7) and the sum of P for a tile of tokens. Grid (⌈N/TOKENS⌉, B)."""
     allow_next_kernel(EARLY)
     E: tl.constexpr = H - S
@@ -117,18 +104,9 @@ def route(
 
 @triton.jit
 def list_tokens(
-    gates,
-    score_sums,
-    index,
-    count,
-    stats,
-    N,
-    tiles,
-    H: tl.constexpr,
-    S: tl.constexpr,
-    CHUNK: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    gates, score_sums, index, count, stats, N, tiles,
+    H: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """List the tokens that selected a routed head, in order; sum f and P̄. Grid (E, B).
 
     One program per head and image lists its tokens, so no atomic additions are needed.
@@ -160,20 +138,10 @@ def list_tokens(
 
 @triton.jit
 def route_backward(
-    projected,
-    gates,
-    delta,
-    grad_stats,
-    grad_projected,
-    N,
-    H: tl.constexpr,
-    S: tl.constexpr,
-    D: tl.constexpr,
-    STRIDE: tl.constexpr,
-    H_PAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+    projected, gates, delta, grad_stats, grad_projected, N,
+    H: tl.constexpr, S: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr, H_PAD: tl.constexpr,
+    TAIL: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
     """Compute the gradients of the router logits from δ = ∂L/∂g. Grid (⌈N/TOKENS⌉, B).
 
     Shared heads and selected routed heads are two softmax groups. With the weights w of a group,
