@@ -19,7 +19,7 @@ BLOCK = 256  # counters per program; each gives four values
 
 @triton.jit
 def _normal_pair(radius_word, angle_word, TURN: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Box-Muller transform in float64. libdevice, because Triton's log and cos are float32 only."""
+    """Apply the Box-Muller transform in float64; Triton's own log and cos are float32 only."""
     uniform = (radius_word.to(tl.float64) + 0.5) * 2.0**-32
     angle = angle_word.to(tl.float64) * TURN
     if INTERPRETED:

@@ -49,7 +49,7 @@ class JointProjection(nn.Module):
         return super().train(mode)
 
     def _project(self, hidden_states: Tensor) -> Tensor:
-        """(B, N, C) → (B, N, columns), see :func:`moh_dit.model.attention.moh_attention`."""
+        """Return (B, N, columns), see :func:`moh_dit.model.attention.moh_attention`."""
         if self.fused_weight is not None and not torch.is_grad_enabled():
             return F.linear(hidden_states, self.fused_weight, self.fused_bias)
         if not self.router_weights():
