@@ -32,7 +32,7 @@ class Command:
 COMMANDS = {
     "train": Command(
         "training.config:TrainConfig",
-        "training.program:train",
+        "training.train:train",
         "Train a Diffusion Transformer with Mixture-of-Head attention, or a dense one.",
         "--config digits --run_dir runs/digits",
     ),
@@ -40,7 +40,7 @@ COMMANDS = {
         "sampling.config:SampleConfig",
         "sampling.sample:sample",
         "Sample from a trained model: a labelled grid, or an exact set for evaluation.",
-        "--checkpoint runs/digits --guidance_scale 2 --output grid.png",
+        "--checkpoint runs/digits --guidance_scale 2 --num_inference_steps 50 --output grid.png",
         "checkpoint",
     ),
     "encode": Command(

@@ -17,12 +17,12 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def whole(one_thread, tmp_path_factory):
-    """A run that was never interrupted."""
-    from helpers.training_runs import tiny
+def finished_run(one_thread, tmp_path_factory):
+    """Train a small run without interruption and return its folder."""
+    from helpers.training_runs import tiny_config
 
     from moh_dit.training.trainer import Trainer
 
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    Trainer(tiny(run_dir)).train()
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    Trainer(tiny_config(run_dir)).train()
     return run_dir

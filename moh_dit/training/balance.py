@@ -1,13 +1,14 @@
-"""The load-balance loss of a batch that is spread over processes and micro-batches.
+"""Compute the load-balance loss of a batch that is split over processes and micro-batches.
 
-L = Σ_i f_i P̄_i · E / k needs the load f and the mean score P̄ of the whole batch, but f carries no
-gradient: with f averaged over all processes and P̄ the process's own, the mean of the processes'
-losses is the loss of the whole batch, and the mean of their gradients (which data parallelism
-takes anyway) its gradient. Only f is exchanged, a few numbers per layer.
+The loss is L = Σ_i f_i P̄_i · E / k, where f is the load and P̄ the mean score over the whole batch.
+f carries no gradient. Each process therefore uses f averaged over all processes and its own P̄. The
+mean of these losses over the processes is the loss of the whole batch. Data parallelism averages
+the gradients, so the gradient is that of the whole batch, too. Only f, a few numbers per layer, is
+exchanged.
 
-Under gradient accumulation f is the mean over the micro-batches seen so far in the step (global
-batch load balancing, arXiv 2501.11873); it is exact for the last one. Where all of them were
-observed in a pass of their own beforehand, it is exact for each.
+Under gradient accumulation f is the mean over the micro-batches of the step so far (global-batch
+load balancing, arXiv 2501.11873). It is exact for the last micro-batch. If a separate forward pass
+observes all micro-batches first, it is exact for each of them.
 """
 
 from collections.abc import Sequence
@@ -20,13 +21,13 @@ from ..model.routing import load_balance_loss
 
 
 class BalanceLoss:
-    """Turns the router statistics of one process's micro-batches into its loss.
+    """Computes the load-balance loss from the router statistics of this rank's micro-batches.
 
     Args:
-        accelerator: exchanges the load between processes.
-        num_active_routed_heads: k of the routed layers, in the order of the statistics.
-        published: the published loss instead: per process, micro-batch by micro-batch, and k at
-            even routing.
+        accelerator: averages the load over the processes.
+        num_active_routed_heads: k of each routed layer, in the order of the statistics.
+        published: compute the loss as published, separately for each process and micro-batch; it
+            is k for balanced routing.
     """
 
     def __init__(
@@ -39,23 +40,24 @@ class BalanceLoss:
         self._observed = False
 
     def start_step(self, observed: Sequence[tuple[Tensor, ...]] = ()) -> None:
-        """Forget the step before.
+        """Discard the loads of the previous step.
 
         Args:
-            observed: router statistics of all micro-batches of this step, where known beforehand.
+            observed: router statistics of all micro-batches of this step, if a separate forward
+                pass has computed them.
         """
-        self._loads = [self._load(stats) for stats in observed]
+        self._loads = [self._mean_load(stats) for stats in observed]
         self._observed = bool(observed)
 
-    def _load(self, router_stats: tuple[Tensor, ...]) -> Tensor:
-        """f of a micro-batch over all processes, layer after layer (ΣE,)."""
+    def _mean_load(self, router_stats: tuple[Tensor, ...]) -> Tensor:
+        """Average f of a micro-batch over all processes; layers are concatenated to (ΣE,)."""
         load = torch.cat(router_stats, dim=1)[0].detach()
         return self.accelerator.reduce(load, "mean")
 
     def __call__(self, router_stats: tuple[Tensor, ...]) -> Tensor:
-        """The loss of one micro-batch, 1 at even routing unless published; a scalar."""
+        """Return the scalar loss of one micro-batch; 1 for balanced routing unless published."""
         if not self._observed:
-            self._loads.append(self._load(router_stats))
+            self._loads.append(self._mean_load(router_stats))
         if self.published:
             return load_balance_loss(router_stats, self.num_active_routed_heads, published=True)
         f = torch.stack(self._loads).mean(0)
@@ -64,5 +66,5 @@ class BalanceLoss:
         return load_balance_loss(pooled.split(sizes, dim=1), self.num_active_routed_heads)
 
     def load(self) -> Tensor | None:
-        """f over all processes and the step's micro-batches so far, layer after layer (ΣE,)."""
+        """Return f over all processes and the micro-batches of the step so far (ΣE,)."""
         return torch.stack(self._loads).mean(0) if self._loads else None

@@ -1,117 +1,117 @@
-"""Everything that defines a training run. The docstring under a field is its help text.
+"""Settings of a training run. The docstring under a field is its help text.
 
-Modules that import torch are imported where they are used, so that ``--help`` is quick.
+Functions here import torch only when they are called, so that ``--help`` stays fast.
 """
 
-import math
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..common.errors import UserError
+from ..common.paths import require_new_output
 from ..model.presets import preset_config
 
 if TYPE_CHECKING:
     from ..diffusion.objectives import Objective
 
-WITHOUT_WARMUP = ("constant", "piecewise_constant")
-# What settings may be, by dotted key, where they are set at all.
-SMALLEST = {
-    "num_steps": 1, "log_every": 1, "checkpoint_every": 1, "gradient_accumulation_steps": 1,
-    "keep_checkpoints": 0, "ema_snapshot_every": 0, "balance_loss_weight": 0,
-    "model.depth": 1, "model.patch_size": 1, "model.hidden_size": 1, "model.num_classes": 1,
-    "model.label_init_std": 0, "data.num_workers": 0, "optimizer.weight_decay": 0,
-    "optimizer.lr_warmup_steps": 0, "evaluation.sample_every": 0, "evaluation.fid_every": 0,
-    "evaluation.num_inference_steps": 1,
-}  # fmt: skip
-MAY_BE_INFINITE = ("peak_tflops", "objective.min_snr_gamma", "optimizer.max_grad_norm")
-POSITIVE = ("model.mlp_ratio", "optimizer.learning_rate", *MAY_BE_INFINITE)
-
 
 @dataclass
 class ModelConfig:
-    """The model: a preset, its fields, or both"""
+    """Shape of the model: a preset, single fields, or both"""
 
     preset: str | None = None
-    """Published model to start from, e.g. MoH-DiT-XL/2-75 or DiT-B/4. Fields below override it."""
+    """Published model, e.g. MoH-DiT-XL/2-75 or DiT-B/4. The fields below override its values."""
     patch_size: int | None = None
-    """Side of a token, in latent pixels."""
+    """Side of the latent patch that becomes one token, in latent pixels."""
     hidden_size: int | None = None
     """Model width C."""
     depth: int | None = None
     """Number of blocks."""
     num_heads: int | list[int] | None = None
-    """Heads h, one number or one per layer."""
+    """Number of attention heads h: one number, or a list with one per layer."""
     num_shared_heads: int | list[int | None] | None = None
-    """Shared heads s, one number or one per layer; none for plain multi-head attention."""
+    """Number of shared heads s, one or one per layer; null for plain multi-head attention."""
     num_active_routed_heads: int | list[int | None] | None = None
-    """Routed heads k that each token activates, one number or one per layer."""
+    """Number of routed heads k that each token activates: one number, or one per layer."""
     head_dim: int | None = None
-    """Width d of a head; C / h unless given."""
+    """Width d of a head (default: C / h)."""
     router: Literal["learned", "query_norm"] | None = None
-    """How routed heads are chosen: by weights of its own, or by the norms of the queries."""
+    """How tokens choose routed heads: by a learned linear router, or by the query norms."""
     mlp_ratio: float | None = None
-    """Hidden width of the MLP over C."""
+    """Hidden width of the MLP as a multiple of C."""
     label_init_std: float | None = None
-    """Spread of the label table at the start: 0.02 as published, 0.5 for short runs."""
+    """Initial standard deviation of the label embeddings: 0.02 as published, 0.5 for short runs."""
     timestep_freq_shift: float | None = None
-    """1 to go on from a model trained in diffusers' DiTTransformer2DModel; 0 unless given."""
+    """Set 1 for weights trained with diffusers' DiTTransformer2DModel (default: 0)."""
     num_classes: int | None = None
-    """Classes; counted in the data unless given. May exceed those of the data, not fall short."""
+    """Number of classes, at least as many as the data has (default: as many as the data has)."""
 
     def resolve(self, initial: dict[str, Any] | None = None, **derived: Any) -> dict[str, Any]:
-        """Arguments of ``MoHDiTTransformer2DModel``.
+        """Return the arguments of ``MoHDiTTransformer2DModel``.
 
-        The preset, or else what of the configuration ``initial`` is set here; then what is given,
-        then ``derived``.
+        Args:
+            initial: configuration of the weights to start from; used if no preset is set.
+            derived: arguments that follow from the data and the objective.
+
+        The fields of this class override the preset or ``initial``, and ``derived`` overrides both.
+
+        Raises:
+            UserError: the preset is unknown, or the width, depth or heads are not set.
         """
         names = {field.name for field in fields(self)} - {"num_classes"}
         config = {key: value for key, value in (initial or {}).items() if key in names}
         if self.preset:
             config = preset_config(self.preset)
-        given = {k: v for k, v in vars(self).items() if v is not None and k != "preset"}
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        given = {k: value for k, value in given.items() if value is not None and k != "preset"}
         config = {**config, **given, **derived}
         if missing := [key for key in ("hidden_size", "depth", "num_heads") if key not in config]:
-            raise UserError(f"model.{missing[0]} is not set; set it, or name a model.preset")
+            raise UserError(f"model.{missing[0]} is not set; set it, or choose a model.preset")
         return config
 
 
 @dataclass
 class DataConfig:
-    """What is learned from"""
+    """Training data and autoencoder"""
 
     source: str = "digits"
-    """"digits" (embedded), a folder with one sub-folder of images per class, tar shards, or
-    hf:NAME (docs/data.md). Encoded at the start: by one process into memory, by several into the
-    run folder."""
+    """Images: "digits" (embedded), a folder with one sub-folder per class, tar shards, or
+    hf://OWNER/NAME (docs/data.md). They are encoded when the run starts: into memory on one
+    process, into the run folder on several."""
     latents: str | None = None
-    """Folder written by moh-dit-encode, in place of source: for sets that outgrow memory."""
+    """Folder written by moh-dit encode, used instead of source; for data larger than memory."""
     num_workers: int = 2
-    """Loader processes per training process, for latents on disk."""
+    """Data-loader workers per training process, for latents on disk."""
     image_size: int = 32
-    """Side of the square images the model is trained on, in pixels."""
-    autoencoder: str = "digits"
-    """"digits" (embedded), a folder, or a hub id of an AutoencoderKL."""
+    """Side of the square training images in pixels."""
+    autoencoder: str | None = None
+    """"digits" (embedded), a folder, or a hub id of an AutoencoderKL. Required unless source is
+    "digits" or latents is set; latents name their own autoencoder."""
     horizontal_flip: bool = False
-    """Mirror every image with probability one half, anew each epoch."""
+    """Mirror each image with probability 0.5, drawn anew in each epoch."""
     skip_unreadable: bool = False
-    """Leave out images that cannot be read and say how many, instead of stopping."""
+    """Skip unreadable images and print how many, instead of stopping."""
 
 
 @dataclass
 class ObjectiveConfig:
-    """What the model learns to predict"""
+    """Training objective"""
 
     prediction_type: Literal["epsilon", "v_prediction", "flow"] = "epsilon"
     """What the model predicts: noise, v (arXiv 2202.00512), or the velocity of a rectified flow."""
     learned_variance: bool = True
     """With epsilon: also predict the variance of each step (Improved DDPM)."""
     min_snr_gamma: float | None = None
-    """Weigh timesteps by min-SNR-γ (arXiv 2303.09556; γ = 5 there); none for even weights."""
+    """Weight timesteps by min-SNR-γ (arXiv 2303.09556, where γ is 5); null for equal weights."""
     logit_normal: tuple[float, float] = (0.0, 1.0)
-    """With flow: mean and standard deviation of the logit of the drawn times."""
+    """With flow: mean and standard deviation of the logit of the sampled times."""
 
     def build(self, device: Any) -> "Objective":
-        """The objective, or a ``UserError`` where the settings contradict each other."""
+        """Create the objective.
+
+        Raises:
+            UserError: the settings contradict each other.
+        """
         from ..diffusion.objectives import FlowObjective, NoiseObjective
 
         if self.prediction_type != "flow":
@@ -119,7 +119,10 @@ class ObjectiveConfig:
                 self.prediction_type, self.learned_variance, self.min_snr_gamma, device
             )
         if self.min_snr_gamma is not None:
-            raise UserError("objective.min_snr_gamma goes with epsilon or v_prediction, not flow")
+            raise UserError(
+                "objective.min_snr_gamma cannot be used with objective.prediction_type flow; "
+                "leave it out, or predict epsilon or v_prediction"
+            )
         return FlowObjective(*self.logit_normal)
 
 
@@ -130,11 +133,11 @@ class OptimizerConfig:
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of AdamW's averages of the gradient and of its square."""
+    """Decay rates of AdamW's running averages of the gradient and its square."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of every parameter not named next."""
+    """Decoupled weight decay of all parameters that no_weight_decay does not match."""
     no_weight_decay: list[str] = field(default_factory=lambda: ["*.bias", "*.embedding_table.*"])
-    """Patterns of parameter names without decay; by default biases and the label table."""
+    """Patterns of parameter names without weight decay (default: biases, label embeddings)."""
     lr_schedule: Literal[
         "constant",
         "constant_with_warmup",
@@ -146,45 +149,44 @@ class OptimizerConfig:
     ] = "constant"
     """Learning-rate schedule (diffusers.optimization)."""
     lr_schedule_options: dict[str, int | float | str] = field(default_factory=dict)
-    """Its further options: num_cycles (cosine…), power (polynomial), step_rules
-    (piecewise_constant, e.g. "1:10000,0.1")."""
+    """Options of the schedule: num_cycles (cosine, cosine_with_restarts), power (polynomial),
+    step_rules (piecewise_constant, e.g. "1:10000,0.1")."""
     lr_warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly; the schedule must be one with warm-up."""
+    """Steps of linear warm-up; not available for constant and piecewise_constant."""
     max_grad_norm: float | None = None
-    """Clip the global gradient norm to this; none for no clipping."""
+    """Clip the global gradient norm to this value; null for no clipping."""
 
 
 @dataclass
 class EvaluationConfig:
-    """Samples and metrics while it trains"""
+    """Samples and metrics during training"""
 
     sample_every: int = 0
-    """Steps between grids of samples; 0 for one at the end."""
+    """Steps between sample grids; 0 for a single grid at the end."""
     fid_every: int = 0
-    """Steps between evaluations of generated samples, the last step included; 0 for none."""
+    """Steps between evaluations of generated samples, also after the last step; 0 for none."""
     num_samples: int = 1000
-    """Samples in an evaluation."""
+    """Number of samples per evaluation."""
     num_inference_steps: int = 50
     """Denoising steps of grids and evaluations."""
     guidance_scale: float = 1.5
-    """Classifier-free guidance weight of grids and evaluations; 1 for none."""
+    """Classifier-free guidance scale of grids and evaluations; 1 for no guidance."""
     metrics: list[str] = field(default_factory=lambda: ["fid"])
-    """Metrics of fid_eval to follow."""
+    """Metrics of fid-eval to compute."""
     feature_extractor: str = "inception"
-    """Feature extractor of the evaluation, a name or import path known to fid_eval."""
+    """Feature extractor: a name known to fid-eval, or an import path."""
     feature_extractor_weights: str | None = None
-    """Its weights, a local file; downloaded unless given."""
+    """File with the weights of the feature extractor (default: download them)."""
     reference: str | None = None
-    """Reference of the evaluation: a file or saved name of fid_eval; the training images unless
-    given."""
+    """Reference set: a file or a saved name of fid-eval (default: the training images)."""
 
 
 @dataclass
 class TrainConfig:
-    """The run, its length and how it computes"""
+    """Run folder, length, precision and logging"""
 
     run_dir: str = "runs/train"
-    """Folder of this run; must not exist unless resuming."""
+    """Folder of this run. It must not exist, unless --resume is given."""
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint, or start it if there is none."""
     seed: int = 0
@@ -196,120 +198,91 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     init_from: str | None = None
-    """Start from these weights: a run, a model folder, a file or a hub id (docs/checkpoints.md).
-    Where no model.preset is set, their own settings hold for those of model that are not given."""
+    """Initial weights: a run, a model folder, a file or a hub id (docs/checkpoints.md). Without
+    model.preset, the settings of these weights are the defaults of model."""
     num_steps: int = 400_000
-    """Optimizer steps of the whole run."""
+    """Number of optimizer steps of the whole run."""
     batch_size: int = 256
-    """Images per optimizer step, over all processes and accumulation steps."""
+    """Images per optimizer step, over all processes and micro-batches."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
     label_dropout: float = 0.1
-    """Probability of training an image as the null class, for guidance."""
+    """Probability of replacing a label by the null class, for classifier-free guidance."""
     balance_loss_weight: float = 0.01
-    """Weight of the load-balance loss, which is 1 at even routing."""
+    """Weight of the load-balance loss, which is 1 for balanced routing."""
     balance_loss: Literal["global", "two_pass", "published"] = "global"
-    """Load over the batch of all processes on one scale, or per process as published. two_pass:
-    global, and exact under gradient accumulation, for one more forward pass."""
+    """global: head load over the batch of all processes. two_pass: the same, exact under gradient
+    accumulation, at the cost of one more forward pass. published: per process and micro-batch."""
     ema_decays: list[float] = field(default_factory=lambda: [0.9999])
-    """Decays of the averaged weights; the first is sampled from. All warm up with the run."""
+    """Decays of the exponential moving averages (EMA) of the weights. Sampling uses the first by
+    default. All EMAs warm up."""
     ema_power_stds: list[float] = field(default_factory=list)
-    """Relative widths of power-function averages to keep snapshots of, e.g. [0.05, 0.1]: from two,
-    an average of any width can be made after the run (docs/training.md). None unless given."""
+    """Relative widths of power-function averages to save as snapshots, e.g. [0.05, 0.1]. Two widths
+    are enough to compute an average of any width after the run (docs/training.md)."""
     ema_snapshot_every: int = 0
-    """Steps between those snapshots, which are all kept; 0 for checkpoint_every."""
+    """Steps between these snapshots, which are never deleted; 0 for checkpoint_every."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Arithmetic of the model; weights, averages and loss stay float32."""
+    """Autocast precision of the model; weights, averages and the loss stay float32."""
     allow_tf32: bool = True
-    """Let CUDA matrix products round their float32 inputs to TF32."""
+    """Allow TF32 in float32 matrix products and convolutions on CUDA."""
     compile: bool = False
-    """torch.compile the model."""
+    """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more compute."""
     deterministic: bool = False
-    """Deterministic algorithms on CUDA, so that a resumed run is bit-identical."""
+    """Use deterministic algorithms on CUDA, so that a resumed run is bit-identical."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """At a loss or gradient that is not finite: the update is held back, then stop or go on."""
+    """If the loss or a gradient is NaN or infinite: stop, or skip the update and continue."""
 
     log_every: int = 50
-    """Steps between logged averages."""
+    """Steps between log entries, which average over these steps."""
     checkpoint_every: int = 10_000
-    """Steps between checkpoints; the last step always makes one."""
+    """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 3
-    """How many of the newest checkpoints to keep; 0 for all."""
-    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Trackers of accelerate to log to, e.g. tensorboard or wandb (extra: tracking)."""
+    """Number of newest checkpoints to keep; 0 for all."""
+    trackers: list[str] = field(default_factory=list)
+    """Trackers of accelerate to log to, e.g. [tensorboard] or [wandb]; both need
+    pip install "moh-dit[tracking]". log.jsonl and curves.png are always written."""
     peak_tflops: float | None = None
-    """Peak TFLOP/s of one GPU, for the model FLOP utilisation; known for A100, H100 and H200."""
+    """Peak TFLOP/s of one GPU, to compute the MFU; known for A100, H100 and H200."""
+
+    def check_paths(self) -> None:
+        """Raise ``UserError`` for paths that do not exist, without importing torch."""
+        from .config_checks import check_paths
+
+        check_paths(self)
 
     def check(self, num_processes: int) -> None:
-        """Raise ``UserError`` for values that do not fit together."""
-        from .ema import power_gamma, power_name
+        """Raise ``UserError`` for values that are out of range or contradict each other."""
+        from .config_checks import check_values
 
-        given = {key: value for key, value in flatten(self).items() if value is not None}
-        for key, least in SMALLEST.items():
-            if not given.get(key, least) >= least:
-                raise UserError(f"{key} is {given[key]}; it must be at least {least}")
-        for key in POSITIVE:
-            if not given.get(key, 1) > 0:
-                raise UserError(f"{key} is {given[key]}; it must be greater than 0")
-        for key, value in given.items():
-            if value == math.inf and key not in MAY_BE_INFINITE:
-                raise UserError(f"{key} is inf; it must be finite")
-        share = num_processes * self.gradient_accumulation_steps
-        if self.batch_size < 1 or self.batch_size % share:
-            raise UserError(
-                f"batch_size {self.batch_size} is not divisible by {num_processes} processes × "
-                f"{self.gradient_accumulation_steps} gradient_accumulation_steps"
-            )
-        if self.evaluation.fid_every and self.evaluation.num_samples < 4:
-            raise UserError(
-                f"evaluation.num_samples is {self.evaluation.num_samples}; precision and recall "
-                "need at least 4, FID some thousands"
-            )
-        if not 0 <= self.seed < 2**64:
-            raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2**64")
-        if not self.objective.logit_normal[1] > 0:
-            raise UserError("objective.logit_normal needs a standard deviation greater than 0")
-        if not all(0 <= beta < 1 for beta in self.optimizer.betas):
-            raise UserError(f"optimizer.betas is {self.optimizer.betas}; both must lie in [0, 1)")
-        if self.evaluation.fid_every and not self.evaluation.metrics:
-            raise UserError("evaluation.metrics is empty; name some, or set evaluation.fid_every 0")
-        if not 0 <= self.label_dropout < 1:
-            raise UserError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1)")
-        if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
-            raise UserError(f"ema_decays is {self.ema_decays}; give at least one in [0, 1)")
-        if len(set(self.ema_decays)) < len(self.ema_decays):
-            raise UserError(f"ema_decays {self.ema_decays} lists a decay twice")
-        if len(set(map(power_name, self.ema_power_stds))) < len(self.ema_power_stds):
-            raise UserError(f"ema_power_stds {self.ema_power_stds} lists a width twice")
-        for std in self.ema_power_stds:
-            power_gamma(std)
-        if self.optimizer.lr_warmup_steps and self.optimizer.lr_schedule in WITHOUT_WARMUP:
-            raise UserError(
-                "optimizer.lr_warmup_steps needs a schedule with warm-up: set "
-                "optimizer.lr_schedule to constant_with_warmup, linear, cosine or the like"
-            )
+        check_values(self, flatten(self), num_processes)
 
 
 @dataclass
 class PosthocConfig:
-    """The wanted average"""
+    """Settings of `moh-dit ema`"""
 
     run: str
-    """Folder of a run with snapshots (ema_power_stds)."""
+    """Run folder with snapshots (trained with ema_power_stds)."""
     std: float = 0.1
-    """Relative width of the wanted average, a share of the run up to its step; below 0.289."""
+    """Width of the average, relative to the length of the run up to step; below 0.289."""
     step: int | None = None
-    """Step at which the wanted average ends; the newest checkpoint that has a snapshot unless
-    given."""
+    """Step at which the average ends (default: the newest checkpoint that has a snapshot)."""
     output: str | None = None
-    """Folder for the model, to open with from_pretrained or init_from; by default into the
-    checkpoint of that step, to sample with --weights ema-posthoc-STD."""
+    """Folder for the averaged model, readable by from_pretrained and init_from (default: into the
+    checkpoint of that step, to be sampled with --weights ema-posthoc-STD)."""
+
+    def check_paths(self) -> None:
+        """Raise ``UserError`` if the run does not exist, or the output does."""
+        if not Path(self.run).is_dir():
+            raise UserError(f"run {self.run} does not exist; give a run folder")
+        if self.output is not None:
+            require_new_output(Path(self.output))
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A configuration by dotted keys."""
+    """Return the settings of a nested configuration by dotted key; tuples become lists."""
     flat: dict[str, Any] = {}
     for each in fields(config):
         value = getattr(config, each.name)

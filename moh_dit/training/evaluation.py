@@ -1,10 +1,10 @@
-"""Look at a run while it trains: grids of samples and FID, by the code that does it afterwards."""
+"""Draw sample grids and measure metrics such as FID during training."""
 
 import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
@@ -14,8 +14,7 @@ from fid_eval import EvaluationError, Evaluator, Share
 from ..common.atomic_write import atomic_write
 from ..common.distributed import run_on_main_process
 from ..common.errors import UserError
-from ..data.images import ImageSet, read_batches
-from ..data.latents import LatentSet, index_batches
+from ..data.images import ImageSet, index_batches, read_batches
 from ..pipeline.pipeline import MoHDiTPipeline
 from ..sampling.config import SamplingSettings
 from ..sampling.engine import generate, use_settings
@@ -23,30 +22,33 @@ from ..sampling.grids import sample_grid
 from ..sampling.sample_set import set_labels
 from .config import EvaluationConfig
 from .preemption import Interrupted, Preemption
+from .training_data import TrainingData
 
 MAX_GRID_CLASSES = 10
 BATCH_SIZE = 64
 
 
-class Due(NamedTuple):
-    """What is to be made of a step."""
+class DueOutputs(NamedTuple):
+    """Outputs that are due at a step."""
 
     grid: bool
-    evaluation: bool
+    metrics: bool
 
 
-class Preview:
-    """Samples and measures the averaged model of a run.
+class SampleEvaluator:
+    """Samples from the averaged model of a run, and measures the samples.
 
     Args:
-        config: what to sample and to measure.
-        accelerator: the run's processes, which share the samples of an evaluation.
-        pipeline: the averaged model with the run's autoencoder and scheduler.
-        data: the training data; its images are the reference unless the configuration names one.
-        preemption: is listened to, since what is made here may take longer than one is given.
+        config: settings of samples and metrics.
+        accelerator: the processes of the run. They share the samples of an evaluation.
+        pipeline: the averaged model with the autoencoder and scheduler of the run.
+        data: the training data. Its images are the reference if ``config`` names none.
+        preemption: ends the sampling after SIGTERM, because it may take longer than the grace
+            period of a scheduler.
 
     Raises:
-        UserError: an extractor or reference that cannot be had, before any training.
+        UserError: settings that do not fit the model, or a feature extractor or reference that is
+            not available.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Preview:
         config: EvaluationConfig,
         accelerator: Accelerator,
         pipeline: MoHDiTPipeline,
-        data: ImageSet | LatentSet,
+        data: TrainingData,
         preemption: Preemption,
     ):
         self.config = config
@@ -62,16 +64,21 @@ class Preview:
         self.settings = SamplingSettings(
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale
         )
-        self.pipeline = pipeline
         self.preemption = preemption
-        use_settings(pipeline, self.settings, None)  # so that mistakes are found before training
+        self.pipeline, _ = use_settings(pipeline, self.settings)  # checks the settings
         self.evaluator: Evaluator | None = None
         if config.fid_every:
-            if config.reference is None and isinstance(data, LatentSet):
-                raise UserError("evaluation.fid_every with data.latents needs evaluation.reference")
+            reference: Any = config.reference
+            if reference is None:
+                if data.images is None:
+                    raise UserError(
+                        "evaluation.reference is not set; it is required with data.latents and "
+                        "evaluation.fid_every"
+                    )
+                reference = self._read_images(data.images)
             try:
                 self.evaluator = Evaluator(
-                    config.reference or self._reference(cast(ImageSet, data)),
+                    reference,
                     metrics=config.metrics,
                     extractor=config.feature_extractor,
                     weights=config.feature_extractor_weights,
@@ -82,52 +89,55 @@ class Preview:
             except EvaluationError as error:
                 raise UserError(f"evaluation: {error}") from None
 
-    def due(self, step: int, last: bool) -> Due:
-        """What is to be made after ``step``."""
+    def due(self, step: int, last: bool) -> DueOutputs:
+        """Return the outputs that are due after ``step``; ``last``: it is the last step."""
         config = self.config
-        return Due(
+        return DueOutputs(
             grid=last or bool(config.sample_every and step % config.sample_every == 0),
-            evaluation=self.evaluator is not None and (last or step % config.fid_every == 0),
+            metrics=self.evaluator is not None and (last or step % config.fid_every == 0),
         )
 
-    def missed(self, step: int, last: bool, run_dir: Path) -> Due:
-        """What was due after ``step`` and is not there: the run was stopped before it."""
-        grid, evaluation = self.due(step, last)
+    def missing(self, step: int, last: bool, run_dir: Path) -> DueOutputs:
+        """Return the outputs of ``step`` that an interrupted run has not written."""
+        grid, metrics = self.due(step, last)
 
-        def look() -> Due:
-            return Due(
+        def check() -> DueOutputs:
+            return DueOutputs(
                 grid and not grid_path(run_dir, step).exists(),
-                evaluation and not evaluation_path(run_dir, step).exists(),
+                metrics and not metrics_path(run_dir, step).exists(),
             )
 
-        return run_on_main_process(self.accelerator, look)
+        return run_on_main_process(self.accelerator, check)
 
-    def make(self, due: Due, step: int, run_dir: Path) -> dict[str, float]:
-        """Make what is due; returns the metrics measured, if any.
+    def make(self, due: DueOutputs, step: int, run_dir: Path) -> dict[str, float]:
+        """Write the outputs that are due; return the metrics, empty if none are due.
 
         Raises:
-            Interrupted: a SIGTERM came, on every process alike.
+            Interrupted: a process received SIGTERM; raised on all ranks.
         """
         if due.grid:
-            self._grid(grid_path(run_dir, step))
-        if not due.evaluation:
+            self._draw_grid(grid_path(run_dir, step))
+        if not due.metrics:
             return {}
-        result = self._evaluate()
+        result = self._measure()
         if self.accelerator.is_main_process:
-            path = evaluation_path(run_dir, step)
+            path = metrics_path(run_dir, step)
             path.parent.mkdir(exist_ok=True)
-            record = json.dumps({"step": step, **result.to_dict()}, indent=1, default=str)
-            atomic_write(path, record.encode())
+            content = json.dumps({"step": step, **result.to_dict()}, indent=1, default=str)
+            atomic_write(path, content.encode())
         return result.metrics
 
-    def _grid(self, path: Path) -> None:
+    def _draw_grid(self, path: Path) -> None:
         num_classes = self.pipeline.transformer.config.num_classes
-        shown = np.linspace(0, num_classes - 1, min(num_classes, MAX_GRID_CLASSES)).astype(int)
+        classes = np.linspace(0, num_classes - 1, min(num_classes, MAX_GRID_CLASSES)).astype(int)
 
         def draw() -> bool:
             try:
                 sheet = sample_grid(
-                    self.pipeline, self.settings, shown.tolist(), on_step=self.preemption.check
+                    self.pipeline,
+                    self.settings,
+                    classes.tolist(),
+                    on_step=self.preemption.raise_if_received,
                 )
             except Interrupted:
                 return False
@@ -140,38 +150,42 @@ class Preview:
         if not run_on_main_process(self.accelerator, draw):
             raise Interrupted
 
-    def _reference(self, images: ImageSet) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _read_images(self, images: ImageSet) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for batch in read_batches(images, index_batches(range(len(images)), BATCH_SIZE)):
-            self.preemption.check()
+            self.preemption.raise_if_received()
             yield batch
 
-    def _evaluate(self) -> Any:
+    def _measure(self) -> Any:
         classes = range(self.pipeline.transformer.config.num_classes)
         labels = np.asarray(set_labels(self.config.num_samples, list(classes), "balanced", 0))
-        shares = np.array_split(np.arange(len(labels)), self.accelerator.num_processes)
-        mine = shares[self.accelerator.process_index]
+        parts = np.array_split(np.arange(len(labels)), self.accelerator.num_processes)
+        indices = parts[self.accelerator.process_index]  # of this rank's samples
 
         def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            own = labels[mine]
+            own = labels[indices]
             samples = generate(
-                self.pipeline, own.tolist(), self.settings, indices=mine, batch_size=BATCH_SIZE,
-                on_step=self.preemption.check,
-            )  # fmt: skip
+                self.pipeline,
+                own.tolist(),
+                self.settings,
+                indices=indices,
+                batch_size=BATCH_SIZE,
+                on_step=self.preemption.raise_if_received,
+            )
             for positions, images in samples:
                 yield images, own[positions]
 
         assert self.evaluator is not None
-        try:  # what one process raises, all of them raise
+        try:  # an exception on one rank is raised on all ranks
             return self.evaluator(Share(batches()))
         except EvaluationError as error:
             raise UserError(f"evaluation: {error}") from None
 
 
 def grid_path(run_dir: Path, step: int) -> Path:
-    """The grid of samples after ``step``."""
+    """Return the path of the sample grid after ``step``."""
     return run_dir / "samples" / f"step-{step:08d}.png"
 
 
-def evaluation_path(run_dir: Path, step: int) -> Path:
-    """The metrics after ``step``."""
+def metrics_path(run_dir: Path, step: int) -> Path:
+    """Return the path of the metrics after ``step``."""
     return run_dir / "evaluations" / f"step-{step:08d}.json"

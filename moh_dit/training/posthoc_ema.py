@@ -1,11 +1,11 @@
-"""Averages of any length after the run, from snapshots of two (EDM2, arXiv 2312.02696, §3.2).
+"""Compute weight averages of any width after a run (EDM2, arXiv 2312.02696, §3.2).
 
-    python -m moh_dit.training.posthoc_ema --run runs/mine --std 0.08
-    python sample_dit.py --checkpoint runs/mine --weights ema-posthoc-0.08 ...
+    moh-dit ema runs/mine --std 0.08
+    moh-dit sample runs/mine --weights ema-posthoc-0.08 ...
 
-Every snapshot is a known average over the run: of the weights with profile p(τ) ∝ τ^γ up to its
-step. The linear combination whose profile is nearest the wanted one in the least-squares sense is
-the best guess at the wanted average, and a very good one.
+A snapshot is a known average of the weights up to its step t, with profile p(τ) ∝ τ^γ for τ ≤ t. A
+linear combination of snapshots has the same combination of profiles. The combination whose profile
+is nearest to the requested one, in the least-squares sense, approximates the requested average.
 """
 
 import re
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoints.opening import WEIGHTS, checkpoint_name, checkpoint_step
+from ..checkpoints.runs import WEIGHTS, checkpoint_name, checkpoint_step
 from ..common.atomic_write import atomic_output
 from ..common.errors import UserError
 from ..common.progress import progress_bar
@@ -30,35 +30,36 @@ from .ema import power_gamma
 
 @dataclass(frozen=True)
 class Profile:
-    """A power-function average: its weight on step τ ≤ ``step`` is proportional to τ^γ."""
+    """The profile of a power-function average: step τ ≤ ``step`` has a weight ∝ τ^γ."""
 
     step: int
     std: float
 
     @property
     def gamma(self) -> float:
+        """Exponent γ."""
         return power_gamma(self.std)
 
 
 def inner_product(a: Profile, b: Profile) -> float:
-    """∫ p_a(τ) p_b(τ) dτ of two profiles with integral 1 (EDM2, appendix C)."""
+    """Return ∫ p_a(τ) p_b(τ) dτ of two profiles with integral 1 (EDM2, appendix C)."""
     if a.step > b.step:
         a, b = b, a
-    # p(τ) = (γ + 1) τ^γ / t^(γ + 1) up to t; the product ends where the shorter one does.
+    # p(τ) = (γ + 1) τ^γ / t^(γ + 1) for τ ≤ t, so the product is 0 after the smaller t.
     ratio = (a.step / b.step) ** b.gamma
     return (a.gamma + 1) * (b.gamma + 1) * ratio / ((a.gamma + b.gamma + 1) * b.step)
 
 
-def combination(stored: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, float]:
-    """Coefficients of the stored averages, and how far off their combination is.
+def fit_coefficients(stored: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, float]:
+    """Fit the profile ``wanted`` by a linear combination of the stored profiles.
 
     Returns:
-        float64 coefficients, one for each stored average, and ‖p - p_wanted‖ / ‖p_wanted‖ of the
-        combined profile.
+        float64 coefficients, one per stored profile, and the relative error
+        ‖p - p_wanted‖ / ‖p_wanted‖ of the combined profile p.
     """
     gram = np.array([[inner_product(a, b) for b in stored] for a in stored])
     target = np.array([inner_product(a, wanted) for a in stored])
-    scale = np.diag(gram) ** -0.5  # profiles of unit length: late and early snapshots weigh alike
+    scale = np.diag(gram) ** -0.5  # normalise the profiles for a well-conditioned system
     solution = np.linalg.lstsq(gram * np.outer(scale, scale), target * scale, rcond=1e-14)[0]
     coefficients = solution * scale
     norm = inner_product(wanted, wanted)
@@ -67,24 +68,22 @@ def combination(stored: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray,
 
 
 def list_snapshots(run: Path) -> dict[Profile, Path]:
-    """The stored averages of a run and their files.
+    """Return the profile and the file of each snapshot of a run.
 
     Raises:
-        UserError: the run has none.
+        UserError: the run has no snapshots.
     """
     found = {}
     for file in sorted((run / "snapshots").glob(f"step-*/ema-power-*/{WEIGHTS}")):
         std = float(re.sub("^ema-power-", "", file.parent.name))
         found[Profile(checkpoint_step(file.parent.parent), std)] = file
     if not found:
-        raise UserError(
-            f"run {run} has no snapshots of averages: train with --ema_power_stds '[0.05, 0.1]'"
-        )
+        raise UserError(f"run {run} has no snapshots; train with --ema_power_stds '[0.05, 0.1]'")
     return found
 
 
-def combine(files: Sequence[Path], coefficients: Sequence[float]) -> dict[str, Tensor]:
-    """Σ c_i w_i over the weights in safetensors files, summed in float64; float32 result."""
+def combine_weights(files: Sequence[Path], coefficients: Sequence[float]) -> dict[str, Tensor]:
+    """Return Σ c_i w_i over the weights in safetensors files, summed in float64, as float32."""
     handles = []
     for file in files:
         try:
@@ -106,36 +105,40 @@ def combine(files: Sequence[Path], coefficients: Sequence[float]) -> dict[str, T
 
 
 def reconstruct(config: PosthocConfig) -> None:
-    """Write the average that the configuration asks for; see the fields for where."""
+    """Compute the requested average and write it as a model folder.
+
+    Raises:
+        UserError: the run has no snapshots, no suitable checkpoint, or the output exists.
+    """
     run = Path(config.run)
     snapshots = list_snapshots(run)
     steps = sorted({profile.step for profile in snapshots})
-    have = [s for s in steps if (run / "checkpoints" / checkpoint_name(s)).is_dir()]
-    if config.step is None and not (have or config.output):
-        raise UserError(f"no checkpoint of {run} has a snapshot of its step; give --output")
-    step = config.step or (have[-1] if have and not config.output else steps[-1])
+    saved = [s for s in steps if (run / "checkpoints" / checkpoint_name(s)).is_dir()]
+    if config.step is None and not (saved or config.output):
+        raise UserError(f"no checkpoint of {run} has a snapshot at the same step; give --output")
+    step = config.step or (saved[-1] if saved and not config.output else steps[-1])
     if not 1 <= step <= steps[-1]:
-        raise UserError(f"step is {step}; the snapshots of {run} end at step {steps[-1]}")
-    if config.output is None and step not in have:
-        raise UserError(f"{run} has no checkpoint of step {step}; give --output")
+        raise UserError(f"step is {step}, but the last snapshot of {run} is at step {steps[-1]}")
+    if config.output is None and step not in saved:
+        raise UserError(f"{run} has no checkpoint at step {step}; give --output")
     checkpoint = run / "checkpoints" / checkpoint_name(step)
     output = Path(config.output) if config.output else checkpoint / f"ema-posthoc-{config.std:g}"
     if output.exists():
         raise UserError(f"{output} exists; remove it, or choose another --output")
 
-    # Averages that end later know nothing more of the steps before, but weigh them too.
-    coefficients, error = combination(list(snapshots), Profile(step, config.std))
-    weights = combine(list(snapshots.values()), coefficients.tolist())
-    frozen = next(iter(snapshots.values()))
-    with safe_open(frozen, framework="pt") as file:
-        weights["pos_embed"] = file.get_tensor("pos_embed")  # never trained, so never averaged
-    model_config = MoHDiTTransformer2DModel.load_config(frozen.parent)
+    # Later snapshots are included: they contain the earlier steps as well.
+    coefficients, error = fit_coefficients(list(snapshots), Profile(step, config.std))
+    weights = combine_weights(list(snapshots.values()), coefficients.tolist())
+    first = next(iter(snapshots.values()))
+    with safe_open(first, framework="pt") as file:
+        weights["pos_embed"] = file.get_tensor("pos_embed")  # fixed, so it has no average
+    model_config = MoHDiTTransformer2DModel.load_config(first.parent)
     with torch.device("meta"):
         model = MoHDiTTransformer2DModel.from_config(model_config)
-    with atomic_output(output) as aside:
-        model.save_config(aside)
-        save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
+    with atomic_output(output) as partial:
+        model.save_config(partial)
+        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
     print(
-        f"{output}: σ_rel {config.std:g} at step {step} from {len(snapshots)} snapshots; the "
-        f"profile is met to {error:.2%}"
+        f"wrote {output}: width {config.std:g} at step {step}, computed from {len(snapshots)} "
+        f"snapshots; relative error of the profile {error:.2%}"
     )

@@ -1,40 +1,59 @@
-"""The folder of a run when it starts: refused, compared with what it began with, or made."""
+"""Create the folder of a run, or check that its run can be resumed."""
 
 import json
-import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, SchedulerMixin
+from diffusers import SchedulerMixin
 
-from ..autoencoder import autoencoder_identity
 from ..common.atomic_write import atomic_write
 from ..common.cli import load_config, save_config
 from ..common.errors import UserError
-from ..data.images import ImageSet
-from ..data.latents import LatentSet, LatentStore
+from ..common.paths import choose_autoencoder
+from ..data.latents import open_latents
 from .config import TrainConfig, flatten
 from .run_log import environment
-from .training_state import clear_leftovers, written_for_run
+from .training_data import TrainingData
+from .training_state import remove_unfinished, write_in_run
 
-# What may change when a run is resumed; everything else defines what is being computed.
-FREE_ON_RESUME = (
+# Settings that may change when a run is resumed. All others define what the run computes.
+CHANGEABLE_ON_RESUME = (
     "run_dir", "resume", "num_steps", "log_every", "checkpoint_every", "keep_checkpoints",
     "trackers", "compile", "gradient_checkpointing", "gradient_accumulation_steps", "evaluation",
     "on_nonfinite", "deterministic", "allow_tf32", "peak_tflops", "ema_snapshot_every",
     "data.num_workers",
 )  # fmt: skip
-# Where data and autoencoder lie, too: whether they are the same is known without.
-PLACES = ("data.source", "data.latents", "data.autoencoder")
+# data.json identifies the data by content, so these paths may change.
+DATA_PATHS = ("data.source", "data.latents", "data.autoencoder")
+CONFIG_FILE = "config.yaml"
 DATA_FILE = "data.json"
 
 
+def resolve_autoencoder(config: TrainConfig) -> TrainConfig:
+    """Return the settings with the name of the autoencoder filled in.
+
+    A resumed run keeps its autoencoder. Latents name the autoencoder that encoded them.
+
+    Raises:
+        UserError: no autoencoder is given for images other than the digits.
+    """
+    data, saved = config.data, Path(config.run_dir) / CONFIG_FILE
+    name = data.autoencoder
+    if name is None and saved.is_file():
+        name = load_config(TrainConfig, saved).data.autoencoder
+    if name is None and data.latents is not None:
+        name = open_latents(data.latents).index["autoencoder"]["name"]
+    name = choose_autoencoder(name, data.source, "--data.autoencoder")
+    return replace(config, data=replace(data, autoencoder=name))
+
+
 def check_resumable(config: TrainConfig, run: Path) -> None:
-    """Raise ``UserError`` naming the keys in which ``config`` differs from the run's own."""
-    path = run / "config.yaml"
+    """Raise ``UserError`` if ``config`` differs from the settings with which the run started."""
+    path = run / CONFIG_FILE
     before, now = flatten(load_config(TrainConfig, path)), flatten(config)
-    free = FREE_ON_RESUME + (PLACES if (run / DATA_FILE).is_file() else ())
+    free = CHANGEABLE_ON_RESUME + (DATA_PATHS if (run / DATA_FILE).is_file() else ())
     changed = [
         f"{key} is {now[key]}, was {before[key]}"
         for key in now
@@ -42,23 +61,18 @@ def check_resumable(config: TrainConfig, run: Path) -> None:
     ]
     if changed:
         raise UserError(
-            f"cannot resume {run} with another configuration: {'; '.join(changed)}. "
-            f"Use --config {path}, or a new run_dir"
+            f"run {run} cannot be resumed with other settings: {'; '.join(changed)}. Give "
+            f"--config {path}, or choose a new --run_dir"
         )
 
 
-def data_identity(data: ImageSet | LatentSet, vae: AutoencoderKL) -> dict[str, Any]:
-    """What tells the data and the autoencoder of a run from others, wherever they lie."""
-    if isinstance(data, LatentStore):
-        kind, content = "latents", data.index["content_hash"]
-    else:
-        kind, content = "images", cast(ImageSet, data).fingerprint()
-    autoencoder = autoencoder_identity(vae)
-    return {"kind": kind, "images": len(data), "content": content, "autoencoder": autoencoder}
-
-
 def check_same_data(run: Path, identity: dict[str, Any]) -> None:
-    """Raise ``UserError`` where a run to be resumed began with other data."""
+    """Raise ``UserError`` if a run to be resumed started with other data or autoencoder.
+
+    Args:
+        run: the run folder; nothing is checked if it has no ``data.json``.
+        identity: ``TrainingData.identity`` of the present data.
+    """
     if not (run / DATA_FILE).is_file():
         return
     try:
@@ -66,66 +80,54 @@ def check_same_data(run: Path, identity: dict[str, Any]) -> None:
         known = {name: before[name] for name in identity}
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"{run / DATA_FILE} is damaged ({error}); remove it to go on with data and autoencoder "
-            "as they are"
+            f"{run / DATA_FILE} is damaged ({error}); remove it to resume with the present data "
+            "and autoencoder"
         ) from None
     if known["autoencoder"] != identity["autoencoder"]:
-        raise UserError(f"{run} began with another autoencoder; give that one, or a new run_dir")
+        raise UserError(
+            f"run {run} started with another autoencoder; give that one, or choose a new --run_dir"
+        )
     if known != identity:
         then, now = (f"{each['images']} {each['kind']}" for each in (known, identity))
-        difference = f"{then} then, {now} now" if then != now else f"{now}, but not the same"
+        difference = f"{then} then, {now} now" if then != now else f"{now}, but other content"
         raise UserError(
-            f"{run} began with other data: {difference}; give the data it began with, or a new "
-            "run_dir"
+            f"run {run} started with other data: {difference}; give the original data, or choose a "
+            "new --run_dir"
         )
 
 
-def refuse_existing(run_dir: Path, resume: bool) -> None:
-    """Raise ``UserError`` rather than write into a run folder that holds something."""
-    if run_dir.is_file():
-        raise UserError(f"run folder {run_dir} is a file")
-    if run_dir.exists() and any(run_dir.iterdir()) and not resume:
-        raise UserError(
-            f"run folder {run_dir} exists; add --resume to continue it, or choose another --run_dir"
-        )
-    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"run folder {run_dir}: {nearest} is no folder that can be written to")
-
-
-def open_run_folder(
-    config: TrainConfig,
-    start_step: int,
-    class_names: list[str],
-    identity: dict[str, Any],
-    vae: AutoencoderKL,
-    scheduler: SchedulerMixin,
+def prepare_run_folder(
+    config: TrainConfig, start_step: int, data: TrainingData, scheduler: SchedulerMixin
 ) -> None:
-    """Make the folder, or go on in it; whatever is written is whole or not there."""
+    """Create the run folder or continue in it; every file is written atomically."""
     run = Path(config.run_dir)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"run folder {run} cannot be made: {error}") from None
+        raise UserError(f"run_dir {run} cannot be created: {error}") from None
     for folder in ("checkpoints", "snapshots"):
-        clear_leftovers(run / folder)
-    save_config(config, run / "config.yaml")
-    atomic_write(run / DATA_FILE, json.dumps(identity, indent=1).encode())
-    atomic_write(run / "classes.json", json.dumps(class_names, indent=1).encode())
-    with (run / "environment.jsonl").open("a") as file:  # one line for each start
+        remove_unfinished(run / folder)
+    if (run / CONFIG_FILE).is_file():
+        before = load_config(TrainConfig, run / CONFIG_FILE).trackers
+        if dropped := [name for name in before if name not in config.trackers]:
+            print(f"no longer logging to {', '.join(dropped)}; to continue that, resume with "
+                  f"--trackers '[{', '.join(before)}]'")  # fmt: skip
+    save_config(config, run / CONFIG_FILE)
+    atomic_write(run / DATA_FILE, json.dumps(data.identity, indent=1).encode())
+    atomic_write(run / "classes.json", json.dumps(data.class_names, indent=1).encode())
+    with (run / "environment.jsonl").open("a") as file:  # one line per start
         file.write(json.dumps({"start_step": start_step, **environment()}) + "\n")
-    for name, part in (("vae", vae), ("scheduler", scheduler)):
+    for name, part in (("vae", data.vae), ("scheduler", scheduler)):
         if not (run / name).exists():
-            with written_for_run(run / name, run) as aside:
-                part.save_pretrained(aside)
+            with write_in_run(run / name, run) as partial:
+                part.save_pretrained(partial)
 
 
 def init_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Start the trackers with the settings of the run."""
-    plain = (bool, int, float, str)
+    """Start the trackers and log the settings of the run to them."""
     if config.trackers:
         settings = {
-            key: value if isinstance(value, plain) else str(value)
+            key: value if isinstance(value, bool | int | float | str) else str(value)
             for key, value in flatten(config).items()
         }
         accelerator.init_trackers("moh-dit", settings)

@@ -1,4 +1,4 @@
-"""What a run leaves to read: environment, a line of numbers now and then, curves."""
+"""Record the environment of a run, its log and its curves."""
 
 import importlib.metadata
 import json
@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,10 +26,10 @@ PACKAGES = ("moh-dit", "torch", "diffusers", "accelerate", "safetensors", "numpy
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware, git commit and command line: what a reader needs to trust a result."""
+    """Return versions, hardware, git commit and command line, ready for JSON."""
     cuda = torch.cuda.is_available()
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
         "host": platform.node(),
         "python": platform.python_version(),
@@ -47,7 +47,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of this code's checkout, marked where files differ from it; None outside one."""
+    """Return the commit of this code, with "+changes" for modified files; None without git."""
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -55,7 +55,7 @@ def _git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", __file__)  # not the repository of some outer folder
+        git("ls-files", "--error-unmatch", __file__)  # fails inside an unrelated repository
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
@@ -63,11 +63,11 @@ def _git_commit() -> str | None:
 
 
 class RunLog:
-    """``log.jsonl``: one JSON object per logged step, continued exactly on resume.
+    """The file ``log.jsonl``: one JSON object per log entry.
 
     Args:
-        path: the file; lines after ``start_step`` (of a stretch that was lost) are dropped.
-        start_step: steps done so far.
+        path: the file. Entries after ``start_step`` are removed, because those steps are repeated.
+        start_step: number of completed steps.
     """
 
     def __init__(self, path: Path, start_step: int = 0):
@@ -76,13 +76,13 @@ class RunLog:
         atomic_write(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append one entry, which has a ``step``."""
+        """Append one entry, which contains ``step``."""
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Entries of a ``log.jsonl``, a torn last line left out; empty when there is no file."""
+    """Return the entries of a ``log.jsonl`` up to an incomplete line; empty without a file."""
     entries = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -93,7 +93,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_curves(log: Path, output: Path) -> None:
-    """Draw loss, balance, gradient norm and learning rate over the steps of a log as PNG."""
+    """Plot loss, balance, gradient norm and learning rate of a log into a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,30 +123,31 @@ def plot_curves(log: Path, output: Path) -> None:
 
 
 def dead_heads(entry: dict[str, Any]) -> list[str]:
-    """Routed heads that no token chose in the stretch of a log entry."""
+    """Return the routed heads that no token chose during the steps of a log entry."""
     return [
         f"layer {layer} routed head {i}"
         for layer, load in entry.get("head_load", {}).items()
-        for i, share in enumerate(load)
-        if share == 0
+        for i, fraction in enumerate(load)
+        if fraction == 0
     ]
 
 
-def shown(entry: dict[str, Any]) -> dict[str, str]:
-    """What the progress bar says of a log entry."""
-    words = {"loss": f"{entry['loss']:.4f}"} if "loss" in entry else {}
-    words |= {"img/s": f"{entry['images_per_second']:.4g}"}
-    return words | ({"MFU": f"{entry['mfu']:.1%}"} if "mfu" in entry else {})
+def progress_postfix(entry: dict[str, Any]) -> dict[str, str]:
+    """Return the values of a log entry that the progress bar displays."""
+    values = {"loss": f"{entry['loss']:.4f}"} if "loss" in entry else {}
+    values |= {"img/s": f"{entry['images_per_second']:.4g}"}
+    return values | ({"MFU": f"{entry['mfu']:.1%}"} if "mfu" in entry else {})
 
 
-class Window:
-    """Sums over the steps since the last log entry, on the device until the entry is made.
+class StepStatistics:
+    """Sums over the steps since the last log entry, kept on the device until the next entry.
 
     Args:
-        accelerator: averages them over its processes.
-        model: the model that is trained.
+        accelerator: averages the sums over its processes.
+        model: the model in training.
         images_per_step: the global batch size.
-        peak_flops: FLOP/s of one device, for the model FLOP utilisation; ``None`` if unknown.
+        peak_flops: peak FLOP/s of one device, to compute the model FLOP utilisation (MFU);
+            ``None`` if unknown.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class Window:
     ):
         self.peak_images_per_second: float | None = None
         if peak_flops is not None:
-            flops = 3 * flops_per_image(model)  # the backward pass is two forward passes
+            flops = 3 * flops_per_image(model)  # the backward pass costs two forward passes
             self.peak_images_per_second = peak_flops * accelerator.num_processes / flops
         self.accelerator = accelerator
         self.layers = model.routed_layers
@@ -169,17 +170,21 @@ class Window:
         self.steps = 0
         self.sums: Tensor | None = None
         self.load: Tensor | None = None
-        self.waited = 0.0
-        self.since = time.perf_counter()
+        self.data_wait_seconds = 0.0
+        self.start = time.perf_counter()
 
     def add(self, terms: Tensor, grad_norm: Tensor, load: Tensor | None) -> None:
-        """Add a step: its loss terms (3,), gradient norm and load f of all routed heads.
+        """Add one step; a step that is not finite was skipped and does not count in the averages.
 
-        Steps whose values are not finite were held back and stay out of the averages.
+        Args:
+            terms: loss terms (3,).
+            grad_norm: gradient norm, a scalar.
+            load: load f of all routed heads (ΣE,); ``None`` for a dense model.
         """
         values = torch.cat([terms, grad_norm.view(1)])
         finite = values.isfinite().all()
-        values = torch.cat([values, values.new_ones(1)]).where(finite, 0)  # the last one counts
+        # The last value counts the steps in the averages.
+        values = torch.cat([values, values.new_ones(1)]).where(finite, 0)
         self.sums = values if self.sums is None else self.sums + values
         if load is not None:
             load = load.where(finite, 0)
@@ -187,30 +192,30 @@ class Window:
         self.steps += 1
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out of the rate what is not training."""
+    def exclude_time(self) -> Iterator[None]:
+        """Leave the time of this block out of images/s."""
         start = time.perf_counter()
         yield
-        self.since += time.perf_counter() - start
+        self.start += time.perf_counter() - start
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count as waiting for data; the GPU may well be busy with the step before."""
+    def count_data_wait(self) -> Iterator[None]:
+        """Count the time of this block as waiting for data; the GPU may still be busy."""
         start = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - start
+        self.data_wait_seconds += time.perf_counter() - start
 
-    def close(self, step: int, learning_rate: float) -> dict[str, Any]:
-        """The log entry of the steps so far, averaged over them and over the processes."""
+    def make_entry(self, step: int, learning_rate: float) -> dict[str, Any]:
+        """Return a log entry averaged over the steps and processes, and start the next one."""
         sums = cast(Tensor, self.accelerator.reduce(cast(Tensor, self.sums), "mean"))
         *totals, counted = sums.tolist()
-        elapsed = time.perf_counter() - self.since  # after the synchronisation above
+        elapsed = time.perf_counter() - self.start  # measured after tolist() has synchronised
         entry: dict[str, Any] = {
             "step": step,
             "images": step * self.images_per_step,
             "learning_rate": learning_rate,
             "images_per_second": self.steps * self.images_per_step / elapsed,
-            "data_wait": self.waited / elapsed,
+            "data_wait": self.data_wait_seconds / elapsed,
         }
         if counted:
             mse, vlb, balance, grad_norm = (total / counted for total in totals)
@@ -223,10 +228,10 @@ class Window:
             entry["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.load is not None and counted:
             sizes = [a.num_heads - (a.num_shared_heads or 0) for a in self.layers.values()]
-            parts = (self.load / counted).split(sizes)
+            loads = (self.load / counted).split(sizes)
             entry["head_load"] = {
-                str(layer): [round(share, 5) for share in part.tolist()]
-                for layer, part in zip(self.layers, parts, strict=True)
+                str(layer): [round(fraction, 5) for fraction in load.tolist()]
+                for layer, load in zip(self.layers, loads, strict=True)
             }
         self._reset()
         return entry

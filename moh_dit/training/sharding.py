@@ -1,6 +1,6 @@
-"""Tensors that FSDP2 spreads over processes: this process's part, and the whole.
+"""Shard weights over processes with FSDP2, and convert between full tensors and shards.
 
-On one process and under DDP every tensor is whole already, and nothing here does anything.
+On one process and under DDP every tensor is a full tensor, and these functions return it unchanged.
 """
 
 from typing import Any, cast
@@ -12,45 +12,51 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-# Gathered at once: FSDP2 works in Python for every group, which a block is too short to hide.
-BLOCKS_TOGETHER = 4
+# One block is too short to hide FSDP2's per-group Python overhead.
+BLOCKS_PER_GROUP = 4
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part, sharing memory with ``tensor``."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` is sharded over processes."""
+    return isinstance(tensor, DTensor)
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard, which shares memory with ``tensor``."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor; all processes have to ask for it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather the full tensor; all ranks must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def spread_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor that every process has, spread as ``like`` is; on the device of ``like``."""
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """Shard a full tensor that every rank holds, with the sharding and device of ``like``."""
     value = value.to(like.device)
-    if not isinstance(like, DTensor) or value.shape != like.shape:  # AdamW's count of steps
+    # AdamW's step count has another shape and is not sharded.
+    if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def joined_like(part: Tensor, like: Tensor) -> Tensor:
-    """The whole of what ``part`` is this process's part of, were it spread as ``like`` is."""
+def gather_like(shard: Tensor, like: Tensor) -> Tensor:
+    """Gather the full tensor from this rank's shard, using the sharding of ``like``."""
     if not isinstance(like, DTensor):
-        return part
-    joined = DTensor.from_local(
-        part,
+        return shard
+    sharded = DTensor.from_local(
+        shard,
         like.device_mesh,
         like.placements,
         run_check=False,
         shape=like.shape,
         stride=like.stride(),
     )
-    return whole(joined)
+    return full_tensor(sharded)
 
 
 def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:
-    """Sums over the processes that hold different parts of ``like``."""
+    """Sum ``values`` in place over the ranks that hold different shards of ``like``."""
     if isinstance(like, DTensor):
         for dimension, placement in enumerate(like.placements):
             if placement.is_shard():
@@ -58,34 +64,31 @@ def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:
     return values
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is spread over processes."""
-    return isinstance(tensor, DTensor)
+def shard_model(
+    model: nn.Module, accelerator: Accelerator, gather_dtype: torch.dtype | None
+) -> None:
+    """Shard the weights of ``model`` over processes with FSDP2; it computes the same as DDP.
 
-
-def shard(model: nn.Module, accelerator: Accelerator, gathered: torch.dtype | None) -> None:
-    """Spread the weights of ``model`` over processes by FSDP2, to compute what DDP computes.
-
-    Not by accelerate, which has one policy for a whole model and would cast inputs (the times of a
-    flow among them) and sums of gradients to bf16: here autocast decides, as it does elsewhere, and
-    what it rounds anyway is gathered rounded.
+    accelerate has one precision policy for a whole model. It would cast inputs (for example the
+    times of a flow) and gradient sums to bf16. Here autocast decides about precision, as without
+    FSDP2. Only weights that autocast rounds anyway are gathered in bf16.
 
     Args:
-        model: has its blocks in ``model.blocks``.
-        accelerator: says over which processes, and whether blocks stay gathered from the forward to
+        model: a model with its blocks in ``model.blocks``.
+        accelerator: defines the processes, and whether blocks stay gathered between the forward and
             the backward pass.
-        gathered: precision in which blocks are gathered (``None``: their own). The parts keep their
-            own precision, and gradients are summed in float32.
+        gather_dtype: precision in which the blocks are gathered; ``None`` for their own. The shards
+            keep their own precision, and gradients are summed in float32.
     """
     plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
     if mesh is not None:
         mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     common: dict[str, Any] = dict(mesh=mesh, offload_policy=plugin.cpu_offload)
-    policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(gather_dtype, torch.float32, cast_forward_inputs=False)
     blocks = list(cast(nn.ModuleList, model.blocks))
-    for first in range(0, len(blocks), BLOCKS_TOGETHER):
+    for first in range(0, len(blocks), BLOCKS_PER_GROUP):
         fully_shard(
-            blocks[first : first + BLOCKS_TOGETHER],
+            blocks[first : first + BLOCKS_PER_GROUP],
             mp_policy=policy,
             reshard_after_forward=plugin.reshard_after_forward,
             **common,
@@ -93,36 +96,35 @@ def shard(model: nn.Module, accelerator: Accelerator, gathered: torch.dtype | No
     fully_shard(model, **common)
 
 
-def release(module: nn.Module) -> None:
-    """Let go of gathered weights that a forward pass has left for a backward pass.
+def free_gathered_weights(model: nn.Module) -> None:
+    """Free the gathered weights that a forward pass keeps for its backward pass.
 
-    Without one they would outlive the next update of the parts.
+    Call this after a forward pass without a backward pass. Otherwise the next forward pass uses
+    these weights instead of the updated shards.
     """
-    for each in _spread(module):
-        each.reshard()
-
-
-def _spread(module: nn.Module) -> list[FSDPModule]:
-    return [each for each in module.modules() if isinstance(each, FSDPModule)]
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gather_state(
     named_parameters: list[tuple[str, Tensor]], optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Whole weights by name, and the optimizer's state as ``"exp_avg.NAME"`` and so on.
+    """Gather all weights by name, and the optimizer state by ``"exp_avg.NAME"`` and so on.
 
-    On the CPU where anything had to be gathered: the whole need not fit beside the shards.
+    Gathered tensors are moved to the CPU, because the GPU may lack memory for full tensors and
+    shards together.
     """
     weights, moments = {}, {}
     for name, parameter in named_parameters:
         for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{key}.{name}"] = _gathered(value)
-        weights[name] = _gathered(parameter.detach())
+            moments[f"{key}.{name}"] = _gather_to_cpu(value)
+        weights[name] = _gather_to_cpu(parameter.detach())
     return weights, moments
 
 
-def _gathered(tensor: Tensor) -> Tensor:
-    return whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor
+def _gather_to_cpu(tensor: Tensor) -> Tensor:
+    return full_tensor(tensor).cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def restore_state(
@@ -131,14 +133,14 @@ def restore_state(
     weights: dict[str, Tensor],
     moments: dict[str, Tensor],
 ) -> None:
-    """Put back what ``gather_state`` returned, however the tensors are spread now."""
+    """Load the full tensors that ``gather_state`` returned, with the present sharding."""
     states: dict[str, dict[str, Tensor]] = {}
     for key, value in moments.items():
         kind, _, name = key.partition(".")
         states.setdefault(name, {})[kind] = value
     with torch.no_grad():
         for name, parameter in named_parameters:
-            local(parameter).copy_(local(spread_like(weights[name], parameter)))
+            local_shard(parameter).copy_(local_shard(shard_like(weights[name], parameter)))
             if name in states:
-                state = {k: spread_like(v, parameter) for k, v in states[name].items()}
+                state = {k: shard_like(v, parameter) for k, v in states[name].items()}
                 optimizer.state[parameter] = state

@@ -1,108 +1,100 @@
-"""Train a (MoH-)DiT: configuration in, run folder out (layout: ``moh_dit.checkpoints.opening``)."""
+"""Train a (MoH-)DiT into a run folder, whose layout ``moh_dit.checkpoints.runs`` describes."""
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample_posterior
-from ..checkpoints.opening import list_checkpoints
+from ..checkpoints.runs import list_checkpoints
 from ..common.distributed import run_on_main_process
 from ..common.errors import UserError
 from ..common.progress import progress_bar
-from ..data.latents import LatentSet, LatentStore
 from ..model.flops import peak_flops
 from ..model.transformer import MoHDiTOutput, MoHDiTTransformer2DModel
 from ..pipeline.pipeline import MoHDiTPipeline
 from .balance import BalanceLoss
 from .config import TrainConfig
-from .data_order import DataOrder, Share, StepRandom, load
+from .config_checks import check_run_dir
 from .ema import Ema, PowerEma, WeightAverage
-from .evaluation import Due, Preview
-from .nonfinite import GradientWatch, first_not_finite
+from .evaluation import DueOutputs, SampleEvaluator
+from .nonfinite import NonFiniteGuard, first_nonfinite_module
 from .preemption import PREEMPTED, Interrupted, Preemption
 from .run_folder import (
+    CONFIG_FILE,
     check_resumable,
     check_same_data,
-    data_identity,
     init_trackers,
-    open_run_folder,
-    refuse_existing,
+    prepare_run_folder,
+    resolve_autoencoder,
 )
-from .run_log import RunLog, Window, dead_heads, plot_curves, shown
+from .run_log import RunLog, StepStatistics, dead_heads, plot_curves, progress_postfix
 from .setup import (
-    build_model,
-    encode_training_data,
-    gradient_exchange,
+    create_model,
+    create_optimizer,
     learning_rate_factor,
     make_accelerator,
-    open_training_data,
-    trainable,
-    weight_decay_groups,
+    trainable_parameters,
 )
-from .sharding import release, shard
-from .training_state import TrainingState, newest_whole_checkpoint
+from .sharding import free_gathered_weights, shard_model
+from .step_inputs import BatchPartition, StepRandomNumbers
+from .training_data import TrainingData
+from .training_state import TrainingState, newest_intact_checkpoint
 
 LOSS_TERMS = ("mse", "vlb", "balance")
 
+# Posterior moments (b, 2C, h, w), labels (b,) and random numbers.
+MicroBatch: TypeAlias = tuple[Tensor, Tensor, StepRandomNumbers]
+
 
 class Trainer:
-    """One run. Whatever can be wrong with the input is found while this is made.
+    """One training run. Creating it checks all input; :meth:`train` runs it.
 
-    A SIGTERM ends the program with exit code 75 from then on, until :meth:`train` at once.
+    From creation until :meth:`train`, SIGTERM ends the program with exit code 75.
+
+    Args:
+        config: settings of the run.
 
     Raises:
-        UserError: for input that is missing, unreadable, or does not fit together.
+        UserError: input is missing, unreadable, or contradicts other input.
     """
 
     def __init__(self, config: TrainConfig):
         self.preemption = Preemption()
-        self.config = config
         self.run_dir = Path(config.run_dir)
-        refuse_existing(self.run_dir, config.resume)
-        if (self.run_dir / "config.yaml").is_file():
+        check_run_dir(self.run_dir, config.resume)
+        self.config = config = resolve_autoencoder(config)
+        if (self.run_dir / CONFIG_FILE).is_file():
             check_resumable(config, self.run_dir)
         self.accelerator = make_accelerator(config)
         config.check(self.accelerator.num_processes)
 
-        self.vae = load_autoencoder(config.data.autoencoder)
+        self.vae = load_autoencoder(cast(str, config.data.autoencoder))
         self.latent_shape = latent_shape(self.vae, config.data.image_size)
-        opened = open_training_data(config.data, self.vae, self.latent_shape, self.accelerator)
-        self.class_names = opened.class_names
-        self.identity = run_on_main_process(
-            self.accelerator, lambda: data_identity(opened, self.vae)
-        )
-        check_same_data(self.run_dir, self.identity)
+        self.data = TrainingData(config.data, self.vae, self.latent_shape, self.accelerator)
+        check_same_data(self.run_dir, self.data.identity)
         self.checkpoint = run_on_main_process(
-            self.accelerator, lambda: newest_whole_checkpoint(self.run_dir, config)
+            self.accelerator, lambda: newest_intact_checkpoint(self.run_dir, config)
         )
         torch.manual_seed(config.seed)
         self.objective = config.objective.build(self.accelerator.device)
-        self.raw_model = build_model(
-            config, self.objective, self.latent_shape, len(self.class_names), self.checkpoint
+        num_classes = len(self.data.class_names)
+        self.raw_model = create_model(
+            config, self.objective, self.latent_shape, num_classes, self.checkpoint
         )
         self._prepare()
         self.vae.to(self.accelerator.device)
-        self.preview = Preview(
-            config.evaluation,
-            self.accelerator,
-            MoHDiTPipeline(
-                self.averages[0].model, self.vae, self.objective.scheduler, self.class_names
-            ),
-            opened,
-            self.preemption,
+        pipeline = MoHDiTPipeline(
+            self.averages[0].model, self.vae, self.objective.scheduler, self.data.class_names
         )
-        self.latents = (
-            opened
-            if isinstance(opened, LatentSet)
-            else encode_training_data(
-                config, opened, self.identity["content"], self.vae, self.accelerator
-            )
+        self.evaluator = SampleEvaluator(
+            config.evaluation, self.accelerator, pipeline, self.data, self.preemption
         )
+        self.data.encode(self.run_dir)
 
     def _prepare(self) -> None:
         config, accelerator = self.config, self.accelerator
@@ -114,122 +106,113 @@ class Trainer:
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if config.compile:
-            # Block by block: layers of one plan share a graph, and FSDP2 works between them.
+            # Compile block by block: equal blocks share a graph, and FSDP2 gathers between blocks.
             model.compile_repeated_blocks()
         self.model: nn.Module = model
         if accelerator.is_fsdp2:
-            # Autocast rounds every weight of a block where it is used, all in linear maps.
+            # Autocast rounds all weights of a block to bf16, because only linear layers use them.
             in_bf16 = config.mixed_precision == "bf16"
-            shard(model, accelerator, torch.bfloat16 if in_bf16 else None)
+            shard_model(model, accelerator, torch.bfloat16 if in_bf16 else None)
         else:
             self.model = accelerator.prepare_model(model)
-        adamw = torch.optim.AdamW(
-            weight_decay_groups(trainable(model), config.optimizer),
-            lr=config.optimizer.learning_rate,
-            betas=config.optimizer.betas,
-            fused=True,
-        )
-        # Not together with the model: under FSDP2 accelerate would look for the optimizer's weights
-        # by address, and the empty parts of small ones all have the same.
+        adamw = create_optimizer(model, config.optimizer)
+        # Prepare the optimizer separately. Together with the model, accelerate would identify
+        # FSDP2's shards by their address, and all empty shards have the same address.
         self.optimizer = accelerator.prepare_optimizer(adamw)
         self.lr_factor = learning_rate_factor(config.optimizer, config.num_steps, adamw)
-        self.watch = GradientWatch(
-            trainable(model),
+        self.guard = NonFiniteGuard(
+            trainable_parameters(model),
             adamw,
             config.optimizer.max_grad_norm,
             LOSS_TERMS,
             loss_scaled=accelerator.scaler is not None,
         )
-        self.balance = BalanceLoss(
-            accelerator,
-            [layer.num_active_routed_heads for layer in model.routed_layers.values()],
-            published=config.balance_loss == "published",
-        )
-        self.share = Share(
-            config.batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            config.gradient_accumulation_steps,
+        active = [layer.num_active_routed_heads for layer in model.routed_layers.values()]
+        self.balance = BalanceLoss(accelerator, active, config.balance_loss == "published")
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        self.partition = BatchPartition(
+            config.batch_size, rank, world_size, config.gradient_accumulation_steps
         )
         for average in self.averages:
-            average.spread(model)
+            average.shard(model)
         self.state = TrainingState(accelerator, model, adamw, self.averages)
         self.start_step = 0
         if self.checkpoint is not None:
             self.start_step = self.state.restore(self.checkpoint)
 
     def train(self) -> None:
-        """Run to ``num_steps``. After SIGTERM: save, then exit with code 75."""
-        config, accelerator, preemption = self.config, self.accelerator, self.preemption
-        step, missed = self.start_step, Due(False, False)
+        """Train up to ``num_steps``. After SIGTERM, save and exit with code 75.
+
+        Raises:
+            UserError: the loss or a gradient is not finite, or the disk is full.
+            SystemExit: code 75 after SIGTERM.
+        """
+        config, accelerator = self.config, self.accelerator
+        step, missing = self.start_step, DueOutputs(False, False)
         if step:
-            missed = self.preview.missed(step, step == config.num_steps, self.run_dir)
-        if step >= config.num_steps and not any(missed):
-            accelerator.print(f"{self.run_dir} is done: step {step}; raise num_steps")
+            missing = self.evaluator.missing(step, step == config.num_steps, self.run_dir)
+        if step >= config.num_steps and not any(missing):
+            accelerator.print(
+                f"{self.run_dir} is complete at step {step}; to continue, increase --num_steps"
+            )
             return
-        with preemption.held():
-            stop = self._run(step, missed)
-        if stop:
-            accelerator.print(f"told to stop: saved; continue {self.run_dir} with --resume")
+        with self.preemption.deferred():
+            stopped = self._run(step, missing)
+        if stopped:
+            accelerator.print(f"stopped by SIGTERM, saved {self.run_dir}; continue with --resume")
             raise SystemExit(PREEMPTED)
         accelerator.print(
-            f"wrote {self.run_dir}: curves.png, samples/, checkpoints/; more images with "
+            f"wrote {self.run_dir}: curves.png, samples/, checkpoints/; for more images: "
             f"sample_dit.py --checkpoint {self.run_dir} --output grid.png"
         )
 
-    def _run(self, step: int, missed: Due) -> bool:
-        """Go on after ``step``; returns whether it was told to stop."""
+    def _run(self, step: int, missing: DueOutputs) -> bool:
+        """Continue after ``step``; return whether SIGTERM stopped the run."""
         config, accelerator = self.config, self.accelerator
         if accelerator.is_main_process:
-            open_run_folder(
-                config, step, self.class_names, self.identity, self.vae, self.objective.scheduler
-            )
+            prepare_run_folder(config, step, self.data, self.objective.scheduler)
             self.run_log = RunLog(self.run_dir / "log.jsonl", step)
-            self.state.check_space(self.run_dir)
+            self.state.warn_if_disk_is_full(self.run_dir)
         accelerator.wait_for_everyone()
         init_trackers(accelerator, config)
         given = config.peak_tflops and config.peak_tflops * 1e12
         peak = given or peak_flops(config.mixed_precision, config.allow_tf32)
-        self.window = window = Window(accelerator, self.raw_model, config.batch_size, peak)
+        statistics = StepStatistics(accelerator, self.raw_model, config.batch_size, peak)
+        self.statistics = statistics
+        is_main = accelerator.is_main_process
         bar = progress_bar(
-            config.num_steps,
-            desc="training",
-            unit="step",
-            initial=step,
-            enabled=accelerator.is_main_process,
+            config.num_steps, desc="training", unit="step", initial=step, enabled=is_main
         )
-        flip, on_disk = config.data.horizontal_flip, isinstance(self.latents, LatentStore)
-        order = DataOrder(len(self.latents), self.share, config.seed, flip, step)
-        num_workers = config.data.num_workers if on_disk else 0
-        # Closed, it ends its workers, which nothing else would: they do not hear SIGTERM.
-        with closing(load(self.latents, order, num_workers, accelerator.device)) as batches, bar:
-            with window.paused():
-                stop = not self._look(step, missed)
+        # Closing the generator ends the data-loader workers, which ignore SIGTERM.
+        with closing(self.data.micro_batches(self.partition, config.seed, step)) as batches, bar:
+            with statistics.exclude_time():
+                stop = not self._evaluate(step, missing)
             while step < config.num_steps and not stop:
                 step += 1
-                window.add(*self._step(step, batches))
+                statistics.add(*self._step(step, batches))
                 bar.update()
                 last = step == config.num_steps
-                stop = self.preemption.is_due(accelerator, step)
+                stop = self.preemption.should_stop(accelerator, step)
                 if step % config.log_every == 0 or last or stop:
-                    bar.set_postfix(shown(self._close_window(step)))
-                with window.paused():
+                    bar.set_postfix(progress_postfix(self._log_statistics(step)))
+                with statistics.exclude_time():
                     if step % (config.ema_snapshot_every or config.checkpoint_every) == 0 or last:
                         self._check_finite()
                         self.state.save_snapshot(self.run_dir, step)
                     if step % config.checkpoint_every == 0 or last or stop:
                         self._save(step)
-                    broken_off = not stop and not self._look(step, self.preview.due(step, last))
-                if broken_off:
+                    due = self.evaluator.due(step, last)
+                    interrupted = not stop and not self._evaluate(step, due)
+                if interrupted:
                     stop = True
-                    if window.steps:
-                        self._close_window(step)
+                    if statistics.steps:
+                        self._log_statistics(step)
                     self._save(step)
         accelerator.end_training()
         return stop
 
-    def _close_window(self, step: int) -> dict[str, Any]:
-        entry = self.window.close(step, self.optimizer.param_groups[0]["lr"])
+    def _log_statistics(self, step: int) -> dict[str, Any]:
+        entry = self.statistics.make_entry(step, self.optimizer.param_groups[0]["lr"])
         self._log(entry)
         return entry
 
@@ -239,14 +222,14 @@ class Trainer:
         if self.accelerator.is_main_process:
             plot_curves(self.run_dir / "log.jsonl", self.run_dir / "curves.png")
 
-    def _look(self, step: int, due: Due) -> bool:
-        """Samples and metrics of ``step``, as far as they are due; false after a SIGTERM."""
+    def _evaluate(self, step: int, due: DueOutputs) -> bool:
+        """Write the samples and metrics that are due; return False if SIGTERM interrupted this."""
         if not any(due):
             return True
         self._check_finite()
         self.averages[0].gather()
         try:
-            metrics = self.preview.make(due, step, self.run_dir)
+            metrics = self.evaluator.make(due, step, self.run_dir)
         except Interrupted:
             return False
         if metrics:
@@ -256,9 +239,14 @@ class Trainer:
     def _step(
         self, step: int, batches: Iterator[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One optimizer step; returns loss terms, gradient norm and head load, unsynchronised."""
-        config, accelerator, num_parts = self.config, self.accelerator, self.share.num_micro_batches
-        random = StepRandom.draw(
+        """Run one optimizer step.
+
+        Returns:
+            Loss terms (3,), gradient norm and head load, without waiting for the GPU.
+        """
+        config, accelerator = self.config, self.accelerator
+        num_micro_batches = self.partition.num_micro_batches
+        random = StepRandomNumbers.draw(
             config.seed,
             step,
             (config.batch_size, *self.latent_shape),
@@ -266,24 +254,26 @@ class Trainer:
             config.label_dropout,
             accelerator.device,
         )
-        with self.window.waiting():
-            data = [next(batches) for _ in range(num_parts)]
+        with self.statistics.count_data_wait():
+            data = [next(batches) for _ in range(num_micro_batches)]
         micro_batches = [
-            (*batch, random.rows(self.share.rows(part))) for part, batch in enumerate(data)
+            (*batch, random.rows(self.partition.rows(number))) for number, batch in enumerate(data)
         ]
         self.balance.start_step(self._observe(micro_batches))
         terms = torch.zeros(len(LOSS_TERMS), device=accelerator.device)
-        for part, micro_batch in enumerate(micro_batches):
-            with gradient_exchange(accelerator, self.model, part == num_parts - 1):
-                loss, parts = self._loss(*micro_batch)
-                accelerator.backward(loss / num_parts)
-            terms += parts.detach() / num_parts
-        self._check_finite()  # of the step before, now that this one is queued
+        for number, micro_batch in enumerate(micro_batches):
+            # Exchange gradients between processes only after the last micro-batch.
+            last = number == num_micro_batches - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                loss, micro_batch_terms = self._loss(*micro_batch)
+                accelerator.backward(loss / num_micro_batches)
+            terms += micro_batch_terms.detach() / num_micro_batches
+        self._check_finite()  # the previous step; this step is already queued
         if accelerator.scaler is not None:
             accelerator.unscale_gradients(self.optimizer)
         terms = cast(Tensor, accelerator.reduce(terms, "mean"))
-        grad_norm = self.watch.before_update(step, terms)
-        self._seen = micro_batches
+        grad_norm = self.guard.before_update(step, terms)
+        self._last_micro_batches = micro_batches
         for group in self.optimizer.param_groups:
             group["lr"] = config.optimizer.learning_rate * self.lr_factor(step - 1)
         self.optimizer.step()
@@ -293,25 +283,27 @@ class Trainer:
         return terms, grad_norm, self.balance.load()
 
     @torch.no_grad()
-    def _observe(self, micro_batches: list[tuple[Tensor, Tensor, StepRandom]]) -> list:
-        """Router statistics of the step's micro-batches, in a pass before the one that learns."""
+    def _observe(self, micro_batches: list[MicroBatch]) -> list:
+        """Compute the router statistics of all micro-batches in a separate forward pass."""
         if self.config.balance_loss != "two_pass" or len(micro_batches) == 1:
             return []
         outputs = [self._predict(*micro_batch)[0] for micro_batch in micro_batches]
         return [output.router_stats for output in outputs if output.router_stats is not None]
 
     def _predict(
-        self, moments: Tensor, labels: Tensor, random: StepRandom
+        self, moments: Tensor, labels: Tensor, random: StepRandomNumbers
     ) -> tuple[MoHDiTOutput, Tensor]:
-        """The model's output for one micro-batch, and the latents (b, C, h, w) behind it."""
+        """Return the model output for one micro-batch, and its latents (b, C, h, w)."""
         latents = sample_posterior(moments, random.posterior_noise, latent_scaling(self.vae))
         labels = torch.where(random.drop_label, self.raw_model.null_class, labels)
         noisy = self.objective.add_noise(latents, random.noise, random.times)
         with self.accelerator.autocast():
             return self.model(noisy, random.times, labels), latents
 
-    def _loss(self, moments: Tensor, labels: Tensor, random: StepRandom) -> tuple[Tensor, Tensor]:
-        """Loss of one micro-batch, and its terms: noise MSE, VLB, load balance."""
+    def _loss(
+        self, moments: Tensor, labels: Tensor, random: StepRandomNumbers
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of one micro-batch, and its terms (MSE, VLB, load balance)."""
         output, latents = self._predict(moments, labels, random)
         mse, vlb = self.objective.loss(output.sample, latents, random.noise, random.times)
         balance = latents.new_zeros(())
@@ -321,20 +313,27 @@ class Trainer:
         return loss, torch.stack([mse.mean(), vlb.mean(), balance])
 
     def _check_finite(self) -> None:
-        if (verdict := self.watch.verdict()) is None:
+        """Report the last step if its loss or gradient was not finite.
+
+        Raises:
+            UserError: if ``on_nonfinite`` is "stop".
+        """
+        if (report := self.guard.describe_last_step()) is None:
             return
-        # The update was held back: the weights are still those that the batch met.
-        origin = first_not_finite(self.raw_model, lambda: [self._predict(*m) for m in self._seen])
-        release(self.raw_model)  # no backward pass follows
-        origins = [each for each in gather_object([origin]) if each]  # of the processes' batches
-        verdict += f"; in the forward pass first in {', '.join(dict.fromkeys(origins)) or 'none'}"
+        # The update was skipped, so the same forward pass can be repeated.
+        module = first_nonfinite_module(
+            self.raw_model, lambda: [self._predict(*batch) for batch in self._last_micro_batches]
+        )
+        free_gathered_weights(self.raw_model)  # no backward pass follows
+        modules = dict.fromkeys(each for each in gather_object([module]) if each)  # of all ranks
+        report += f"; first module with such an output: {', '.join(modules) or 'none'}"
         if self.config.on_nonfinite == "skip":
-            self.accelerator.print(f"skipped {verdict}")
+            self.accelerator.print(f"skipped the update of {report}")
             return
         checkpoints = list_checkpoints(self.run_dir)
-        where = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "none is saved yet"
+        saved = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint yet"
         raise UserError(
-            f"{verdict}. The update was held back; {where}. Lower optimizer.learning_rate, set "
+            f"{report}. The update was skipped; {saved}. Lower optimizer.learning_rate, set "
             "optimizer.max_grad_norm, or set on_nonfinite to skip"
         )
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
-from helpers.training_runs import images
+from helpers.training_runs import write_images
 
 from moh_dit.checkpoints.opening import load_pipeline
 from moh_dit.common.cli import load_config, shipped_configs
@@ -17,7 +17,7 @@ from moh_dit.data.encoding import encode_data
 from moh_dit.model.presets import MOH_PLANS, PRESETS
 from moh_dit.training.config import TrainConfig
 from moh_dit.training.run_log import read_log
-from moh_dit.training.setup import build_model
+from moh_dit.training.setup import create_model
 from moh_dit.training.trainer import Trainer
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -40,9 +40,9 @@ def fresh_accelerator():
 def tiny_data(tmp_path_factory):
     """An image folder, and its latents by the embedded autoencoder."""
     folder = tmp_path_factory.mktemp("data")
-    images(folder / "images")
+    write_images(folder / "images")
     source, output = str(folder / "images"), str(folder / "latents")
-    encode_data(EncodeConfig(data=source, output=output, flip=True, image_size=32))
+    encode_data(EncodeConfig(data=source, output=output, autoencoder="digits", image_size=32))
     return folder
 
 
@@ -63,7 +63,7 @@ def test_it_trains(name, tiny_data, tmp_path):
     if config.init_from is not None:
         config.init_from = None
         objective = config.objective.build("cpu")
-        build_model(config, objective, (4, 8, 8), 5).save_pretrained(tmp_path / "pretrained")
+        create_model(config, objective, (4, 8, 8), 5).save_pretrained(tmp_path / "pretrained")
         config.init_from = str(tmp_path / "pretrained")
     Trainer(config).train()
     (entry,) = read_log(tmp_path / "run" / "log.jsonl")

@@ -1,4 +1,4 @@
-"""Run a function in several processes that form one gloo group, as a launcher would."""
+"""Run a function in several processes that form one gloo process group."""
 
 import os
 import socket
@@ -6,13 +6,13 @@ import socket
 import torch
 import torch.multiprocessing as multiprocessing
 
-# Forked from a server that has imported all this and done nothing yet: importing takes seconds, and
-# a process that has computed cannot be forked safely (OpenMP).
+# Fork from a server process that has imported the trainer but computed nothing. Importing takes
+# seconds, and a process that has used OpenMP cannot be forked safely.
 multiprocessing.set_forkserver_preload(["moh_dit.training.trainer"])
 
 
 def launch(function, *arguments, num_processes):
-    """Call ``function(*arguments)``, importable by name, in each of ``num_processes`` processes."""
+    """Call ``function(*arguments)`` in each process; the function must be importable by name."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Small runs of the trainer, as object and as command line, and what is compared of them."""
+"""Start small training runs, as objects and as command lines, and compare them."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from moh_dit.checkpoints.opening import list_checkpoints
+from moh_dit.checkpoints.runs import list_checkpoints
 from moh_dit.training.config import ModelConfig, OptimizerConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -19,9 +19,8 @@ MODEL = dict(hidden_size=32, depth=2, num_heads=4, num_shared_heads=[4, 1],
 NUM_STEPS = 12
 
 
-def tiny(run_dir, **options):
-    options = dict(num_steps=NUM_STEPS, batch_size=8, checkpoint_every=3, log_every=2,
-                   trackers=[]) | options  # fmt: skip
+def tiny_config(run_dir, **options):
+    options = dict(num_steps=NUM_STEPS, batch_size=8, checkpoint_every=3, log_every=2) | options
     return TrainConfig(
         run_dir=str(run_dir),
         model=ModelConfig(**(MODEL | options.pop("model", {}))),
@@ -32,7 +31,7 @@ def tiny(run_dir, **options):
 
 
 def command(run_dir, *extra, processes=1):
-    """The command line of ``tiny``."""
+    """Return the command line of the run of ``tiny_config``."""
     launcher = [sys.executable]
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -41,21 +40,23 @@ def command(run_dir, *extra, processes=1):
     return [*launcher, str(ROOT / "train_dit.py"), f"--run_dir={run_dir}", *model,
             f"--num_steps={NUM_STEPS}", "--batch_size=8", "--checkpoint_every=3", "--log_every=2",
             "--optimizer.learning_rate=1e-2", "--optimizer.max_grad_norm=1",
-            "--ema_decays=[0.9, 0.5]", "--keep_checkpoints=3", "--trackers=[]", *extra]  # fmt: skip
+            "--ema_decays=[0.9, 0.5]", "--keep_checkpoints=3", *extra]  # fmt: skip
 
 
 def environment():
+    """Return the environment of a run on one thread, so that sums have the same order."""
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments, **options):
+    """Run the command line to its end and capture its output."""
     return subprocess.run(
         command(*arguments, **options), env=environment(), capture_output=True, text=True
     )
 
 
 def assert_identical(a, b):
-    """Weights, averages and optimizer of the last checkpoints, bit for bit."""
+    """Require equal bits in weights, averages and optimizer state of the last checkpoints."""
     last_a, last_b = list_checkpoints(a)[-1], list_checkpoints(b)[-1]
     assert last_a.name == last_b.name
     files = {p.relative_to(last_a) for p in last_a.rglob("*.safetensors")}
@@ -66,7 +67,8 @@ def assert_identical(a, b):
         assert all(torch.equal(x[key], y[key]) for key in x), file
 
 
-def images(folder, classes=2):
+def write_images(folder, classes=2):
+    """Write a folder with two random PNG files per class."""
     for label in range(classes):
         (folder / f"c{label}").mkdir(parents=True)
         for i in range(2):

@@ -1,4 +1,4 @@
-"""The balance loss of a batch does not depend on how the batch is spread over processes."""
+"""The balance loss of a batch does not depend on the number of processes."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def make_model():
         sample_size=8, hidden_size=48, depth=2, num_heads=6, num_shared_heads=[2, 0],
         num_active_routed_heads=ACTIVE, num_classes=4,
     )  # fmt: skip
-    for parameter in model.parameters():  # not at adaLN-Zero, where most gradients vanish
+    for parameter in model.parameters():  # at the adaLN-Zero initialisation most gradients vanish
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.05)
     return model
@@ -34,7 +34,7 @@ def batch():
 
 
 def gradient(folder, num_micro_batches=1, published=False, two_pass=False):
-    """Write the gradient of noise MSE + balance loss, as one process of however many sees it."""
+    """Write this rank's gradient of MSE + balance loss."""
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(make_model())
     balance = BalanceLoss(accelerator, ACTIVE, published=published)
@@ -60,8 +60,8 @@ def read(folder, process=0):
 
 
 @pytest.fixture(scope="module")
-def whole():
-    """The gradient of the whole batch, from the definition."""
+def expected_gradient():
+    """Compute the gradient of the whole batch from the definition."""
     model = make_model()
     output = model(*batch())
     (output.sample.square().mean() + load_balance_loss(output.router_stats, ACTIVE)).backward()
@@ -69,28 +69,30 @@ def whole():
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_the_gradient_is_that_of_the_whole_batch(processes, whole, tmp_path):
+def test_the_gradient_is_that_of_the_whole_batch(processes, expected_gradient, tmp_path):
     launch(gradient, tmp_path, num_processes=processes)
     for process in range(processes):
         found = read(tmp_path, process)
-        assert found.keys() == whole.keys()
-        for name, expected in whole.items():
+        assert found.keys() == expected_gradient.keys()
+        for name, expected in expected_gradient.items():
             assert relative_error(found[name], expected) < 1e-6, name
 
 
-def test_the_published_loss_depends_on_the_number_of_processes(whole, tmp_path):
+def test_the_published_loss_depends_on_the_number_of_processes(expected_gradient, tmp_path):
     launch(gradient, tmp_path, 1, True, num_processes=2)
     router = "blocks.0.attn.wg.weight"
-    assert relative_error(read(tmp_path)[router], whole[router]) > 1e-2
+    assert relative_error(read(tmp_path)[router], expected_gradient[router]) > 1e-2
 
 
-def test_two_passes_make_accumulation_exact(whole, tmp_path):
-    """Without the first pass the early micro-batches know little of the load."""
+def test_two_passes_make_accumulation_exact(expected_gradient, tmp_path):
+    """Without the first pass, early micro-batches use the load of few images."""
     routers = [f"blocks.{layer}.attn.wg.weight" for layer in range(2)]
     distances = {}
     for two_pass in (False, True):
         gradient(tmp_path, num_micro_batches=4, two_pass=two_pass)
         found = read(tmp_path)
-        distances[two_pass] = [relative_error(found[name], whole[name]) for name in routers]
+        distances[two_pass] = [
+            relative_error(found[name], expected_gradient[name]) for name in routers
+        ]
     assert max(distances[True]) < 1e-6
     assert min(distances[False]) > 1e-4

@@ -1,4 +1,4 @@
-"""Averaged weights: warm-up, long-run decay, and what is averaged."""
+"""Exponential moving averages: warm-up and decay."""
 
 import math
 

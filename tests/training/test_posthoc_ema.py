@@ -1,4 +1,4 @@
-"""Averages made after the run against the same averages tracked exactly, in float64."""
+"""Compare averages computed after a run with exact averages in float64."""
 
 import sys
 
@@ -15,7 +15,7 @@ from moh_dit.common.errors import UserError
 from moh_dit.training import posthoc_ema
 from moh_dit.training.config import EvaluationConfig, ModelConfig, TrainConfig
 from moh_dit.training.ema import PowerEma, power_gamma
-from moh_dit.training.posthoc_ema import PosthocConfig, Profile, combination, reconstruct
+from moh_dit.training.posthoc_ema import PosthocConfig, Profile, fit_coefficients, reconstruct
 from moh_dit.training.trainer import Trainer
 
 STDS = [0.05, 0.1]
@@ -29,19 +29,19 @@ def test_gamma_gives_the_relative_width(std):
     assert np.trapezoid((tau - mean) ** 2 * profile, tau) ** 0.5 == pytest.approx(std, rel=1e-4)
 
 
-def test_a_width_that_no_power_has_is_refused():
-    with pytest.raises(UserError, match=r"0\.3 .* between 0 and 0\.289"):
+def test_an_impossible_width_is_refused():
+    with pytest.raises(UserError, match=r"0\.3; .* between 0 and 0\.289"):
         power_gamma(0.3)
 
 
 def exact_average(values, std):
-    """Σ w_k x_k with w_k = ∫ of the profile over step k: k^(γ+1) - (k-1)^(γ+1), normalised."""
+    """Return Σ w_k x_k, where w_k ∝ k^(γ+1) - (k-1)^(γ+1) is the integral over step k."""
     steps = np.arange(len(values) + 1) / len(values)
     return np.diff(steps ** (power_gamma(std) + 1)) @ values
 
 
 def walk(num_steps):
-    """A random walk of weights, (num_steps, 16) in float64, that settles like training does."""
+    """Return a random walk (num_steps, 16) whose steps become smaller, in float64."""
     random = np.random.default_rng(0)
     rate = np.cos(np.linspace(0, np.pi / 2, num_steps))[:, None]
     return np.cumsum(rate * random.normal(size=(num_steps, 16)), axis=0)
@@ -61,16 +61,16 @@ def test_the_tracked_average_is_the_power_function():
 def test_any_width_is_reconstructed_from_two(std, bound):
     values = walk(4000)
     stored = [Profile(step, s) for step in range(250, 4001, 250) for s in STDS]
-    coefficients, error = combination(stored, Profile(4000, std))
+    coefficients, error = fit_coefficients(stored, Profile(4000, std))
     averages = np.stack([exact_average(values[: p.step], p.std) for p in stored])
     exact = exact_average(values, std)
     found = coefficients @ averages
-    # Relative to what is at stake: how far this average is from the last weights.
+    # Relative to the distance between the exact average and the last weights.
     assert np.linalg.norm(found - exact) / np.linalg.norm(values[-1] - exact) < bound
     assert error < 0.1
 
 
-def test_a_run_keeps_snapshots_from_which_one_samples(tmp_path, monkeypatch, capsys):
+def test_snapshots_of_a_run_give_a_model_to_sample(tmp_path, monkeypatch, capsys):
     config = TrainConfig(
         run_dir=str(tmp_path / "run"), num_steps=12, batch_size=8, checkpoint_every=6,
         keep_checkpoints=1, ema_power_stds=STDS, ema_snapshot_every=3,
@@ -83,24 +83,24 @@ def test_a_run_keeps_snapshots_from_which_one_samples(tmp_path, monkeypatch, cap
     argv = ["posthoc_ema", f"--run={tmp_path / 'run'}", "--std=0.1"]
     monkeypatch.setattr(sys, "argv", argv)
     run_command("ema")
-    assert "from 8 snapshots; the profile is met to 0.00%" in capsys.readouterr().out
-    # A width that was stored: the combination has to find that one snapshot.
+    assert "from 8 snapshots; relative error of the profile 0.00%" in capsys.readouterr().out
+    # For a stored width, the fit must select the one snapshot with this width.
     found, stored = (load_pipeline(tmp_path / "run", weights).transformer.state_dict()
                      for weights in ("ema-posthoc-0.1", "ema-power-0.1"))  # fmt: skip
     for name, tensor in stored.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-4)
     with pytest.raises(UserError, match="exists"):
         reconstruct(PosthocConfig(str(tmp_path / "run"), 0.1))
-    with pytest.raises(UserError, match="end at step 12"):
+    with pytest.raises(UserError, match=r"last snapshot of .* is at step 12"):
         reconstruct(PosthocConfig(str(tmp_path / "run"), 0.1, step=13))
-    with pytest.raises(UserError, match="no checkpoint of step 6"):
+    with pytest.raises(UserError, match="no checkpoint at step 6"):
         reconstruct(PosthocConfig(str(tmp_path / "run"), 0.1, step=6))
     with monkeypatch.context() as patch:
-        patch.setattr(posthoc_ema, "save_file", full)
+        patch.setattr(posthoc_ema, "save_file", fail_with_full_disk)
         with pytest.raises(UserError, match=r"ema-posthoc-0\.07 could not be written .*space"):
             reconstruct(PosthocConfig(str(tmp_path / "run"), 0.07))
     assert not list((tmp_path / "run").rglob("*posthoc-0.07"))
 
 
-def full(*arguments, **options):
+def fail_with_full_disk(*arguments, **options):
     raise SafetensorError("No space left on device")

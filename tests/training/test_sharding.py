@@ -1,4 +1,4 @@
-"""Weights spread over processes (FSDP2) give the run that whole ones give, and resume."""
+"""Runs with sharded weights (FSDP2) equal runs without, and can resume each other."""
 
 import shutil
 from pathlib import Path
@@ -10,17 +10,18 @@ from accelerate.utils import DynamoBackend
 from helpers.processes import launch
 from safetensors.torch import load_file
 
-from moh_dit.checkpoints.opening import list_checkpoints, load_pipeline
+from moh_dit.checkpoints.opening import load_pipeline
+from moh_dit.checkpoints.runs import list_checkpoints
 from moh_dit.common.errors import UserError
 from moh_dit.training import setup, sharding
-from moh_dit.training import trainer as loop
+from moh_dit.training import trainer as trainer_module
 from moh_dit.training.config import EvaluationConfig, ModelConfig, OptimizerConfig, TrainConfig
 from moh_dit.training.run_log import read_log
 from moh_dit.training.trainer import Trainer
 
 
 class ShardingAccelerator(Accelerator):
-    """Accelerate shards on GPUs alone: told to by hand, it does so over gloo, by the same code."""
+    """An accelerator that shards over gloo; accelerate itself enables FSDP only on GPUs."""
 
     reshard_after_forward = True
 
@@ -60,47 +61,47 @@ def train(run_dir, num_steps=4, sharded=False, **settings):
 
 
 def train_checkpointed(run_dir):
-    """Blocks of one group computed again, one by one, in the backward pass."""
+    """Train with activation checkpointing, which recomputes the blocks of a group one by one."""
     train(run_dir, 2, True, gradient_checkpointing=True)
 
 
-def train_in_bf16(run_dir, sharded, shard=sharding.shard):
-    """Two steps from random weights, zero nowhere; keeps what the first one learns from."""
+def train_in_bf16(run_dir, sharded, shard=sharding.shard_model):
+    """Train two steps from random weights; save the gradients and loss terms of the first."""
     ShardingAccelerator.reshard_after_forward = False
-    loop.shard = shard
+    trainer_module.shard_model = shard
     trainer = make_trainer(run_dir, 2, sharded, mixed_precision="bf16")
-    model, watch, first = trainer.raw_model, trainer.watch, {}
+    model, guard, first = trainer.raw_model, trainer.guard, {}
     random, named = torch.Generator().manual_seed(0), list(model.named_parameters())
     weights = {name: torch.randn(p.shape, generator=random) / 5 for name, p in named}
     sharding.restore_state(named, trainer.optimizer, weights, {})
 
-    def look(*_):  # when all blocks have run
+    def check_weights(*_):  # after all blocks have run
         for name, parameter in model.named_parameters():
             assert not sharding.is_sharded(parameter)
-            rounded = sharded and shard is sharding.shard and name.startswith("blocks.")
+            rounded = sharded and shard is sharding.shard_model and name.startswith("blocks.")
             assert parameter.dtype == (torch.bfloat16 if rounded else torch.float32)
 
-    def keep(step, terms, before_update=watch.before_update):
+    def keep(step, terms, before_update=guard.before_update):
         if step == 1:
-            for name, parameter in zip(watch.names, watch.parameters, strict=True):
+            for name, parameter in zip(guard.names, guard.parameters, strict=True):
                 assert parameter.dtype == parameter.grad.dtype == torch.float32
-                first[name] = sharding.whole(parameter.grad).clone()
+                first[name] = sharding.full_tensor(parameter.grad).clone()
             first["terms"] = terms.clone()
         return before_update(step, terms)
 
-    model.final_layer.register_forward_pre_hook(look)
-    watch.before_update = keep
+    model.final_layer.register_forward_pre_hook(check_weights)
+    guard.before_update = keep
     trainer.train()
     torch.save(first, run_dir / "first.pt")
 
 
-def shard_in_float32(model, accelerator, gathered):
-    """Instead of ``shard``: weights are gathered as they are."""
-    sharding.shard(model, accelerator, None)
+def shard_in_float32(model, accelerator, gather_dtype):
+    """Replace ``shard_model``: gather all weights in float32."""
+    sharding.shard_model(model, accelerator, None)
 
 
 def train_past_infinity(run_dir, sharded):
-    """Hold back the update of the third of four steps, which the fourth finds out."""
+    """Train four steps; the loss of the third is infinite."""
     trainer = make_trainer(run_dir, 4, sharded, on_nonfinite="skip")
     loss, calls = trainer._loss, []
 
@@ -126,11 +127,11 @@ def assert_equal(found, expected, atol=0.0):
             torch.testing.assert_close(found[file][name], tensor, atol=atol, rtol=0)
 
 
-def test_sharded_weights_give_the_same_run_and_either_kind_can_go_on(tmp_path):
+def test_sharded_and_unsharded_runs_are_equal_and_resume_each_other(tmp_path):
     launch(train, tmp_path / "whole", num_processes=2)
     launch(train, tmp_path / "sharded", 4, True, num_processes=2)
     expected, found = files(tmp_path / "whole"), files(tmp_path / "sharded")
-    assert len(expected) == 5  # weights, optimizer, two averages, and one of power-function shape
+    assert len(expected) == 5  # weights, optimizer, two EMAs and a power-function average
     assert_equal(found, expected, atol=1e-5)
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("whole", "sharded")]
     for a, b in zip(*logs, strict=True):
@@ -166,12 +167,12 @@ def test_blocks_gathered_in_bf16_compute_what_autocast_computes(tmp_path):
     for name, value in float32.items():
         assert value.count_nonzero()
         assert torch.equal(bf16[name], value), name
-        # DDP adds up in another order; were anything rounded to bf16, it would be off by 4e-3.
+        # DDP sums in another order. A rounding to bf16 would show as an error of 4e-3.
         torch.testing.assert_close(whole[name], value, atol=1e-6 * float(value.abs().max()), rtol=0)
     assert_equal(files(tmp_path / "bf16"), files(tmp_path / "whole"), atol=1e-5)
 
 
-def test_looking_for_what_is_not_finite_leaves_no_stale_weights(tmp_path):
+def test_the_search_for_nonfinite_modules_leaves_no_stale_weights(tmp_path):
     launch(train_past_infinity, tmp_path / "whole", False, num_processes=2)
     launch(train_past_infinity, tmp_path / "sharded", True, num_processes=2)
     assert_equal(files(tmp_path / "sharded"), files(tmp_path / "whole"), atol=1e-5)
@@ -186,7 +187,7 @@ def test_sharding_without_gpus_is_refused():
     ("setting", "instead"),
     [("fsdp_activation_checkpointing", "gradient_checkpointing"), ("dynamo_backend", "compile")],
 )
-def test_what_the_trainer_does_itself_is_not_taken_from_accelerate(monkeypatch, setting, instead):
+def test_accelerate_settings_that_the_trainer_controls_are_refused(monkeypatch, setting, instead):
     accelerator = Accelerator(cpu=True)
     state, plugin = accelerator.state, FullyShardedDataParallelPlugin(fsdp_version=2)
     monkeypatch.setattr(state, "distributed_type", DistributedType.FSDP)

@@ -1,4 +1,4 @@
-"""Run `moh-dit train`: catch SIGTERM first, then import the trainer."""
+"""Run `moh-dit train`."""
 
 from .config import TrainConfig
 from .preemption import Preemption
@@ -6,7 +6,7 @@ from .preemption import Preemption
 
 def train(config: TrainConfig) -> None:
     """Train the run that ``config`` describes."""
-    Preemption()  # Catch SIGTERM while the slow imports run.
+    Preemption()  # Catch SIGTERM before the slow imports.
     from .trainer import Trainer
 
     Trainer(config).train()

@@ -1,4 +1,4 @@
-"""Data order and randomness depend on (seed, step) alone."""
+"""The images and random numbers of a step depend only on (seed, step)."""
 
 import itertools
 import multiprocessing
@@ -10,17 +10,22 @@ import pytest
 import torch
 
 from moh_dit.diffusion.objectives import NoiseObjective
-from moh_dit.training.data_order import DataOrder, Share, StepRandom, load
 from moh_dit.training.preemption import Preemption
+from moh_dit.training.step_inputs import (
+    BatchPartition,
+    MicroBatchSampler,
+    StepRandomNumbers,
+    load_micro_batches,
+)
 
 
-def steps(share, num_steps, start_step=0, **options):
-    order = iter(DataOrder(10, share, seed=3, start_step=start_step, **options))
-    return [list(itertools.islice(order, share.num_micro_batches)) for _ in range(num_steps)]
+def steps(partition, num_steps, start_step=0, **options):
+    order = iter(MicroBatchSampler(10, partition, seed=3, start_step=start_step, **options))
+    return [list(itertools.islice(order, partition.num_micro_batches)) for _ in range(num_steps)]
 
 
 def test_each_epoch_visits_every_image_once_in_another_order():
-    batches = [batch[0] for batch in steps(Share(5), 4)]
+    batches = [batch[0] for batch in steps(BatchPartition(5), 4)]
     epochs = [batches[0] + batches[1], batches[2] + batches[3]]
     for epoch in epochs:
         assert Counter(index for index, _ in epoch) == Counter(range(10))
@@ -28,40 +33,45 @@ def test_each_epoch_visits_every_image_once_in_another_order():
 
 
 @pytest.mark.parametrize(("processes", "micro"), [(2, 1), (4, 1), (1, 2), (2, 2)])
-def test_processes_and_micro_batches_share_the_same_global_batches(processes, micro):
-    whole = [batch[0] for batch in steps(Share(8), 5, flip=True)]
-    shares = [steps(Share(8, rank, processes, micro), 5, flip=True) for rank in range(processes)]
+def test_ranks_and_micro_batches_partition_the_same_global_batches(processes, micro):
+    whole = [batch[0] for batch in steps(BatchPartition(8), 5, flip=True)]
+    partitions = [BatchPartition(8, rank, processes, micro) for rank in range(processes)]
+    by_rank = [steps(partition, 5, flip=True) for partition in partitions]
     for step in range(5):
         rows = [pair for m in range(micro) for rank in range(processes)
-                for pair in shares[rank][step][m]]  # fmt: skip
+                for pair in by_rank[rank][step][m]]  # fmt: skip
         assert rows == whole[step]
 
 
 def test_starting_later_continues_the_same_stream():
-    assert steps(Share(4), 3, start_step=6, flip=True) == steps(Share(4), 9, flip=True)[6:]
+    partition = BatchPartition(4)
+    expected = steps(partition, 9, flip=True)[6:]
+    assert steps(partition, 3, start_step=6, flip=True) == expected
 
 
 def test_a_batch_may_be_larger_than_the_data():
-    (batch,) = steps(Share(25), 1)
+    (batch,) = steps(BatchPartition(25), 1)
     counts = Counter(index for index, _ in batch[0])
     assert set(counts) == set(range(10))
     assert set(counts.values()) <= {2, 3}
 
 
 def test_flips_are_even_and_change_from_epoch_to_epoch():
-    order = DataOrder(1000, Share(1000), seed=0, flip=True)
-    flips = [dict(order.global_batch(epoch)) for epoch in range(2)]
+    partition = BatchPartition(1000)
+    sampler = MicroBatchSampler(1000, partition, seed=0, flip=True)
+    flips = [dict(sampler.global_batch(epoch)) for epoch in range(2)]
     assert 400 < sum(flips[0].values()) < 600
     assert 400 < sum(flips[0][i] != flips[1][i] for i in range(1000)) < 600
-    assert not any(flip for _, flip in DataOrder(1000, Share(1000), seed=0).global_batch(0))
+    unflipped = MicroBatchSampler(1000, partition, seed=0).global_batch(0)
+    assert not any(flip for _, flip in unflipped)
 
 
-def test_random_numbers_are_a_function_of_seed_and_step():
+def test_random_numbers_depend_only_on_seed_and_step():
     draw_times = NoiseObjective().draw_times
 
     def draw(seed, step):
         device = torch.device("cpu")
-        return StepRandom.draw(seed, step, (64, 4, 8, 8), draw_times, 0.25, device)
+        return StepRandomNumbers.draw(seed, step, (64, 4, 8, 8), draw_times, 0.25, device)
 
     a, b = draw(1, 7), draw(1, 7)
     assert all(torch.equal(x, vars(b)[name]) for name, x in vars(a).items())
@@ -73,12 +83,12 @@ def test_random_numbers_are_a_function_of_seed_and_step():
     assert timesteps.min() < 5
     assert timesteps.max() > 994
     assert abs(torch.cat([r.drop_label for r in many]).float().mean() - 0.25) < 0.04
-    part = a.rows(Share(64, 1, 2).rows(0))
+    part = a.rows(BatchPartition(64, 1, 2).rows(0))
     assert torch.equal(part.noise, a.noise[32:])
 
 
 class Numbers:
-    """Latents that are their index; the worker that reads ``broken`` is killed."""
+    """Latents equal to their index; a worker that reads index ``broken`` is killed."""
 
     def __init__(self, broken=None):
         self.broken = broken
@@ -90,26 +100,27 @@ class Numbers:
         return indices.float(), indices
 
 
-def loaded(latents):
-    return load(latents, DataOrder(10, Share(5), seed=0), 2, torch.device("cpu"))
+def load_numbers(latents):
+    sampler = MicroBatchSampler(10, BatchPartition(5), seed=0)
+    return load_micro_batches(latents, sampler, 2, torch.device("cpu"))
 
 
-def test_workers_end_with_an_error_that_is_kept():
+def test_workers_end_although_a_stored_exception_holds_the_iterator():
     with pytest.raises(RuntimeError, match=r"worker .* (killed by|exited)") as kept:
-        list(loaded(Numbers(broken=3)))
-    assert not multiprocessing.active_children(), kept.value  # whose frames hold the iterator
+        list(load_numbers(Numbers(broken=3)))
+    assert not multiprocessing.active_children(), kept.value
 
 
-def test_a_worker_that_is_told_to_stop_before_its_first_line_works_on(monkeypatch):
-    leave = Preemption.leave_to_trainer
+def test_a_worker_ignores_sigterm_even_before_its_first_line(monkeypatch):
+    ignore = Preemption.ignore_in_worker
 
-    def told_first(worker):
+    def signal_first(worker):
         os.kill(os.getpid(), signal.SIGTERM)
-        leave(worker)
+        ignore(worker)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Preemption, "leave_to_trainer", told_first)
-    batches = loaded(Numbers())
+    monkeypatch.setattr(Preemption, "ignore_in_worker", signal_first)
+    batches = load_numbers(Numbers())
     seen = [label for _ in range(4) for label in next(batches)[1].tolist()]
     batches.close()
     assert Counter(seen) == Counter(list(range(10)) * 2)
