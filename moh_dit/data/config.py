@@ -64,7 +64,7 @@ class ExportConfig:
     """Data-loader workers."""
 
     def check_paths(self) -> None:
-        """Raise ``UserError`` for missing data, or an ``output`` that exists or is not a .npz file."""
+        """Raise ``UserError`` for missing data, or if output exists or is not a .npz file."""
         paths.require_data(self.data)
         if Path(self.output).suffix != ".npz":
             raise UserError(f"output {self.output} must end in .npz")
