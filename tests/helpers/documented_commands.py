@@ -215,6 +215,8 @@ def smaller(config: Any) -> Any:
             ("digits", "hf:", "hf-stream:")
         ):
             changes[field.name] = "my_images"
+            if getattr(config, "autoencoder", "") is None:
+                changes["autoencoder"] = "digits"
         elif isinstance(value, str) and value.startswith("stabilityai/"):
             changes[field.name] = "digits"
     if isinstance(config, ModelConfig):
