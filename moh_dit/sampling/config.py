@@ -119,8 +119,8 @@ class SampleConfig(SamplingSettings, ModelSettings):  # --help lists the last ba
         """Check the settings, the checkpoint paths and the output path, without importing torch.
 
         Raises:
-            UserError: a checkpoint does not exist, or the output exists, is unfinished and
-                ``resume`` is not set, is not writable, or has the wrong suffix.
+            UserError: a setting is invalid; a checkpoint does not exist; the output exists, cannot
+                be written or has the wrong suffix; an unfinished set exists without ``resume``.
         """
         from .output_formats import (
             ANIMATIONS,
