@@ -1,6 +1,7 @@
 """Draw the charts of a report as SVG that follows the light or dark colours of the page."""
 
 from collections.abc import Iterable, Sequence
+from html import escape
 from io import BytesIO
 from math import ceil
 from typing import Any, NamedTuple
@@ -113,7 +114,6 @@ def _svg(figure: Figure, title: str) -> str:
     head, _, body = text[text.index("<svg") :].partition(">")
     box = head.partition('viewBox="')[2].partition('"')[0]
     body = body[body.index("</metadata>") + len("</metadata>") :]
-    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    opening = f'<svg {names} viewBox="{box}" role="img" aria-label="{label}">'
+    opening = f'<svg {names} viewBox="{box}" role="img" aria-label="{escape(title)}">'
     return opening + body.strip().replace(INK, "currentColor")
