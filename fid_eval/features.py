@@ -30,7 +30,7 @@ from .feature_cache import cache_folder, load_chunk, save_chunk
 from .metrics.adm import Gaussian, covariance_factor, gaussian_of, mean_and_covariance
 from .metrics.moments import Moments
 from .networks.extractors import Extractor, network_precision
-from .progress import progress_bar
+from .progress import SECONDS_BETWEEN_LINES, progress_bar
 from .sets.image_set import ImageSet
 from .sets.loading import CHUNK
 
@@ -229,8 +229,13 @@ def _extract_on_this_rank(
             for chunk in range(-(-total // CHUNK))
             if is_own(chunk) and (path := cache / f"chunk-{chunk:06d}.safetensors").exists()
         }
-    shown = rank == 0 and not runtime.quiet
-    with progress_bar(total, desc=image_set.name, unit=" images", enabled=shown) as bar:
+    with progress_bar(
+        total,
+        desc=image_set.name,
+        unit=" images",
+        enabled=rank == 0 and not runtime.quiet,
+        delay=SECONDS_BETWEEN_LINES,
+    ) as bar:
         step = 1 if reader.is_share else size
         pending: dict[int, dict[str, Tensor]] = {}
         for chunk, path in known.items():

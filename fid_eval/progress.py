@@ -20,7 +20,15 @@ class _Lines:
         sys.stderr.flush()
 
 
-def progress_bar(total: int | None, *, desc: str, unit: str, enabled: bool = True) -> tqdm:
+def progress_bar(
+    total: int | None,
+    *,
+    desc: str,
+    unit: str,
+    enabled: bool = True,
+    initial: int = 0,
+    delay: float = 0,
+) -> tqdm:
     """Return a tqdm bar that shows the rate and the time left.
 
     Args:
@@ -28,6 +36,8 @@ def progress_bar(total: int | None, *, desc: str, unit: str, enabled: bool = Tru
         desc: what the program is doing, as shown before the numbers.
         unit: name of one unit.
         enabled: show nothing if false.
+        initial: units already done.
+        delay: in a log file, seconds without output at the start.
     """
     options: dict[str, Any] = {"dynamic_ncols": True}
     if not sys.stderr.isatty():
@@ -35,7 +45,7 @@ def progress_bar(total: int | None, *, desc: str, unit: str, enabled: bool = Tru
             "file": _Lines(),
             "mininterval": SECONDS_BETWEEN_LINES,
             "maxinterval": SECONDS_BETWEEN_LINES,
-            "delay": SECONDS_BETWEEN_LINES,
-            "bar_format": "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left",
+            "delay": delay,
+            "bar_format": "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}",
         }
-    return tqdm(total=total, desc=desc, unit=unit, disable=not enabled, **options)
+    return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not enabled, **options)

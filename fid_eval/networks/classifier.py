@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..atomic_write import atomic_path
 from ..errors import EvaluationError
-from ..progress import progress_bar
+from ..progress import SECONDS_BETWEEN_LINES, progress_bar
 from ..sets.hashing import file_sha256
 from ..sets.npz import NpzFile
 
@@ -124,7 +124,7 @@ def train(
     steps = math.ceil(len(fitted) / batch_size) * epochs
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    with progress_bar(epochs, desc="training", unit=" epochs") as bar:
+    with progress_bar(epochs, desc="training", unit=" epochs", delay=SECONDS_BETWEEN_LINES) as bar:
         for _ in range(epochs):
             model.train()
             order = fitted[torch.randperm(len(fitted), generator=generator)]

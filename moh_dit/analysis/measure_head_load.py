@@ -18,10 +18,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 
+from fid_eval.progress import progress_bar
+
 from ..common.atomic_write import atomic_output
 from ..common.cli import save_config
 from ..common.errors import UserError
-from ..common.progress import progress_bar
 from ..pipeline.pipeline import MoHDiTPipeline
 from ..sampling.config import SamplingSettings
 from ..sampling.engine import count_steps, decode_noisy, generate, use_settings

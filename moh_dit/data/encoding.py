@@ -19,12 +19,13 @@ import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL
 
+from fid_eval.progress import progress_bar
+
 from ..autoencoder import autoencoder_identity, latent_scaling, latent_shape, load_autoencoder
 from ..common.disk_space import require_disk_space
 from ..common.distributed import run_on_main_process
 from ..common.errors import UserError
 from ..common.paths import choose_autoencoder
-from ..common.progress import progress_bar
 from .config import EncodeConfig
 from .hub_stream import HubStream
 from .hugging_face import is_stream

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fid_eval.progress import progress_bar
+
 from ..common.atomic_write import atomic_output
 from ..common.paths import require_new_output
-from ..common.progress import progress_bar
 from .config import ExportConfig
 from .images import ImageSet, index_batches, open_images, read_batches
 

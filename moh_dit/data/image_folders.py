@@ -17,8 +17,9 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
+from fid_eval.progress import progress_bar
+
 from ..common.errors import UserError
-from ..common.progress import progress_bar
 from .digits import DIGIT_NAMES, load_digit_images
 from .pixels import IMAGE_SUFFIXES, center_crop, find_defect, read_pixels
 

@@ -20,9 +20,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fid_eval.progress import progress_bar
+
 from ..autoencoder import autoencoder_identity, encode_moments, latent_shape
 from ..common.errors import UserError
-from ..common.progress import progress_bar
 from .images import ImageSet, index_batches, read_batches
 from .latent_shards import FORMAT, INDEX_FILE, LABELS_FILE, PLAN_FILE, content_hash
 from .pixels import to_float

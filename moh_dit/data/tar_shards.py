@@ -14,8 +14,9 @@ from typing import IO
 
 import numpy as np
 
+from fid_eval.progress import progress_bar
+
 from ..common.errors import UserError
-from ..common.progress import progress_bar
 from .image_folders import ImageFiles, read_class_names, sha256
 from .pixels import IMAGE_SUFFIXES
 

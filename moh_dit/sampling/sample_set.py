@@ -22,11 +22,12 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from fid_eval.progress import progress_bar
+
 from ..autoencoder import downsampling_factor
 from ..common.atomic_write import atomic_write
 from ..common.disk_space import require_disk_space
 from ..common.errors import UserError
-from ..common.progress import progress_bar
 from ..diffusion.noise import WORD, philox
 from ..model.transformer import MoHDiTTransformer2DModel
 from ..pipeline.pipeline import MoHDiTPipeline

@@ -19,6 +19,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
+from fid_eval.progress import progress_bar
+
 from ..autoencoder import (
     LatentScaling,
     decode_latents,
@@ -31,7 +33,6 @@ from ..autoencoder import (
 from ..common.atomic_write import atomic_output
 from ..common.cli import save_config
 from ..common.errors import UserError
-from ..common.progress import progress_bar
 from ..data.images import ImageSet, load_batch, open_images, read_batches
 from ..data.pixels import to_float, to_pixels
 from .autoencoder_config import AutoencoderTrainingConfig

@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fid_eval.progress import progress_bar
+
 from ..checkpoints.runs import WEIGHTS, checkpoint_name, checkpoint_step
 from ..common.atomic_write import atomic_output
 from ..common.errors import UserError
-from ..common.progress import progress_bar
 from ..model.transformer import MoHDiTTransformer2DModel
 from .config import PosthocConfig
 from .ema import power_gamma

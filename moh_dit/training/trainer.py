@@ -9,11 +9,12 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from fid_eval.progress import progress_bar
+
 from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample_posterior
 from ..checkpoints.runs import list_checkpoints
 from ..common.distributed import run_on_main_process
 from ..common.errors import UserError
-from ..common.progress import progress_bar
 from ..model.flops import peak_flops
 from ..model.transformer import MoHDiTOutput, MoHDiTTransformer2DModel
 from ..pipeline.pipeline import MoHDiTPipeline
