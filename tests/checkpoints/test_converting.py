@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from helpers.checkpoint_files import diffusers_pipeline, flip, output, peer, sam
 from helpers.models import ROUTED, SMALL, randomized, tiny_pipeline
 from PIL import Image
 
+import moh_dit
 from moh_dit import MoHDiTPipeline, load_pipeline, load_pretrained
 from moh_dit.__main__ import run_command
 from moh_dit.checkpoints.opening import open_checkpoint
@@ -26,7 +28,7 @@ HEADS = ("--model.num_heads", "4")
 
 @pytest.fixture
 def convert(monkeypatch, capsys):
-    """Runs the program; returns its exit code, output and errors."""
+    """Return a function that runs the program and returns its exit code, output and errors."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["moh-dit", *map(str, arguments)])
@@ -46,7 +48,7 @@ def weights(source, **overrides):
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """What a run of the trainer leaves, as far as a model card tells of it."""
+    """Write the parts of a run folder that a model card describes."""
     pipeline, folder = tiny_pipeline(list("abcde")), tmp_path / "run"
     pipeline.vae.save_pretrained(folder / "vae")
     pipeline.scheduler.save_pretrained(folder / "scheduler")
@@ -97,7 +99,7 @@ def test_a_moh_model_goes_to_a_file_and_back(tmp_path, convert):
     assert configs[0] == configs[1]
 
 
-def test_a_pipeline_of_diffusers_comes_and_goes(tmp_path, convert):
+def test_a_pipeline_of_diffusers_converts_both_ways(tmp_path, convert):
     (tmp_path / "a").mkdir()
     source = diffusers_pipeline(tmp_path / "a")
     assert convert(source, "--to", "pipeline", "--output", tmp_path / "b")[0] == 0
@@ -109,11 +111,11 @@ def test_a_pipeline_of_diffusers_comes_and_goes(tmp_path, convert):
     assert theirs.get_label_ids(["synonym 3"]) == [3]
     theirs.set_progress_bar_config(disable=True)
     options = dict(guidance_scale=1, num_inference_steps=2, output_type="np")
-    assert np.isfinite(theirs([1], **options).images).all()  # guided, it would take class 1000
+    assert np.isfinite(theirs([1], **options).images).all()  # guidance would use class 1000
 
 
-def test_the_learned_variance_becomes_a_sampler_that_drops_it(tmp_path, convert):
-    """diffusers' DiTPipeline steps the noise alone, which ``learned_range`` cannot."""
+def test_a_model_with_learned_variance_gets_a_ddim_scheduler(tmp_path, convert):
+    """diffusers' DiTPipeline drops the variance channels, which ``learned_range`` needs."""
     randomized(SMALL).save_pretrained(tmp_path / "a")
     arguments = ("--to", "diffusers-pipeline", "--autoencoder", "digits")
     assert convert(tmp_path / "a", *arguments, "--output", tmp_path / "b")[0] == 0
@@ -132,7 +134,7 @@ def test_precision_changes_only_when_asked(tmp_path, convert):
     assert same(weights(tmp_path / "b"), model.bfloat16().state_dict())
 
 
-def test_without_a_target_it_says_what_the_source_is(tmp_path, convert):
+def test_without_a_format_the_source_is_described(tmp_path, convert):
     peer().save_pretrained(tmp_path / "a")
     code, out, _ = convert(tmp_path / "a")
     assert code == 0
@@ -140,7 +142,7 @@ def test_without_a_target_it_says_what_the_source_is(tmp_path, convert):
     assert "70,432 parameters in float32, diffusers format" in out
 
 
-def test_a_dense_model_becomes_moh(tmp_path, convert):
+def test_a_dense_model_is_converted_to_moh(tmp_path, convert):
     model = randomized(SMALL).eval()
     model.save_pretrained(tmp_path / "a")
     plan = ("--moh.num_shared_heads", "1", "--moh.num_active_routed_heads", "3")
@@ -185,7 +187,7 @@ def contents(folder):
         ("{0}/moh --weights ema-0.5 --model.num_heads 8 --to moh-dit --output {0}/o", "match"),
     ],
 )
-def test_bad_input_is_one_line_exit_2_and_nothing_written(arguments, words, tmp_path, convert):
+def test_bad_input_ends_with_one_line_and_writes_nothing(arguments, words, tmp_path, convert):
     randomized(ROUTED).save_pretrained(tmp_path / "moh")
     for name, spoil in dict(a=None, torn=truncate, flipped=flip).items():
         torch.save(randomized(SMALL).state_dict(), tmp_path / f"{name}.pt")
@@ -202,7 +204,35 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(arguments, words, tmp_
     assert not (tmp_path / "deep").exists()
 
 
-def test_a_full_disk_is_said_before_anything_is_written(tmp_path, convert, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("./missing --to moh-dit --output o", "checkpoint ./missing does not exist"),
+        ("owner/name --to moh-dit --output exists", "output exists exists"),
+        ("owner/name --to published --output o", "must end in .pt"),
+    ],
+)
+def test_wrong_paths_are_reported_without_importing_torch(arguments, words, tmp_path):
+    (tmp_path / "exists").mkdir()
+    script = """
+import sys
+from moh_dit.__main__ import main
+try:
+    main(["convert", *sys.argv[1:]])
+finally:
+    assert "torch" not in sys.modules
+"""
+    command = [sys.executable, "-c", script, *arguments.split()]
+    environment = os.environ | dict(PYTHONPATH=str(Path(moh_dit.__file__).parents[1]))
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert words in line
+
+
+def test_missing_disk_space_is_reported_before_writing(tmp_path, convert, monkeypatch):
     randomized(SMALL).save_pretrained(tmp_path / "a")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -237,7 +267,7 @@ class Absent:
         if name.split(".")[0] in ("moh_dit", "fid_eval", "jsonargparse"):
             raise ModuleNotFoundError(name)
 
-sys.meta_path.insert(0, Absent())  # as if not installed
+sys.meta_path.insert(0, Absent())
 import torch
 from diffusers import AutoModel, DiffusionPipeline
 
@@ -274,7 +304,7 @@ def into_hub_cache(folder, cache):
     return cache
 
 
-def test_a_folder_with_code_opens_by_diffusers_alone(run_folder, tmp_path, convert, monkeypatch):
+def test_a_folder_with_code_opens_without_this_package(run_folder, tmp_path, convert, monkeypatch):
     folder, again = tmp_path / "shared", tmp_path / "again"
     arguments = ("--to", "pipeline", "--with_code", "--license", "mit", "--output", folder)
     assert convert(run_folder, *arguments)[0] == 0
@@ -284,7 +314,7 @@ def test_a_folder_with_code_opens_by_diffusers_alone(run_folder, tmp_path, conve
     command = [sys.executable, "-c", ALONE, str(folder), str(again), str(tmp_path)]
     subprocess.run(command, check=True, env=environment, cwd=tmp_path)
 
-    installed = MoHDiTPipeline.from_pretrained(folder)  # the same folder, this package's classes
+    installed = MoHDiTPipeline.from_pretrained(folder)
     assert type(installed) is MoHDiTPipeline
     assert type(installed.transformer).__module__ == "moh_dit.model.transformer"
     installed.set_progress_bar_config(disable=True)
@@ -300,7 +330,7 @@ def test_a_folder_with_code_opens_by_diffusers_alone(run_folder, tmp_path, conve
     assert same(weights("owner/name", local_files_only=True), weights(run_folder))
 
 
-def test_the_card_tells_what_the_run_knows(run_folder, tmp_path, convert):
+def test_the_card_contains_metrics_recipe_and_samples_of_the_run(run_folder, tmp_path, convert):
     arguments = ("--to", "pipeline", "--license", "cc-by-nc-4.0", "--output", tmp_path / "a")
     assert convert(run_folder, *arguments)[0] == 0
     card = (tmp_path / "a" / "README.md").read_text()
@@ -329,7 +359,7 @@ def test_a_run_without_evaluations_has_a_card_without_metrics(run_folder):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Stands for the hub: keeps what is uploaded, has a card for ``owner/known``."""
+    """Replace the hub: store uploads in a folder, and provide a card for ``owner/known``."""
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -354,7 +384,7 @@ def hub(tmp_path, monkeypatch):
     return uploaded
 
 
-def test_push_to_hub_takes_code_and_card_along(hub, tmp_path):
+def test_push_to_hub_uploads_code_and_card(hub, tmp_path):
     pipeline = tiny_pipeline()
     assert pipeline.push_to_hub("owner/new") == "https://hub/owner/new"
     pushed = hub / "owner/new"
@@ -386,7 +416,7 @@ def test_hub_ids_open_as_pipelines(tmp_path, monkeypatch):
     assert same(pipeline.transformer.state_dict(), weights(tmp_path / "snapshot"))
 
 
-def test_a_flow_is_not_for_the_pipeline_of_diffusers(run_folder, tmp_path, convert):
+def test_a_flow_model_does_not_convert_to_the_pipeline_of_diffusers(run_folder, tmp_path, convert):
     shutil.rmtree(run_folder / "scheduler")
     FlowObjective().scheduler.save_pretrained(run_folder / "scheduler")
     randomized(SMALL).save_pretrained(run_folder / "checkpoints/step-00000020/transformer")
@@ -395,7 +425,7 @@ def test_a_flow_is_not_for_the_pipeline_of_diffusers(run_folder, tmp_path, conve
     assert "predicts a flow" in err
 
 
-def test_kinds_are_told_apart(run_folder, tmp_path):
+def test_formats_are_recognized(run_folder, tmp_path):
     assert open_checkpoint(run_folder).format == "moh-dit"
     torch.save(randomized(SMALL).state_dict(), tmp_path / "a.pt")
     assert open_checkpoint(tmp_path / "a.pt").format == "published"

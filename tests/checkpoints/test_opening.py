@@ -1,4 +1,4 @@
-"""What can be opened for sampling, and what is said of what cannot."""
+"""Opening runs and pipelines for sampling, and errors for damaged ones."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from moh_dit.training.ema import Ema
 
 @pytest.fixture
 def run(tmp_path):
-    """A run folder as the trainer leaves it, made by hand."""
+    """Write a run folder like that of the trainer."""
     pipeline = tiny_pipeline()
     folder = tmp_path / "run"
     pipeline.vae.save_pretrained(folder / "vae")
@@ -29,7 +29,7 @@ def run(tmp_path):
     return folder
 
 
-def test_the_newest_whole_checkpoint_is_taken(run):
+def test_the_newest_complete_checkpoint_is_opened(run):
     shutil.rmtree(run / "checkpoints" / "step-00000009" / "transformer")
     pipeline = load_pipeline(run)
     assert pipeline.label_ids(["e"]) == [4]
@@ -62,13 +62,13 @@ def damage(path):
         (lambda run: shutil.rmtree(run), "does not exist"),
     ],
 )  # fmt: skip
-def test_torn_folders_are_said_in_words(spoil, message, run):
+def test_damaged_runs_are_reported(spoil, message, run):
     spoil(run)
     with pytest.raises(UserError, match=message):
         load_pipeline(run)
 
 
-def test_a_torn_pipeline_folder_is_said_in_words(tmp_path):
+def test_a_damaged_pipeline_is_reported(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "saved")
     damage(next((tmp_path / "saved" / "transformer").glob("*.safetensors")))
     with pytest.raises(UserError, match="cannot be read as safetensors"):

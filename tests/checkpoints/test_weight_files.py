@@ -28,7 +28,7 @@ HEADS = dict(num_heads=4)
 
 
 def as_published(model):
-    """diffusers' class with the timestep frequencies of the papers (it takes 127 steps for 128)."""
+    """Give a model of diffusers the timestep frequencies of the papers."""
     for module in model.modules():
         if isinstance(module, Timesteps):
             module.downscale_freq_shift = 0
@@ -60,7 +60,7 @@ def test_a_dense_model_computes_the_same_in_diffusers(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_names_go_to_diffusers_and_back_without_loss(dtype):
+def test_state_dicts_convert_to_diffusers_and_back_exactly(dtype):
     model = randomized(SMALL).to(dtype)
     config, state = full_config(dict(model.config)), model.state_dict()
     theirs = to_diffusers(state, config)
@@ -68,10 +68,10 @@ def test_names_go_to_diffusers_and_back_without_loss(dtype):
     assert same(from_diffusers(theirs, config), state)
 
 
-def test_positions_that_diffusers_would_compute_otherwise_are_kept_or_refused():
+def test_positions_that_differ_from_those_of_diffusers_are_stored_or_refused():
     model = randomized(SMALL)
     config, state = full_config(dict(model.config)), model.state_dict()
-    state["pos_embed"] = state["pos_embed"] + 1e-7  # another library's sine
+    state["pos_embed"] = state["pos_embed"] + 1e-7  # as if computed by another library
     theirs = to_diffusers(state, config)
     assert same(from_diffusers(theirs, config), state)
     state["pos_embed"] = torch.randn_like(state["pos_embed"])
@@ -99,7 +99,7 @@ def test_embedders_that_differ_between_blocks_are_refused(tmp_path):
         (dict(_class_name="UNet2DModel"), "UNet2DModel, which is not a DiT"),
     ],
 )
-def test_a_configuration_that_does_not_fit_is_said_in_words(change, words, tmp_path):
+def test_an_unsupported_configuration_is_reported(change, words, tmp_path):
     peer().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
@@ -107,7 +107,7 @@ def test_a_configuration_that_does_not_fit_is_said_in_words(change, words, tmp_p
         load_pretrained(tmp_path)
 
 
-def test_moh_cannot_be_expressed_in_diffusers():
+def test_moh_does_not_convert_to_diffusers():
     with pytest.raises(UserError, match="no mixture-of-head layers"):
         to_diffusers_config(PRESETS["MoH-DiT-S/2-75"])
 
@@ -134,10 +134,10 @@ def test_a_whole_pipeline_of_diffusers_samples(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_published_files_open_raw_or_among_other_things(zipped, tmp_path):
+def test_published_files_open_with_and_without_training_state(zipped, tmp_path):
     model, other = randomized(SMALL), randomized(SMALL | dict(label_init_std=1.0))
     raw = {f"module.{name}": tensor for name, tensor in other.state_dict().items()}
-    arguments = argparse.Namespace(lr=1e-4)  # which training scripts of DiT store
+    arguments = argparse.Namespace(lr=1e-4)  # DiT's training script stores its arguments
     stored = dict(ema=model.state_dict(), model=raw, opt={"step": 3}, args=arguments)
     file = tmp_path / "0400000.pt"
     torch.save(stored, file, _use_new_zipfile_serialization=zipped)
@@ -164,7 +164,7 @@ def test_written_files_open_in_torch_and_safetensors(tmp_path):
     write_safetensors(tmp_path / "a.safetensors", state)
     assert same(load_file(tmp_path / "a.safetensors"), state)
     modes = {(tmp_path / name).stat().st_mode for name in ("a.pt", "a.safetensors")}
-    assert len(modes) == 1  # both are readable for everyone whom the umask allows
+    assert len(modes) == 1  # safetensors alone would make the file private
     for name in ("a.pt", "a.safetensors"):
         assert same(open_weights(tmp_path / name), state)
 
@@ -174,8 +174,8 @@ def test_a_full_disk_is_an_os_error(tmp_path):
         write_torch(Path("/dev/full"), {"a": torch.randn(100_000)})
 
 
-def test_a_loaded_model_survives_changes_of_its_file(tmp_path):
-    """Saving the model to its own file must not truncate the memory that it is read from."""
+def test_a_loaded_model_can_be_saved_to_its_own_file(tmp_path):
+    """Saving a model to its own file truncates that file before it is written."""
     model = randomized(SMALL)
     torch.save(model.state_dict(), tmp_path / "a.pt")
     loaded = load_pretrained(tmp_path / "a.pt", **HEADS)
@@ -184,11 +184,11 @@ def test_a_loaded_model_survives_changes_of_its_file(tmp_path):
     assert same(again.state_dict(), model.state_dict())
 
 
-# ------------------------------------------------------------------------------- which model
+# ------------------------------------------------------------------------------- inferring
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_known_by_their_shapes(name):
+def test_presets_are_recognized_by_their_shapes(name):
     with torch.device("meta"):
         model = build_model(name, sample_size=64, num_classes=10)
     state = dict(model.named_parameters())
@@ -198,7 +198,7 @@ def test_presets_are_known_by_their_shapes(name):
     assert describe_architecture(config) == f"{name}, latents 4×64×64, 10 classes"
 
 
-def test_a_model_close_to_a_preset_is_named_with_what_differs(tmp_path):
+def test_the_most_similar_preset_and_the_differences_are_reported(tmp_path):
     plan = dict(PRESETS["MoH-DiT-S/2-75"])
     plan["num_shared_heads"] = [2, 3, *plan["num_shared_heads"][2:]]
     with torch.device("meta"):
@@ -234,7 +234,7 @@ def test_keys_and_shapes_that_differ_are_named(tmp_path):
     assert "blocks.0.attn.proj.weight is (32, 16), expected (32, 32)" in str(error.value)
 
 
-def test_weights_alone_need_an_autoencoder_to_sample(tmp_path):
+def test_weights_without_a_pipeline_need_an_autoencoder_to_sample(tmp_path):
     save_file(randomized(SMALL).state_dict(), tmp_path / "a.safetensors")
     shutil.copy(tmp_path / "a.safetensors", tmp_path / "config_less.safetensors")
     randomized(SMALL).save_pretrained(tmp_path / "model")
@@ -266,7 +266,7 @@ class Exploit:
         ("a.pt", lambda file: file.rename(file.with_suffix(".txt")), "does not exist"),
     ],
 )  # fmt: skip
-def test_damaged_files_are_said_in_words(name, spoil, words, tmp_path, monkeypatch):
+def test_damaged_and_unsafe_files_are_reported(name, spoil, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = randomized(SMALL).state_dict()
     file = tmp_path / name
@@ -284,7 +284,7 @@ def test_damaged_files_are_said_in_words(name, spoil, words, tmp_path, monkeypat
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """``owner/name`` on a hub that hands out what is in a folder, by pattern."""
+    """Replace the hub: serve the files of a folder as the repository ``owner/name``."""
     folder, asked = tmp_path / "repository", []
     folder.mkdir()
 
@@ -310,10 +310,12 @@ def test_hub_ids_and_folders_are_interchangeable(repository):
     assert same(
         load_pretrained("owner/name").state_dict(), load_pretrained(folder / WEIGHTS).state_dict()
     )
-    assert not [patterns for _, patterns, _ in asked if "*.bin" in patterns]  # not both kinds
+    assert not [
+        patterns for _, patterns, _ in asked if "*.bin" in patterns
+    ]  # pickles only without safetensors
 
 
-def test_a_repository_with_a_pickle_alone(repository):
+def test_a_repository_with_only_a_pickle(repository):
     folder, asked = repository
     model = randomized(SMALL)
     torch.save(model.state_dict(), folder / "MoH.pt")
@@ -332,7 +334,7 @@ def test_a_repository_with_a_pickle_alone(repository):
         ("/nowhere/at/all", "/nowhere/at/all does not exist"),
     ],
 )
-def test_what_is_nowhere_is_said_in_one_line(source, words, repository):
+def test_missing_sources_are_reported_in_one_line(source, words, repository):
     with pytest.raises(UserError, match=words) as error:
         open_checkpoint(source)
     assert "\n" not in str(error.value)

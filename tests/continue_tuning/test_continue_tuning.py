@@ -1,4 +1,4 @@
-"""A dense model made MoH: equal to the dense one at full activation, trainable below it."""
+"""A dense model converted to MoH: the same with every head active, trainable with fewer."""
 
 import copy
 import sys
@@ -46,7 +46,7 @@ def batches(count=2, dtype=torch.float32):
 
 
 def head_rows(attention):
-    """Query rows of each head, as a set that says which heads there are, not in what order."""
+    """Return the query rows of each head as a set, to compare heads regardless of their order."""
     query = attention.qkv.weight.unflatten(0, (3, attention.num_heads, attention.head_dim))[0]
     return {tuple(head.flatten()[:4].tolist()) for head in query}
 
@@ -64,7 +64,7 @@ def test_with_every_head_active_it_is_the_dense_model(choice, router, dtype, tol
         sample.square().mean().backward()
     ours = dict(moh.named_parameters())
     for name, parameter in dense.named_parameters():
-        if parameter.requires_grad and ".attn." not in name:  # those are in another order
+        if parameter.requires_grad and ".attn." not in name:  # heads are in another order
             difference = (ours[name].grad - parameter.grad).norm() / parameter.grad.norm()
             assert difference.item() < 10 * tolerance, name
     for old, new in zip(dense.blocks, moh.blocks, strict=True):
@@ -97,7 +97,7 @@ def test_query_norm_gates_stay_finite_where_norms_are_equal_or_alone(shared):
         query[:, :, 0] = 0
     gates, stats = query_norm_gates(query, shared, active=1)
     (gates.sum() + stats.sum()).backward()
-    assert gates[..., shared].eq(1).all()  # of equal scores the lowest wins
+    assert gates[..., shared].eq(1).all()  # of equal scores, the first head is selected
     assert query.grad.isfinite().all()
     assert stats[1].sum().item() == pytest.approx(1)
 
@@ -154,7 +154,7 @@ def test_converted_model_learns_balances_saves_and_compiles(tmp_path):
 
 
 def test_straight_through_reaches_the_queries_of_selected_heads():
-    """Below full activation the gradient of W_q is not plain attention's: the score is in it."""
+    """With fewer active heads, the gradient of W_q includes that of the scores."""
     torch.manual_seed(0)
     dense = MoHAttention(24, 4)
     full, part = attention_to_moh(dense, 1, 3), attention_to_moh(dense, 1, 1)
@@ -173,7 +173,7 @@ def test_straight_through_reaches_the_queries_of_selected_heads():
     assert rows[1:].max() < 1e-6
 
 
-def test_importance_finds_the_heads_that_write_most():
+def test_importance_finds_the_heads_that_contribute_most():
     torch.manual_seed(0)
     layer, x = MoHAttention(24, 4), torch.randn(2, 9, 24)
     with torch.no_grad():
@@ -198,14 +198,14 @@ def test_learned_router_starts_near_the_query_norm_router():
     learned = dense_to_moh(copy.deepcopy(dense), MoHSettings(**PART, router="learned"), data)
     x = []
     hook = dense.blocks[1].attn.register_forward_pre_hook(lambda module, args: x.append(args[0]))
-    for inputs in batches(12)[8:]:  # not those of the fit
+    for inputs in batches(12)[8:]:  # batches that were not used for fitting
         dense(*inputs)
     hook.remove()
     (a, _), (b, _) = (model.blocks[1].attn.route(torch.cat(x)) for model in (reference, learned))
     agreement = ((a > 0) & (b > 0)).sum() / (a > 0).sum()
     assert agreement > 0.65  # 3 of 6 heads: one half by chance
     assert (b[b > 0] - 1).abs().max() < 0.3
-    again = MoHDiTTransformer2DModel.from_config(learned.config)  # as averages are made
+    again = MoHDiTTransformer2DModel.from_config(learned.config)  # as EMA models are made
     again.load_state_dict(learned.state_dict())
 
 
@@ -236,7 +236,7 @@ def test_training_goes_on_from_a_converted_folder(pipeline, tmp_path, monkeypatc
     assert trained([3], num_inference_steps=2).images[0].size == (32, 32)
 
 
-def test_settings_that_contradict_the_converted_folder_are_named(tmp_path, monkeypatch, capsys):
+def test_settings_that_contradict_the_converted_folder_are_reported(tmp_path, monkeypatch, capsys):
     dense_to_moh(dense_model(), MoHSettings(**PART)).save_pretrained(tmp_path / "moh")
     arguments = [f"--init_from={tmp_path / 'moh'}", f"--run_dir={tmp_path}/run"]
     monkeypatch.setattr(sys, "argv", ["train_dit.py", *arguments, "--model.router=learned"])
@@ -262,7 +262,7 @@ def test_settings_that_contradict_the_converted_folder_are_named(tmp_path, monke
         (dict(shared_heads="best"), "choose one of first, random, importance"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_and_the_model_is_left_alone(change, message):
+def test_invalid_settings_are_refused_and_leave_the_model_unchanged(change, message):
     model = dense_model()
     before = dict(model.config)
     with pytest.raises(UserError, match=message):
@@ -270,7 +270,7 @@ def test_settings_that_cannot_be_are_refused_and_the_model_is_left_alone(change,
     assert dict(model.config) == before
 
 
-def test_a_model_that_is_moh_already_is_refused():
+def test_a_moh_model_is_refused():
     model = dense_to_moh(dense_model(), MoHSettings(**PART))
     with pytest.raises(UserError, match="has routers already"):
         dense_to_moh(model, MoHSettings(**PART))

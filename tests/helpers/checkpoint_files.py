@@ -1,4 +1,4 @@
-"""Checkpoints in the formats of other projects, and damage to them."""
+"""Write checkpoints in the formats of other projects, and damage files."""
 
 import json
 
@@ -12,7 +12,7 @@ INPUTS = (torch.randn(4, 4, 8, 8), torch.tensor([0, 10, 500, 999]), torch.tensor
 
 
 def peer(eps=1e-6):
-    """diffusers' own class with random weights, one embedder for all blocks, as its DiTs have."""
+    """Return diffusers' DiT with random weights and equal embedders in all blocks."""
     torch.manual_seed(1)
     model = DiTTransformer2DModel(
         num_attention_heads=2,
@@ -44,7 +44,7 @@ def output(model):
 
 
 def diffusers_pipeline(folder):
-    """A folder as facebook/DiT-XL-2-256 is laid out: old class name, .bin weights, id2label."""
+    """Write a folder like facebook/DiT-XL-2-256: old class name, .bin weights, id2label."""
     peer().save_pretrained(folder / "transformer", safe_serialization=False)
     config = json.loads((folder / "transformer/config.json").read_text())
     config["_class_name"] = "Transformer2DModel"

@@ -14,7 +14,7 @@ SMALL = dict(sample_size=8, hidden_size=32, depth=3, num_heads=4, num_classes=5)
 ROUTED = SMALL | dict(num_shared_heads=[2, 1, 0], num_active_routed_heads=[1, 2, 2])
 
 
-# Parameters and active heads of the published models (specification, table of §2).
+# Parameters and active heads of the published models.
 PUBLISHED = {
     "S/2-90": (32_997_152, 64), "S/2-75": (32_998_688, 54),
     "B/2-90": (130_638_368, 129), "B/2-75": (130_638_368, 108),

@@ -1,4 +1,4 @@
-"""The pipeline against arrays of the published sampler, and as a diffusers citizen."""
+"""The pipeline compared with stored arrays of the published sampler; saving, labels, caches."""
 
 import subprocess
 import sys
@@ -104,12 +104,12 @@ def test_generators_make_an_image_independent_of_its_batch():
         ([0], dict(latents=torch.zeros(1, 4, 4, 4)), "expected"),
     ],
 )
-def test_bad_input_is_said_in_words(labels, options, message):
+def test_bad_input_is_reported(labels, options, message):
     with pytest.raises(UserError, match=message):
         tiny_pipeline(["cat", "dog", "eel", "fox", "gnu"])(labels, **options)
 
 
-def test_caches_of_diffusers_skip_blocks_and_start_afresh():
+def test_caches_of_diffusers_skip_blocks_and_are_reset_for_each_call():
     pipeline = tiny_pipeline()
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     runs = []

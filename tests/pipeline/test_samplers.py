@@ -1,4 +1,4 @@
-"""Every sampler against the exact solution for Gaussian data; guidance; diffusers' own pipeline."""
+"""Samplers compared with the exact solution for Gaussian data, guidance, and DiTPipeline."""
 
 import numpy as np
 import pytest
@@ -22,13 +22,13 @@ from moh_dit.model.transformer import MoHDiTOutput, MoHDiTTransformer2DModel
 from moh_dit.pipeline.pipeline import MoHDiTPipeline
 
 SPREAD = 0.3
-CENTRES = torch.tensor([-0.5, 0.8])  # of the classes
+CENTRES = torch.tensor([-0.5, 0.8])  # one per class
 STOCHASTIC = ("ddpm", "sde-dpmsolver++", "euler-ancestral")
 SECOND_ORDER = ("dpmsolver++", "unipc", "heun", "flow-heun", "flow-dpmsolver++", "flow-unipc")
 
 
 class GaussianModel(MoHDiTTransformer2DModel):
-    """The exact prediction for latents N(centre of the class, SPREAD²)."""
+    """Return the exact prediction for latents that follow N(centre of the class, SPREAD²)."""
 
     def __init__(self, prediction="epsilon"):
         super().__init__(sample_size=8, out_channels=4, hidden_size=4, depth=1, num_heads=1,
@@ -88,8 +88,8 @@ def test_sampler_solves_the_reverse_process(prediction, sampler):
     if sampler in STOCHASTIC:
         residual = (latents - centre) / SPREAD
         assert abs(residual.mean()) < 0.06
-        assert 0.8 < residual.std() < 1.1  # few steps lose some
-        assert abs((residual * noise).mean()) < 0.1  # forgets where it started
+        assert 0.8 < residual.std() < 1.1  # few steps reduce the spread
+        assert abs((residual * noise).mean()) < 0.1  # independent of the initial noise
         return
     # The probability-flow ODE keeps a Gaussian's quantiles.
     signal = 0.0 if prediction == "flow_prediction" else make_scheduler().alphas_cumprod[-1].sqrt()
@@ -98,7 +98,7 @@ def test_sampler_solves_the_reverse_process(prediction, sampler):
     assert relative_error(latents, centre + SPREAD * start) < limit
 
 
-def test_every_sampler_was_tried():
+def test_the_cases_contain_every_sampler():
     assert {sampler for _, sampler in CASES} == set(SAMPLERS)
 
 
@@ -110,7 +110,7 @@ def test_learned_variance_model_runs_under_every_sampler(name):
     assert torch.isfinite(latents).all()
 
 
-def test_scheduler_made_by_hand_from_the_trained_one():
+def test_a_scheduler_made_from_the_config_of_the_trained_one():
     # It inherits variance_type="learned_range", with which diffusers' own step fails.
     pipeline = tiny_pipeline()
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
@@ -180,7 +180,7 @@ def test_autoencoder_of_other_latents_is_an_error():
 
 
 def test_model_in_diffusers_own_pipeline():
-    # As far as that goes: 1000 classes (its null class), a fixed variance, noise in one stream.
+    # DiTPipeline supports 1000 classes, a fixed variance, and one generator for all images.
     model = randomized(ROUTED | dict(num_classes=1000)).eval()
     scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)
     options = dict(num_inference_steps=5, guidance_scale=2.0)
