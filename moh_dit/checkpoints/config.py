@@ -49,7 +49,7 @@ class MoHOptions(MoHSettings):
 
 @dataclass
 class ConvertConfig:
-    """Source and output"""
+    """Source and output of a conversion"""
 
     source: str
     """Run, checkpoint, model or pipeline folder, .pt or .safetensors file, or a hub id of these."""
@@ -83,9 +83,9 @@ class ConvertConfig:
         Raises:
             UserError: the source does not exist, the output exists, or they do not fit ``to``.
         """
-        from ..common.hub import find_source
+        from ..common.hub import split_hub_id
 
-        find_source(self.source)
+        split_hub_id(self.source)  # fails for a source that is neither a path nor a hub id
         if self.to is None:
             return
         if self.output is None:

@@ -46,7 +46,7 @@ def convert(config: ConvertConfig) -> None:
 
 
 def to_moh(opened: OpenedCheckpoint, config: ConvertConfig) -> OpenedCheckpoint:
-    """Return the checkpoint with mixture-of-head layers; this holds the whole model in memory."""
+    """Convert a dense checkpoint to mixture-of-head layers, with the whole model in memory."""
     model = opened.build(torch.float32)
     data = None
     if config.moh.data is not None:

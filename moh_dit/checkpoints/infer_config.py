@@ -14,7 +14,7 @@ POSITIONS, LABEL_TABLE = "pos_embed", "y_embedder.embedding_table.weight"
 
 
 def infer_config(state: State, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a model from its state dict.
+    """Infer the configuration of a model from its state dict.
 
     Shapes do not tell the number of heads of a dense layer, nor the number of active heads of a
     routed one. These numbers are taken from ``overrides`` or from the preset with the same shapes.

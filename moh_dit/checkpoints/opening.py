@@ -171,7 +171,9 @@ def _open_model(
     if name is not None:
         raise UserError(f"{config_file} describes {name}, which is not a DiT or MoH-DiT")
     if is_diffusers(state):
-        raise UserError(f"{file} is a DiT of diffusers; put its config.json beside it")
+        raise UserError(
+            f"{file} contains weights of diffusers' DiT, which need a config.json beside the file"
+        )
     is_own = file.name.endswith((".safetensors", ".json"))
     return OpenedCheckpoint(file, "moh-dit" if is_own else "published", None, state, folder)
 

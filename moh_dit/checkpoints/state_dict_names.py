@@ -18,10 +18,9 @@ from .infer_config import POSITIONS
 from .weight_files import State
 
 DIFFUSERS_POSITIONS = "pos_embed.pos_embed"
-DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # second: in older folders
+DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in older folders
 
-# Names of this project → names of diffusers. REPEATED modules are inside the blocks of diffusers
-# only.
+# Names of this project → names of diffusers. diffusers stores REPEATED modules in every block.
 LABELS = "y_embedder.embedding_table"
 OUTSIDE = {
     "x_embedder.proj": "pos_embed.proj",
@@ -40,7 +39,7 @@ REPEATED = {
     LABELS: "norm1.emb.class_embedder.embedding_table",
 }
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-# Settings of diffusers' class that have one possible value here.
+# Settings of diffusers' class for which this model supports one value only.
 DIFFUSERS_FIXED = dict(
     norm_type="ada_norm_zero",
     activation_fn="gelu-approximate",
@@ -177,7 +176,7 @@ def to_diffusers(state: State, config: dict[str, Any]) -> State:
             block = f"transformer_blocks.{i}"
             for own, theirs in REPEATED.items():
                 if (key := f"{own}.{kind}") in state:
-                    # A copy: safetensors does not write one tensor under several names.
+                    # Copied, because safetensors does not write one tensor under several names.
                     converted[f"{block}.{theirs}.{kind}"] = state[key].clone()
             for own, theirs in BLOCK.items():
                 converted[f"{block}.{theirs}.{kind}"] = state[f"blocks.{i}.{own}.{kind}"]

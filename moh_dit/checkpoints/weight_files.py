@@ -80,7 +80,7 @@ def _open_safetensors(file: Path) -> State:
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())
         for name in names:
-            # A mapping per tensor: converting can release each tensor's pages when it is done.
+            # One mapping per tensor, so that its pages are released together with it.
             with safe_open(file, framework="pt") as opened:
                 state[name] = opened.get_tensor(name)
     except (SafetensorError, OSError) as error:
@@ -103,7 +103,7 @@ def _open_torch(file: Path, entry: str) -> State:
 
 
 def _verify_checksums(file: Path) -> None:
-    # torch.load does not compare the checksums of the archive.
+    # torch.load does not verify the checksums in the file.
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
@@ -134,7 +134,7 @@ def _unpickle(file: Path, mmap: bool) -> Any:
 
 
 def _find_state(content: Any, entry: str) -> State:
-    """Return the state dict in a loaded file without prefixes of wrappers, or an empty one."""
+    """Return the state dict in a loaded file, without the prefixes of wrappers; may be empty."""
     if not isinstance(content, Mapping):
         return {}
     for name in ENTRIES[entry]:

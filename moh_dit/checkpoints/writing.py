@@ -1,7 +1,7 @@
 """Write a checkpoint in each format.
 
-A function per format takes an opened checkpoint with its full configuration, checks it, and returns
-the function that writes it to a path. So every error is raised before anything is written.
+The function ``plan_…`` of a format checks an opened checkpoint with its full configuration, and
+returns the function that writes it to a path. So every error is raised before anything is written.
 """
 
 import json
@@ -53,7 +53,7 @@ class WriteOptions:
 
 
 def plan_model(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
-    """Write a model folder of this project: ``config.json`` and safetensors."""
+    """Prepare a model folder of this project: ``config.json`` and safetensors."""
     model = _empty_model(opened)
 
     def write(folder: Path) -> None:
@@ -65,7 +65,7 @@ def plan_model(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
 
 
 def plan_pipeline(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
-    """Write a pipeline folder of this project: model, autoencoder, scheduler and model card."""
+    """Prepare a pipeline folder of this project: model, autoencoder, scheduler and model card."""
     config, source = _config(opened), opened.folder
     write_model = plan_model(opened, options)
     vae, scheduler = load_vae_and_scheduler(opened, config, options.autoencoder)
@@ -94,7 +94,7 @@ def plan_pipeline(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
 
 
 def plan_published(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
-    """Write a ``.pt`` file with the state dict alone, like the published checkpoints."""
+    """Prepare a ``.pt`` file with the state dict alone, like the published checkpoints."""
     if _config(opened)["router"] != "learned":
         raise UserError(
             "the query_norm router has no weights, so a published .pt file would open as a dense "
@@ -109,7 +109,7 @@ def plan_published(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
 
 
 def plan_diffusers(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
-    """Write a model folder of diffusers' ``DiTTransformer2DModel``."""
+    """Prepare a model folder of diffusers' ``DiTTransformer2DModel``."""
     config = to_diffusers_config(_config(opened))
     state = to_diffusers(opened.state, _config(opened))
 
@@ -123,7 +123,7 @@ def plan_diffusers(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
 
 
 def plan_diffusers_pipeline(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
-    """Write a pipeline folder of diffusers' ``DiTPipeline``."""
+    """Prepare a pipeline folder of diffusers' ``DiTPipeline``."""
     write_model = plan_diffusers(opened, options)
     vae, scheduler = load_vae_and_scheduler(opened, _config(opened), options.autoencoder)
     if prediction_type(scheduler) == "flow_prediction":

@@ -15,7 +15,7 @@ SAFE = ["*.json", "*.safetensors", "README.md", "*.png"]
 PICKLED = [f"*{suffix}" for suffix in PICKLES]
 
 
-def find_source(source: str | Path) -> tuple[str, str] | None:
+def split_hub_id(source: str | Path) -> tuple[str, str] | None:
     """Split a hub id into repository and file, or return ``None`` for an existing local path.
 
     Args:
@@ -39,13 +39,13 @@ def local_path(source: str | Path, local_files_only: bool = False) -> Path:
     """Return the local path of a checkpoint; download a hub id that is not in the cache.
 
     Args:
-        source: see :func:`find_source`.
+        source: see :func:`split_hub_id`.
         local_files_only: download nothing; ``HF_HUB_OFFLINE=1`` in the environment does the same.
 
     Raises:
         UserError: there is no such path, and no such hub id in the cache or on the hub.
     """
-    found = find_source(source)
+    found = split_hub_id(source)
     if found is None:
         return Path(source)
     repository, file = found

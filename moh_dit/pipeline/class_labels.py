@@ -13,7 +13,7 @@ Labels: TypeAlias = int | str | Sequence[Any] | Tensor
 
 
 def class_ids(labels: Labels, names: Sequence[str], num_classes: int) -> list[int]:
-    """Return class ids for ids, names, or nested lists or tensors of these.
+    """Convert labels to class ids: ids, names, or nested lists or tensors of these.
 
     Args:
         labels: ids, names, or texts of ids.

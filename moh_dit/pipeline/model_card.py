@@ -155,7 +155,7 @@ def copy_or_write_card(folder: Path, loaded_from: str | None, config: dict[str, 
 
 
 def card_matches_model(folder: Path, config: dict[str, Any]) -> bool:
-    """Return whether a folder has a card that this package wrote for this very model."""
+    """Return whether a folder has a card that this package wrote for this model."""
     card = folder / CARD
     return card.is_file() and describe_architecture(config)[1:] in card.read_text(encoding="utf-8")
 

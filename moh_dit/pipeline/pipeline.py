@@ -72,7 +72,7 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
-        """Return the arguments in a configuration; ``auto_map`` concerns ``AutoModel`` only."""
+        """Return the arguments in a configuration, without ``auto_map``, which AutoModel reads."""
         config = {key: value for key, value in config_dict.items() if key != "auto_map"}
         return super().extract_init_dict(config, **options)
 
@@ -108,7 +108,7 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
         copy_or_write_card(folder, self.name_or_path, dict(self.transformer.config))
 
     def label_ids(self, class_labels: Labels) -> list[int]:
-        """Return class ids for ids, names, or nested lists or tensors of these.
+        """Convert labels to class ids: ids, names, or nested lists or tensors of these.
 
         Raises:
             UserError: an id is out of range, or a name is not a class (similar names are given).
@@ -128,7 +128,7 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call stops after this step; a callback may set ``_interrupt``."""
+        """Whether a callback stopped the latest call, by setting ``_interrupt``."""
         return self._interrupt
 
     @torch.no_grad()
@@ -279,7 +279,9 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
             if model.is_cache_enabled:
                 reset_cache(model)  # it contains activations of the previous images
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-        on_device = scheduler.timesteps.to(latents.device)  # a copy in each step would synchronize
+        on_device = scheduler.timesteps.to(
+            latents.device
+        )  # copying in every step would synchronize
 
         for step, timestep in enumerate(scheduler.timesteps):
             scaled = latents
