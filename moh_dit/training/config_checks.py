@@ -47,9 +47,9 @@ def check_paths(config: "TrainConfig") -> None:
         require_autoencoder(data.autoencoder)
     # A run with a checkpoint takes its weights from there.
     if config.init_from is not None and not any(run_dir.glob("checkpoints/step-*")):
-        from ..common.hub import find_source
+        from ..common.hub import split_hub_id
 
-        find_source(config.init_from)
+        split_hub_id(config.init_from)
     if evaluation.fid_every:
         if evaluation.feature_extractor_weights is not None:
             _require(
