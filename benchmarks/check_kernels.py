@@ -33,11 +33,11 @@ from moh_dit.model.presets import PRESETS
 from moh_dit.model.transformer import per_layer
 
 PARTS = ("noise", "adaln", "gelu", "shapes", "presets")
-LIMIT = 1.5  # of the ratio to the error of plain torch operations
+LIMIT = 1.5  # largest ratio to the error of plain torch operations
 PLANS = [(24, 14, 2), (16, 10, 2), (8, 8, 0), (6, 0, 3)]
 TOKENS = [3, 200, 256, 576, 1000, 1024, 2100, 4096]
-# For the first plan alone: whatever else the kernels are compiled for (no copy engine, as N is no
-# multiple of 4; N a multiple of one block and not of the other).
+# For the first plan only: other cases that the kernels are compiled for. Without the copy engine,
+# because N is not a multiple of 4; N a multiple of one block size but not of the other.
 MORE_TOKENS = [96, 544, 1001, 2049, 2112]
 ROUTINGS = ["random", "skewed", "extreme", "cold"]
 # Batches at 256 tokens, for every plan of the presets.
@@ -67,7 +67,7 @@ def preset_plans():
 
 
 def outcome(projected, plan, backend, upstream, pull):
-    """Output, gradient of q, gradient of k and v, gradient of the router logits, statistics."""
+    """Return output, gradients of q, of k and v, of the router logits, and router statistics."""
     heads, shared, active, width = plan
     projected = projected.detach().requires_grad_()
     output, stats = moh_attention(projected, *plan, backend)
@@ -83,7 +83,7 @@ def outcome(projected, plan, backend, upstream, pull):
 
 
 def dense_outcome(projected, plan, upstream, pull):
-    """As :func:`outcome`, by dense attention of the same precision."""
+    """Return :func:`outcome` of dense attention in the same precision."""
     plain = projected.dtype == torch.float32  # fused kernels may split float32 into TF32 parts
     with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
         found = outcome(projected, plan, "reference", upstream, pull)
@@ -98,7 +98,7 @@ NAMES = ["output", "dq", "dk, dv", "d logits", "stats"]
 
 
 def keep_worst(row, ratio, name):
-    """NaN is the worst, and stays."""
+    """Store the ratio if it is the worst so far; NaN counts as the worst."""
     if not (ratio <= row["worst"] or math.isnan(row["worst"])):
         row["worst"], row["where"] = ratio, name
 
@@ -122,7 +122,7 @@ def worst_images(found, projected, plan, upstream, pull):
             pairs = zip(result, exact[:4], strict=False)
             own.append(torch.stack([(a[part] - e).flatten(1).norm(dim=1) for a, e in pairs]))
     scale = torch.cat(norms, 1).square().mean(1).sqrt().clamp(min=1e-300)
-    few = cdiv(256, tokens)  # the error of one image of few tokens is mostly chance
+    few = cdiv(256, tokens)  # the error of one image with few tokens is mostly chance
     worst = []
     for own in errors:
         groups = torch.cat(own, 1).split(few, dim=1)
@@ -155,7 +155,7 @@ def check(dtype, batch, tokens, plan, routing):
 
 
 def check_noise():
-    """Whether the noise kernel makes the numbers of a CPU, which every image depends on."""
+    """Return whether the noise kernel draws the same numbers as a CPU."""
     worst, same = 0.0, 1.0
     for seed, first_draw, draws, count in ((0, 0, 1, 4096), (2**63 + 5, 7, 16, 4096), (3, 2, 2, 5)):
         indices = torch.tensor([0, 1, 49_999, 2**40 + 1])
@@ -164,14 +164,14 @@ def check_noise():
         worst = max(worst, (found - expected).abs().max().item())
         same = min(same, (found.float() == expected.float()).float().mean().item())
     good = worst < 1e-12 and same > 0.9999
-    print(f"noise: {worst:.1e} from a CPU's at most, {same:.4%} the same in float32")
+    print(f"noise: differs from a CPU's by at most {worst:.1e}, {same:.4%} equal in float32")
     return good
 
 
 def check_adaln():
-    """adaLN of every preset's width against float64, beside the error of the plain tensors.
+    """Return whether adaLN agrees with float64, for the width of every preset.
 
-    As a block uses it, without a branch and with one.
+    It is used as in a block: first without a branch, then with one.
     """
     fill_memory_with_nan()
     rows = []
@@ -214,7 +214,7 @@ def check_adaln():
 
 
 def check_linear_gelu():
-    """The MLP's first layer with its GELU, of every preset's width, beside the plain two."""
+    """Return whether the fused linear layer and GELU agree with float64, for every width."""
     fill_memory_with_nan()
     rows = []
     for width, dtype, tokens in itertools.product(
@@ -239,7 +239,7 @@ def check_linear_gelu():
 
 
 def fill_memory_with_nan():
-    """Fresh memory, that is."""
+    """Let torch fill newly allocated memory with NaN."""
     warnings.simplefilter("ignore")
     torch.use_deterministic_algorithms(True, warn_only=True)
 
@@ -258,7 +258,7 @@ def shape_groups():
         (torch.bfloat16, torch.float16), (64, 72), enumerate(PLANS)
     ):
         if dtype == torch.float16 and i != 0:
-            continue  # the same kernels as for bfloat16; one plan tells whether the type is right
+            continue  # the kernels are those of bfloat16, so one plan is enough to check the dtype
         routings = ROUTINGS if i == 0 else ROUTINGS[-1:]
         for tokens in TOKENS + (MORE_TOKENS if i == 0 else []):
             batch = 1 if tokens > 2000 else max(2, 256 // tokens)
@@ -312,7 +312,7 @@ def report(rows, keys):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--workers", type=int, default=14, help="processes (they mostly compile)")
+    parser.add_argument("--workers", type=int, default=14, help="number of processes (they mostly compile)")
     parser.add_argument("--json")
     args = parser.parse_args()
     print(environment())

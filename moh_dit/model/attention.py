@@ -278,11 +278,15 @@ def attend(
 def merge_masks(
     mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor
 ) -> tuple[Tensor | None, bool]:
-    """One mask or the causal flag, whichever says it: torch takes one, and aligns it top left."""
+    """Merge the mask and the causal flag into one of them, because torch accepts only one.
+
+    torch aligns its causal mask at the first key. Here, the last query is aligned with the last
+    key, so a cache needs an explicit mask.
+    """
     tokens, keys = query.shape[2], key.shape[2]
     if not is_causal or (mask is None and tokens == keys):
         return mask, is_causal
-    if tokens == 1:  # the last token sees all
+    if tokens == 1:  # the last token attends to all
         return mask, False
     past = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril(keys - tokens)
     if mask is None:
