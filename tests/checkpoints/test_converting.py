@@ -208,12 +208,12 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(arguments, words, tmp_p
     ("arguments", "words"),
     [
         ("./missing --to moh-dit --output o", "checkpoint ./missing does not exist"),
-        ("owner/name --to moh-dit --output exists", "output exists exists"),
+        ("owner/name --to moh-dit --output taken", "output taken exists"),
         ("owner/name --to published --output o", "must end in .pt"),
     ],
 )
 def test_wrong_paths_are_reported_without_importing_torch(arguments, words, tmp_path):
-    (tmp_path / "exists").mkdir()
+    (tmp_path / "taken").mkdir()
     script = """
 import sys
 from moh_dit.__main__ import main
