@@ -312,7 +312,7 @@ def report(rows, keys):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--workers", type=int, default=14, help="number of processes (they mostly compile)")
+    parser.add_argument("--workers", type=int, default=14, help="processes (they mostly compile)")
     parser.add_argument("--json")
     args = parser.parse_args()
     print(environment())
