@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 from emoji_sources import (
+    MIT_LICENSE,
     NOTO_FONT,
     NOTO_VERSION,
     SVG_STYLES,
@@ -114,7 +115,7 @@ def write_pictures(args: argparse.Namespace, settings: dict) -> None:
             return parent / classes[style, code] / f"{code}.{args.format}"
 
         args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "LICENSES.txt").write_text(licences())
+        (args.output / "LICENSES.txt").write_text(licences() + MIT_LICENSE)
         atomic_write(args.output / "emoji.json", json.dumps(settings).encode())
         missing = [key for key in classes if not target(*key).exists()]
         svgs = [drawings[s][code] for s, code in missing if s in SVG_STYLES]
