@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import EvaluationError
-from .decoding import EXTENSIONS, BadImage, Preprocess, check_header, decode, to_rgb
+from .decoding import EXTENSIONS, BadImage, Preprocess, check_header, check_mode, decode, to_rgb
 from .loading import map_in_processes
 from .readers import ImageReader, check_labels
 
@@ -30,22 +30,27 @@ class EncodedReader(ImageReader):
         set_name: str,
         names: Sequence[str],
         fetch: Callable[[int], bytes | Image.Image],
-        check: Callable[[int], tuple],
         preprocess: Preprocess,
         labels: Any = None,
         hash_images: bool = False,
+        check: Callable[[int], tuple] | None = None,
     ) -> None:
         self.kind, self.set_name, self.names = kind, set_name, names
         self.fetch, self.preprocess = fetch, preprocess
-        self.hash_images = (
-            hash_images  # True: the set is not one file or folder that could be hashed
-        )
+        self.hash_images = hash_images  # True: the set is not one file or folder to hash
         self.digests = {} if hash_images or kind == "folder" else None
         self.count = len(names)
         if self.count == 0:
             raise EvaluationError(f"{set_name}: holds no images ({', '.join(sorted(EXTENSIONS))})")
         self.labels = check_labels(labels, self.count, set_name)
-        self.size = self._inspect(check)
+        self.size = self._inspect(check or self._check)
+
+    def _check(self, index: int) -> tuple:
+        """Return (width, height, mode) of an image from its header; raise BadImage."""
+        data = self.fetch(index)
+        if isinstance(data, bytes):
+            return check_header(data[:4096], data[-1024:], len(data), data)
+        return data.width, data.height, check_mode(data.mode)
 
     def _inspect(self, check: Callable[[int], tuple]) -> tuple[int, int]:
         """Return (height, width) of all images from their headers.
@@ -131,7 +136,3 @@ class EncodedReader(ImageReader):
 def _sha256(data: bytes | Image.Image) -> str:
     data = data if isinstance(data, bytes) else data.convert("RGB").tobytes()
     return hashlib.sha256(data).hexdigest()
-
-
-def check_bytes(data: bytes) -> tuple:
-    return check_header(data[:4096], data[-1024:], len(data), data)

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,7 +36,9 @@ def path_hash(path: Path, known: Mapping[str, str] | None = None) -> str:
             for block in pool.map(lambda start: _block_digest(path, start), starts):
                 digest.update(block)
         else:
-            names = sorted(_files(path), key=lambda name: name.split("/"))
+            inside = files_inside(path, os.walk(path))
+            files = (name for name in inside if os.path.isfile(os.path.join(path, name)))
+            names = sorted(files, key=lambda name: name.split("/"))
             read = [path / name for name in names if name not in known]
             found = pool.map(file_sha256, read)
             for name in names:
@@ -45,13 +47,13 @@ def path_hash(path: Path, known: Mapping[str, str] | None = None) -> str:
     return digest.hexdigest()
 
 
-def _files(path: Path) -> Iterator[str]:
-    """Yield the relative paths of all files in a folder. Do not follow links to folders."""
-    for folder, _, names in os.walk(path):
-        inside = Path(os.path.relpath(folder, path)).as_posix()
+def files_inside(path: Path, folders: Iterable[tuple[str, list[str], list[str]]]) -> Iterator[str]:
+    """Yield the paths, relative to ``path``, of the files that ``os.walk(path)`` has found."""
+    # Use strings: with Path objects, listing and sorting take longer than reading the headers.
+    prefix = len(os.path.join(path, ""))
+    for folder, _, names in folders:
         for name in names:
-            if os.path.isfile(os.path.join(folder, name)):
-                yield name if inside == "." else f"{inside}/{name}"
+            yield os.path.join(folder, name)[prefix:].replace(os.sep, "/")
 
 
 def _block_digest(path: Path, start: int) -> bytes:

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import EvaluationError
-from .decoding import Preprocess, check_mode
-from .encoded import EncodedReader, check_bytes
+from .decoding import Preprocess
+from .encoded import EncodedReader
 from .image_set import ImageSet
 from .readers import IterableReader
 
@@ -151,13 +151,7 @@ def open_dataset(
             return value["bytes"] or Path(value["path"]).read_bytes()
         return value
 
-    def check(index: int) -> tuple:
-        value = fetch(index)
-        if isinstance(value, bytes):
-            return check_bytes(value)
-        return value.width, value.height, check_mode(value.mode)
-
     labels = None if label is None else np.asarray(dataset[label][:])
     names = [f"row {index}" for index in range(len(dataset))]
-    reader = EncodedReader("dataset", set_name, names, fetch, check, preprocess, labels, True)
+    reader = EncodedReader("dataset", set_name, names, fetch, preprocess, labels, True)
     return ImageSet(set_name, "dataset", reader)

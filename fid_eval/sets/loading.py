@@ -25,11 +25,10 @@ CPU = torch.device("cpu")
 READ_AHEAD = 4 << 30  # upper limit of decoded images held ahead of use, in bytes per set
 CAN_FORK = "fork" in multiprocessing.get_all_start_methods()
 Span = tuple[int, int]  # index of the first image of a batch, and of the one after the last
+Owned = Callable[[int], bool]  # whether this rank reads the chunk with this index
 
 
-def batch_spans(
-    count: int, batch_size: int, owned: Callable[[int], bool]
-) -> Iterator[tuple[int, int]]:
+def batch_spans(count: int, batch_size: int, owned: Owned) -> Iterator[Span]:
     """Yield (start, stop) of each batch in the chunks for which ``owned(chunk)`` is true.
 
     No batch crosses a chunk, so the batches are the same for every number of ranks.
@@ -162,9 +161,8 @@ def _decoded(
     """
     height, width = reader.size
     batch_bytes = batch_size * height * width * 3
-    memory = mmap.mmap(
-        -1, window * batch_bytes
-    )  # anonymous memory is not limited by the size of /dev/shm
+    # Anonymous memory is not limited by the size of /dev/shm.
+    memory = mmap.mmap(-1, window * batch_bytes)
     whole = np.frombuffer(memory, np.uint8)
     pool = _fork_workers(workers, reader, memory)
     free, waiting = list(range(window)), deque(spans)

@@ -42,18 +42,12 @@ class NpzFile:
     def __getitem__(self, name: str) -> "NpzMember":
         return self.members[name]
 
-    def identity(self) -> bytes:
-        """Return names, sizes and CRC-32 checksums of the members, from the zip directory."""
-        rows = sorted((n, m.crc, m.stored_size) for n, m in self.members.items())
-        return repr(rows).encode()
-
 
 class NpzMember:
     """One array of an .npz: its shape and dtype, and its rows on request."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
         self.path, self.name = path, info.filename
-        self.crc, self.stored_size = info.CRC, info.file_size
         with archive.open(info) as member:
             try:
                 version = np.lib.format.read_magic(member)
@@ -88,8 +82,7 @@ class NpzMember:
                 file.seek(info.header_offset)
                 name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
             self.offset = info.header_offset + 30 + name_length + extra_length + self.header_size
-        self._stream: tuple[zipfile.ZipFile, IO[bytes]] | None = None
-        self._position = 0
+        self._stream: IO[bytes] | None = None
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -111,30 +104,19 @@ class NpzMember:
         return array if self.shape else array[0]
 
     def _read_compressed(self, start: int, array: np.ndarray) -> None:
+        rest = array.data.cast("B") if array.nbytes else memoryview(b"")
         with self._lock:
-            wanted = self.header_size + start * self.row_size
-            if self._stream is None or wanted < self._position:
-                self.close()
-                archive = zipfile.ZipFile(self.path)
-                self._stream = archive, archive.open(self.name)
-            member = self._stream[1]
+            if self._stream is None:
+                with zipfile.ZipFile(self.path) as archive:  # An open member keeps the file open.
+                    self._stream = archive.open(self.name)
             try:
-                while self._position < wanted:
-                    self._position += len(member.read(min(wanted - self._position, 1 << 24)))
-                view = array.data.cast("B") if array.nbytes else memoryview(b"")
-                filled = 0
-                while filled < len(view):
-                    block = member.read(min(len(view) - filled, 1 << 24))
+                # Seeking forwards decompresses what lies between, and backwards from the start.
+                self._stream.seek(self.header_size + start * self.row_size)
+                while rest:
+                    block = self._stream.read(min(len(rest), 1 << 24))
                     if not block:
                         raise EOFError("unexpected end")
-                    view[filled : filled + len(block)] = block
-                    filled += len(block)
-                self._position += filled
+                    rest[: len(block)] = block
+                    rest = rest[len(block) :]
             except (EOFError, zipfile.BadZipFile, OSError, zlib.error) as error:
                 raise EvaluationError(f"{self.path}: {self.name} is damaged: {error}") from None
-
-    def close(self) -> None:
-        if self._stream is not None:
-            for file in reversed(self._stream):
-                file.close()
-        self._stream, self._position = None, 0

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import EvaluationError
 from .decoding import AS_IS, EXTENSIONS, BadImage, Preprocess, check_file
-from .encoded import EncodedReader, check_bytes
+from .encoded import EncodedReader
+from .hashing import files_inside
 from .hugging_face import import_datasets, is_hub_url, open_dataset, open_hub
 from .image_set import ImageSet
 from .readers import ArrayReader, IterableReader, Share
@@ -103,14 +104,9 @@ def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
 
 
 def _open_folder(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
-    # Use strings: with Path objects, listing and sorting take longer than reading the headers.
-    found = (
-        name if inside == "." else f"{inside}/{name}"
-        for folder, names in _walk(path)
-        for inside in [Path(os.path.relpath(folder, path)).as_posix()]
-        for name in names
+    names = sorted(
+        filter(_is_image, files_inside(path, _walk(path))), key=lambda name: name.split("/")
     )
-    names = sorted(filter(_is_image, found), key=lambda name: name.split("/"))
     files = [os.path.join(path, name) for name in names]
     listing = path / "dataset.json"
     listed = listing.read_bytes() if listing.exists() else None
@@ -118,28 +114,23 @@ def _open_folder(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
         "folder",
         name,
         names,
-        lambda i: _contents(files[i]),
-        lambda i: check_file(files[i]),
+        lambda i: Path(files[i]).read_bytes(),
         preprocess,
         _labels(names, listed, name),
+        check=lambda i: check_file(files[i]),
     )
     return ImageSet(name, "folder", reader)
 
 
-def _contents(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder under ``path`` with its files. Follow links, except to a parent folder."""
+def _walk(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk as ``os.walk`` does. Follow links to folders, except to a parent folder."""
     for folder, inner, names in os.walk(path, followlinks=True):
         for child in [Path(folder, name) for name in inner]:
             if child.is_symlink():
                 target = child.resolve()
                 if any(parent.resolve() == target for parent in child.absolute().parents):
                     inner.remove(child.name)
-        yield folder, names
+        yield folder, inner, names
 
 
 def _open_zip(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
@@ -160,15 +151,7 @@ def _open_zip(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
             listed = archive.read(listing[0]) if listing else None
     except zipfile.BadZipFile:
         raise EvaluationError(f"{name}: not a complete zip (truncated); copy it again") from None
-    reader = EncodedReader(
-        "zip",
-        name,
-        names,
-        fetch,
-        lambda i: check_bytes(fetch(i)),
-        preprocess,
-        _labels(names, listed, name),
-    )
+    reader = EncodedReader("zip", name, names, fetch, preprocess, _labels(names, listed, name))
     return ImageSet(name, "zip", reader, path=path)
 
 
@@ -199,8 +182,10 @@ def _open_tars(paths: list[Path], preprocess: Preprocess, name: str) -> ImageSet
     Files of one sample share their name up to the first dot: ``key.png``, ``key.cls``,
     ``key.json``.
     """
-    members: list[tuple[int, int, int, str]] = []  # file, offset, size, name
-    found: dict[str, int] = {}
+    members: list[tuple[int, int, int]] = []  # file, offset, size of each image
+    names: list[str] = []
+    keys: list[str] = []
+    label_of_key: dict[str, int] = {}
     handles = [os.open(path, os.O_RDONLY) for path in paths]
     for number, path in enumerate(paths):
         try:
@@ -212,39 +197,27 @@ def _open_tars(paths: list[Path], preprocess: Preprocess, name: str) -> ImageSet
                     if not info.isfile():
                         continue
                     if _is_image(info.name):
-                        members.append((number, info.offset_data, info.size, info.name))
-                        found.setdefault(key, -1)
+                        members.append((number, info.offset_data, info.size))
+                        names.append(info.name)
+                        keys.append(key)
                     elif extension in ("cls", "json"):
                         data = os.pread(handles[number], info.size, info.offset_data)
                         label = _tar_label(data, extension)
                         if label is not None:
-                            found[key] = label
+                            label_of_key[key] = label
         except tarfile.ReadError as error:
             raise EvaluationError(f"{path}: not a complete tar ({error}); copy it again") from None
 
     def fetch(index: int) -> bytes:
-        number, offset, size, _ = members[index]
+        number, offset, size = members[index]
         data = os.pread(handles[number], size, offset)
         if len(data) != size:
             raise BadImage("truncated")
         return data
 
-    names = [member[3] for member in members]
-    keys = [
-        f"{number}/{file.rpartition('/')[0]}/{file.rpartition('/')[2].partition('.')[0]}"
-        for number, _, _, file in members
-    ]
-    values = [found.get(key, -1) for key in keys]
-    reader = EncodedReader(
-        "tar",
-        name,
-        names,
-        fetch,
-        lambda i: check_bytes(fetch(i)),
-        preprocess,
-        values if values and min(values) >= 0 else None,
-        hash_images=len(paths) > 1,
-    )
+    values = [label_of_key.get(key, -1) for key in keys]
+    labels = values if min(values, default=-1) >= 0 else None
+    reader = EncodedReader("tar", name, names, fetch, preprocess, labels, len(paths) > 1)
     return ImageSet(name, "tar", reader, path=paths[0] if len(paths) == 1 else None)
 
 

@@ -1,8 +1,9 @@
 """Read images in a fixed order and in batches, from arrays or iterables."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,15 @@ from torch import Tensor
 
 from ..errors import EvaluationError
 from .decoding import BadImage, Preprocess, to_rgb
-from .loading import CHUNK, CPU, PROCESSES_FROM, batch_spans, load_spans
+from .loading import CHUNK, CPU, PROCESSES_FROM, Owned, batch_spans, load_spans
 
 Batch = tuple[int, Tensor, Tensor | None]  # first index, uint8 (n, 3, H, W), labels (n,)
+END = object()  # follows the last batch of an iterable
 
 
 class ImageReader:
     """Base class: images of one size in a fixed order. Subclasses implement ``read``."""
 
-    kind = "images"
     count: int | None = None  # unknown (None) until an iterable is exhausted
     size: tuple[int, int] | None = None  # (height, width) after preprocessing
     labels: np.ndarray | None = None  # int64 (count,)
@@ -47,11 +48,7 @@ class ImageReader:
         return {}
 
     def batches(
-        self,
-        batch_size: int,
-        owned: Callable[[int], bool],
-        workers: int,
-        device: torch.device = CPU,
+        self, batch_size: int, owned: Owned, workers: int, device: torch.device = CPU
     ) -> Iterator[Batch]:
         """Iterate over the batches of all chunks for which ``owned(chunk)`` is true.
 
@@ -67,24 +64,16 @@ class ImageReader:
 
         return map(batch, spans, loaded)
 
-    def read_ahead(
-        self, batch_size: int, owned: Callable[[int], bool], workers: int, device: torch.device
-    ) -> None:
+    def read_ahead(self, batch_size: int, owned: Owned, workers: int, device: torch.device) -> None:
         """Start to load the batches that ``batches`` will return for the same arguments."""
         assert self.count is not None
         spans = list(batch_spans(self.count, batch_size, owned))
         if self.ahead is not None and spans == self.ahead[0]:
             return
         self.cancel_read_ahead()
-        loaded = load_spans(
-            self,
-            spans,
-            batch_size,
-            min(workers, self.max_workers or workers),
-            self.decodes and self.count >= PROCESSES_FROM,
-            device,
-        )
-        self.ahead = spans, loaded
+        workers = min(workers, self.max_workers or workers)
+        decoding = self.decodes and self.count >= PROCESSES_FROM
+        self.ahead = spans, load_spans(self, spans, batch_size, workers, decoding, device)
 
     def cancel_read_ahead(self) -> None:
         """Stop loading what ``read_ahead`` started."""
@@ -97,7 +86,6 @@ class ArrayReader(ImageReader):
     """Reads uint8 images from a NumPy array, a torch tensor or a member of an .npz."""
 
     def __init__(self, array: Any, name: str, preprocess: Preprocess, labels: Any = None) -> None:
-        self.kind = "npz" if hasattr(array, "read") else "array"
         self.array, self.name, self.preprocess = array, name, preprocess
         shape = tuple(array.shape)
         dtype = str(array.dtype).removeprefix("torch.")
@@ -122,9 +110,7 @@ class ArrayReader(ImageReader):
         if hasattr(self.array, "read"):
             images = self.array.read(start, stop)
         else:
-            images = self.array[start:stop]
-            if isinstance(images, Tensor):
-                images = images.detach().cpu().numpy()
+            images = as_numpy(self.array[start:stop])
         return self.preprocess.arrays(to_nhwc(images, self.layout))
 
     def content_hash(self) -> str | None:
@@ -133,8 +119,7 @@ class ArrayReader(ImageReader):
         digest = hashlib.sha256(repr((self.array.shape, self.preprocess)).encode())
         assert self.count is not None
         for start in range(0, self.count, CHUNK):
-            piece = self.array[start : start + CHUNK]
-            piece = piece.detach().cpu().numpy() if isinstance(piece, Tensor) else piece
+            piece = as_numpy(self.array[start : start + CHUNK])
             digest.update(np.ascontiguousarray(piece).data)
         return digest.hexdigest()
 
@@ -146,8 +131,6 @@ class IterableReader(ImageReader):
     must yield the same images, of which it uses its own chunks, unless they are in a ``Share``.
     """
 
-    kind = "iterable"
-
     def __init__(self, batches: Iterable, name: str, preprocess: Preprocess, share: bool) -> None:
         self.source, self.name, self.preprocess = iter(batches), name, preprocess
         self.is_share = share
@@ -157,48 +140,31 @@ class IterableReader(ImageReader):
         raise NotImplementedError("an iterable can only be read in batches")
 
     def batches(
-        self,
-        batch_size: int,
-        owned: Callable[[int], bool],
-        workers: int,
-        device: torch.device = CPU,
+        self, batch_size: int, owned: Owned, workers: int, device: torch.device = CPU
     ) -> Iterator[Batch]:
-        held: list[tuple[Tensor, Tensor | None]] = []
+        held: list[list[Tensor]] = []  # [images] or [images, labels] of batches to regroup
         position = available = 0
-
-        def take(n: int) -> tuple[Tensor, Tensor | None]:
-            nonlocal available
-            images = torch.cat([item[0] for item in held])
-            label_parts = [item[1] for item in held if item[1] is not None]
-            labels = torch.cat(label_parts) if label_parts else None
-            rest = (images[n:], None if labels is None else labels[n:])
-            held[:] = [rest] if len(images) > n else []
-            available -= n
-            return images[:n], None if labels is None else labels[:n]
-
-        def length() -> int:
-            return min(batch_size, CHUNK - position % CHUNK)
-
-        for item in self.source:
-            images, labels = self._convert(item)
-            held.append((images, labels))
-            available += len(images)
-            while available >= length():
-                n = length()
-                piece = take(n)
+        for item in chain(self.source, [END]):
+            if item is not END:
+                held.append(self._convert(item))
+                available += len(held[-1][0])
+            while available:
+                count = min(batch_size, CHUNK - position % CHUNK)
+                if available < count and item is not END:
+                    break
+                joined = [torch.cat(parts) for parts in zip(*held, strict=True)]
+                held = [[part[count:] for part in joined]] if available > count else []
+                images, labels = joined[0][:count], joined[1][:count] if self.labelled else None
                 if owned(position // CHUNK):
-                    yield position, *piece
-                position += n
-        if available:
-            piece = take(available)
-            if owned(position // CHUNK):
-                yield position, *piece
-            position += len(piece[0])
+                    yield position, images, labels
+                position += len(images)
+                available -= len(images)
         if position == 0:
             raise EvaluationError(f"{self.name}: the iterable yielded no images")
         self.count = position
 
-    def _convert(self, item: Any) -> tuple[Tensor, Tensor | None]:
+    def _convert(self, item: Any) -> list[Tensor]:
+        """Return the images of a batch, uint8 (n, 3, H, W), and its labels if it has any."""
         images, labels = item, None
         if isinstance(item, tuple | list) and len(item) == 2 and not _are_pictures(item):
             images, labels = item
@@ -231,13 +197,14 @@ class IterableReader(ImageReader):
         if self.labelled not in (None, labels is not None):
             raise EvaluationError(f"{self.name}: some batches have labels and others have none")
         self.labelled = labels is not None
-        if labels is not None:
-            labels = torch.as_tensor(labels).detach().cpu().long().reshape(-1)
-            if len(labels) != len(images):
-                raise EvaluationError(
-                    f"{self.name}: a batch of {len(images)} images with {len(labels)} labels"
-                )
-        return images, labels
+        if labels is None:
+            return [images]
+        labels = torch.as_tensor(labels).detach().cpu().long().reshape(-1)
+        if len(labels) != len(images):
+            raise EvaluationError(
+                f"{self.name}: a batch of {len(images)} images with {len(labels)} labels"
+            )
+        return [images, labels]
 
     def _pixels(self, pictures: Image.Image | Sequence[Image.Image]) -> np.ndarray:
         """Convert one or several Pillow images to uint8 (N, H, W, 3)."""
@@ -264,6 +231,10 @@ class Share:
     """
 
     batches: Iterable
+
+
+def as_numpy(array: Any) -> np.ndarray:
+    return array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
 
 
 def image_layout(shape: tuple[int, ...], name: str) -> str:
@@ -301,7 +272,7 @@ def check_labels(labels: Any, count: int, name: str) -> np.ndarray | None:
     """Return labels as int64 (count,); raise if their number differs from ``count``."""
     if labels is None:
         return None
-    labels = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    labels = as_numpy(labels)
     if labels.shape not in ((count,), (count, 1)):
         raise EvaluationError(f"{name}: {count} images, but labels of shape {labels.shape}")
     return labels.reshape(count).astype(np.int64)
