@@ -28,16 +28,20 @@ def cache_folder(
     return folder
 
 
-def save_chunk(path: Path, values: dict[str, Tensor]) -> None:
+def _chunk_file(folder: Path, chunk: int) -> Path:
+    return folder / f"chunk-{chunk:06d}.safetensors"
+
+
+def save_chunk(folder: Path, chunk: int, values: dict[str, Tensor]) -> None:
     """Save the features of a chunk."""
-    with atomic_path(path) as temporary:
+    with atomic_path(_chunk_file(folder, chunk)) as temporary:
         save_file({key: value.cpu().contiguous() for key, value in values.items()}, temporary)
 
 
-def load_chunk(path: Path, count: int) -> dict[str, Tensor] | None:
-    """Load a cached chunk; return None if it is damaged or has another number of images."""
+def load_chunk(folder: Path, chunk: int, count: int) -> dict[str, Tensor] | None:
+    """Load a cached chunk; return None if it is missing, damaged or not of ``count`` images."""
     try:
-        values = load_file(path)
+        values = load_file(_chunk_file(folder, chunk))
     except (SafetensorError, OSError):
         return None
     return values if len(values.get("pool", ())) == count else None

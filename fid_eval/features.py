@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -208,8 +209,7 @@ def _extract_on_this_rank(
             if layer not in part.moments:
                 part.moments[layer] = Moments(values[layer].shape[1], runtime.device)
             part.moments[layer].add(values[layer])
-        count = len(values["pool"])
-        part.count += count
+        part.count += len(values["pool"])
         kept = {
             key: value.cpu()
             for key, value in values.items()
@@ -221,47 +221,38 @@ def _extract_on_this_rank(
                     held.pop(layer, None)
         part.chunks[owner, chunk] = kept
 
-    known: dict[int, Path] = {}
-    total = reader.count
-    if cache is not None and total is not None:
-        known = {
-            chunk: path
-            for chunk in range(-(-total // CHUNK))
-            if is_own(chunk) and (path := cache / f"chunk-{chunk:06d}.safetensors").exists()
-        }
+    cached: dict[int, dict[str, Tensor]] = {}
+    if cache is not None and on_batch is None:
+        for chunk in filter(is_own, range(reader.chunks)):
+            count = min(CHUNK, (reader.count or 0) - chunk * CHUNK)
+            values = load_chunk(cache, chunk, count)
+            if values is not None and wanted <= values.keys():
+                cached[chunk] = values
     with progress_bar(
-        total,
+        reader.count,
         desc=image_set.name,
         unit=" images",
         enabled=rank == 0 and not runtime.quiet,
         delay=SECONDS_BETWEEN_LINES,
     ) as bar:
-        step = 1 if reader.is_share else size
-        pending: dict[int, dict[str, Tensor]] = {}
-        for chunk, path in known.items():
-            assert total is not None
-            values = load_chunk(path, min(CHUNK, total - chunk * CHUNK))
-            if values is None or on_batch is not None or not wanted <= values.keys():
-                continue
-            pending[chunk] = values
-        due = sorted(pending)
+        due = sorted(cached)
         computed = _computed_chunks(
             image_set,
             extractor,
             runtime,
-            lambda c: is_own(c) and c not in pending,
+            lambda chunk: is_own(chunk) and chunk not in cached,
             on_batch,
-            lambda n: bar.update(n * step),
+            lambda count: bar.update(count if reader.is_share else count * size),
         )
         for chunk, values in computed:
             while due and due[0] < chunk:  # Add chunks in order: rows are dropped in order.
-                add_chunk(due[0], pending[due.pop(0)])
+                add_chunk(due[0], cached[due.pop(0)])
             part.computed += len(values["pool"])
             if cache is not None:
-                save_chunk(cache / f"chunk-{chunk:06d}.safetensors", values)
+                save_chunk(cache, chunk, values)
             add_chunk(chunk, {k: v for k, v in values.items() if k in wanted | {"pool", "labels"}})
         for chunk in due:
-            add_chunk(chunk, pending[chunk])
+            add_chunk(chunk, cached[chunk])
     part.moments = {layer: value.cpu() for layer, value in part.moments.items()}
     return part
 
@@ -277,44 +268,31 @@ def _computed_chunks(
     """Yield (chunk, {pool, spatial, labels}) for the chunks where ``owned(chunk)`` is true."""
     reader = image_set.images
     assert reader is not None
-    held: list[dict[str, Tensor]] = []
-    current = -1
-
-    def joined() -> dict[str, Tensor]:
-        return {key: torch.cat([values[key] for values in held]) for key in held[0]}
-
     batches = reader.batches(runtime.batch_size, owned, runtime.workers, runtime.device)
-    if reader.decodes and any(map(owned, range(-(-(reader.count or 0) // CHUNK)))):
+    if reader.decodes and any(map(owned, range(reader.chunks))):
         extractor.load(runtime.device, runtime.compile)  # Workers decode at the same time.
-    for start, batch, labels in batches:
-        chunk = start // CHUNK
-        if held and chunk != current:
-            yield current, joined()
-            held = []
-        current = chunk
-        extractor.load(runtime.device, runtime.compile)
-        if on_batch is not None:
-            on_batch(start, batch)
-        with (
-            torch.inference_mode(),
-            network_precision(runtime.precision, runtime.device.type),
-        ):
-            images_in = batch.to(runtime.device, non_blocking=True)
-            if runtime.compile:  # Pad a short last batch: another shape would be compiled again.
-                missing = runtime.batch_size - len(batch)
-                images_in = F.pad(images_in, (0, 0, 0, 0, 0, 0, 0, missing))
-            values = {key: value[: len(batch)] for key, value in extractor(images_in).items()}
-        if len(values["pool"]) != len(batch):
-            raise EvaluationError(
-                f"extractor {extractor.name} returned {len(values['pool'])} features for a batch "
-                f"of {len(batch)} images"
-            )
-        if labels is not None:
-            values["labels"] = labels
-        held.append(values)
-        update(len(batch))
-    if held:
-        yield current, joined()
+    for chunk, batches_of_chunk in groupby(batches, lambda batch: batch[0] // CHUNK):
+        parts = []
+        for start, batch, labels in batches_of_chunk:
+            extractor.load(runtime.device, runtime.compile)
+            if on_batch is not None:
+                on_batch(start, batch)
+            with torch.inference_mode(), network_precision(runtime.precision, runtime.device.type):
+                images = batch.to(runtime.device, non_blocking=True)
+                if runtime.compile:  # Pad a short last batch: another shape would be recompiled.
+                    missing = runtime.batch_size - len(batch)
+                    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))
+                values = {key: value[: len(batch)] for key, value in extractor(images).items()}
+            if len(values["pool"]) != len(batch):
+                raise EvaluationError(
+                    f"extractor {extractor.name} returned {len(values['pool'])} features for a "
+                    f"batch of {len(batch)} images"
+                )
+            if labels is not None:
+                values["labels"] = labels
+            parts.append(values)
+            update(len(batch))
+        yield chunk, {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def _merge_ranks(
@@ -332,11 +310,9 @@ def _merge_ranks(
     if all("labels" in chunk for chunk in ordered):
         features.labels = torch.cat([chunk["labels"] for chunk in ordered]).long()
     for layer in moments:
-        for part in parts:
-            if layer not in part.moments:
-                continue
-            if layer in features.moments:
-                features.moments[layer].merge(part.moments[layer])
-            else:
-                features.moments[layer] = part.moments[layer]
+        found = [part.moments[layer] for part in parts if layer in part.moments]
+        for other in found[1:]:
+            found[0].merge(other)
+        if found:
+            features.moments[layer] = found[0]
     return features

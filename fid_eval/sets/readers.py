@@ -1,6 +1,7 @@
 """Read images in a fixed order and in batches, from arrays or iterables."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -30,6 +31,11 @@ class ImageReader:
     is_share = False  # each rank holds its own part of the set
     digests: dict[int, str] | None = None  # SHA-256 of images decoded so far; None if not hashed
     ahead: tuple[list, Any] | None = None  # spans being loaded, and their loader
+
+    @property
+    def chunks(self) -> int:
+        """Return the number of chunks, 0 if it is unknown."""
+        return math.ceil((self.count or 0) / CHUNK)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return images ``start`` to ``stop``, uint8 (stop − start, H, W, 3)."""
