@@ -201,9 +201,10 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
                 bar.update(min(step + 1, num_inference_steps) - bar.n)  # Heun evaluates twice
                 if callback_on_step_end is None:
                     return {}
-                given = {name: tensors[name] for name in names}
+                given, scale = {name: tensors[name] for name in names}, self._guidance_scale
                 changed = callback_on_step_end(pipeline, step, timestep, given) or {}
-                guidance.scale = self._guidance_scale
+                if self._guidance_scale != scale:  # not changed by another thread's call
+                    guidance.scale = self._guidance_scale
                 return {**changed, "stop": self._interrupt}
 
             latents = self.denoise(
