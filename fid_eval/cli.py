@@ -38,7 +38,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         EvaluationError: wrong arguments.
     """
-    argv = [re.sub(r"^--\w[\w-]*", _with_underscores, argument) for argument in argv]
+    argv = [
+        re.sub(r"^--\w[\w-]*", lambda name: "--" + name[0][2:].replace("-", "_"), argument)
+        for argument in argv
+    ]
     prog = program_name(argv)
     if argv and argv[0] in SUBCOMMANDS:
         options = SUBCOMMANDS[argv[0]](prog).parse_args(argv[1:])
@@ -46,18 +49,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     else:
         options = _parse_evaluation(argv, evaluation_parser(prog))
         options.command = "evaluate"
-    if getattr(options, "crop", False) and options.resize is None:
-        raise EvaluationError("--crop needs --resize SIZE")
     if options.command == "stats" and options.name:
         if Path(options.name).name != options.name:
             raise EvaluationError(f"--name {options.name!r} is a path; use --output for a path")
         options.output = reference_folder() / f"{options.name}{REFERENCE_SUFFIX}"
     options.prog = prog
     return options
-
-
-def _with_underscores(match: re.Match) -> str:
-    return "--" + match[0][2:].replace("-", "_")
 
 
 def _parse_evaluation(argv: list[str], parser: Parser) -> argparse.Namespace:

@@ -11,12 +11,7 @@ from typing import Any
 import torch
 
 from .choices import EXTRACTOR_NAMES
-from .distributed import (
-    destroy_process_group,
-    rank_and_world_size,
-    run_on_all_ranks,
-    run_on_rank0,
-)
+from .distributed import destroy_process_group, rank_and_world_size, run_on_all_ranks, run_on_rank0
 from .errors import EvaluationError
 from .evaluator import Evaluator
 from .features import Runtime
@@ -39,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    settings = _arguments_of(Evaluator, options)
+    settings = _arguments_of(Evaluator, options) | _arguments_of(Runtime, options)
     settings["weights"] = _by_extractor(options.weights, options.extractor)
     settings["weights_sha256"] = _by_extractor(options.weights_sha256, options.extractor)
     evaluator = run_on_all_ranks(lambda: Evaluator(**settings))
@@ -48,13 +43,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     failed = [entry for entry in document["sets"] if "error" in entry]
     if len(options.jobs) == 1 and failed:
         raise EvaluationError(failed[0]["error"])
-    run_on_rank0(lambda: _write_outputs(document, options))
+    run_on_rank0(lambda: _write_outputs(document, failed, options))
     return 1 if failed else 0
 
 
 def _arguments_of(function: Callable, options: argparse.Namespace) -> dict[str, Any]:
     """Return the options that are parameters of ``function``, by name."""
-    return {name: getattr(options, name) for name in signature(function).parameters}
+    names = signature(function).parameters
+    return {name: value for name, value in vars(options).items() if name in names}
 
 
 def _by_extractor(items: list[str], default: str) -> dict[str, str]:
@@ -67,8 +63,7 @@ def _by_extractor(items: list[str], default: str) -> dict[str, str]:
     return table
 
 
-def _write_outputs(document: Document, options: argparse.Namespace) -> None:
-    failed = [entry for entry in document["sets"] if "error" in entry]
+def _write_outputs(document: Document, failed: list[dict], options: argparse.Namespace) -> None:
     if options.output:
         write_json(document, Path(options.output))
     if options.csv:

@@ -23,10 +23,10 @@ _initialized_here = False
 def rank_and_world_size() -> tuple[int, int]:
     """Return (rank, world size). Initialize the process group of the launcher if necessary."""
     global _group, _initialized_here
-    if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        if not (dist.is_available() and dist.is_initialized()):
-            return 0, 1
-    elif not dist.is_initialized():
+    is_launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not dist.is_available() or not (is_launched or dist.is_initialized()):
+        return 0, 1
+    if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=TIMEOUT)
         _initialized_here = True
     if _group is None:  # Features are gathered on the CPU, whatever backend the caller uses.
@@ -90,8 +90,6 @@ def run_on_all_ranks(function: Callable[[], T]) -> T:
 
     Without this, the other ranks would wait forever for the rank that failed.
     """
-    if rank_and_world_size()[1] == 1:
-        return function()
     result, error = _call(function)
     errors = [each for each in gather_on_rank0(error) or [] if each is not None]
     first = broadcast_from_rank0(errors[0] if errors else None)
@@ -102,9 +100,7 @@ def run_on_all_ranks(function: Callable[[], T]) -> T:
 
 def run_on_rank0(function: Callable[[], T]) -> T:
     """Call ``function`` on rank 0 and return its result, or raise its error, on all ranks."""
-    rank, size = rank_and_world_size()
-    if size == 1:
-        return function()
+    rank, _ = rank_and_world_size()
     outcome: tuple[Any, Exception | None] = _call(function) if rank == 0 else (None, None)
     result, error = broadcast_from_rank0(outcome)
     if error is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import metric_checks
-from .choices import DEFAULT_METRICS, DistancePrecision, NetworkPrecision, ReferenceKind
+from .choices import DEFAULT_METRICS, DistancePrecision, ReferenceKind
 from .distributed import rank_and_world_size, run_on_rank0
 from .errors import EvaluationError
 from .features import Features, Runtime, extract, read_ahead
@@ -43,13 +43,8 @@ class Evaluator:
             the reference; "auto" prefers statistics.
         resize: resize images to this number of pixels, square; None keeps them.
         crop: crop the centre when resizing, instead of stretching.
-        device: by default the GPU of this rank, else the CPU.
-        batch_size: images per batch; by default 128 on a GPU and 64 on a CPU.
-        workers: workers that load images; by default one per core, at most 16.
-        precision: of the network, "float32", "tf32" or "bf16".
-        compile: compile the network with torch.compile.
-        cache: folder in which features are kept, by content hash.
-        quiet: show no progress.
+        runtime: how the network runs; the arguments of ``Runtime``: device, batch_size, workers,
+            precision, compile, cache and quiet.
 
     Raises:
         EvaluationError: a ValueError with a message that says what to change.
@@ -68,41 +63,27 @@ class Evaluator:
         reference_kind: ReferenceKind = "auto",
         resize: int | None = None,
         crop: bool = False,
-        device: str | torch.device | None = None,
-        batch_size: int | None = None,
-        workers: int | None = None,
-        precision: NetworkPrecision = "float32",
-        compile: bool = False,
-        cache: str | Path | None = None,
-        quiet: bool = False,
+        **runtime: Any,
     ) -> None:
-        if crop and resize is None:
-            raise EvaluationError("--crop needs --resize SIZE")
         rank_and_world_size()  # Initialize the process group on all ranks together.
         self.preprocess = Preprocess(resize, crop)
         self.explicit = metrics is not None
         self.names = metric_checks.check_metrics(metrics or DEFAULT_METRICS)
-        self.runtime = Runtime(device, batch_size, workers, precision, compile, cache, quiet)
+        self.runtime = Runtime(**runtime)
         self.distances, self.k, self.bootstrap = distances, k, bootstrap
         self.reference_kind = reference_kind
-        self.weights, self.weights_sha256 = weights, weights_sha256
-        self.default = (
-            get_extractor(extractor, *self._weights_of(extractor, True))
-            if isinstance(extractor, str)
-            else wrap_extractor(extractor)
-        )
+        name = extractor if isinstance(extractor, str) else None
+        self.weights: dict[Any, Any] = weights if isinstance(weights, dict) else {name: weights}
+        hashes = weights_sha256
+        self.hashes: dict[Any, Any] = hashes if isinstance(hashes, dict) else {name: hashes}
+        self.default = wrap_extractor(extractor) if name is None else self._get_extractor(name)
         self.extractors: dict[str, Extractor] = {self.default.name: self.default}
         self.reference = open_reference(reference, self.preprocess)
         # By extractor: the inputs of metrics that the features provide, and the features.
         self._reference_features: dict[str, tuple[frozenset[str], Features]] = {}
 
-    def _weights_of(self, name: str, is_default: bool) -> tuple[Any, Any]:
-        def of(option: Any) -> Any:
-            if isinstance(option, dict):
-                return option.get(name)
-            return option if is_default else None
-
-        return of(self.weights), of(self.weights_sha256)
+    def _get_extractor(self, name: str) -> Extractor:
+        return get_extractor(name, self.weights.get(name), self.hashes.get(name))
 
     def extractor_of(self, metric: str) -> Extractor:
         """Return the extractor that computes the features of a metric."""
@@ -110,7 +91,7 @@ class Evaluator:
         if name is None or name == self.default.name:
             return self.default
         if name not in self.extractors:
-            self.extractors[name] = get_extractor(name, *self._weights_of(name, False))
+            self.extractors[name] = self._get_extractor(name)
         return self.extractors[name]
 
     def load(self) -> None:
@@ -141,10 +122,9 @@ class Evaluator:
         """
         possible, missing = [], []
         names = list(names)
+        k = self.k if {"precision", "recall"} & set(names) else None
         for opened in (self.reference, samples):
-            metric_checks.check_count(
-                opened, self.k if {"precision", "recall"} & set(names) else None
-            )
+            metric_checks.check_count(opened, k)
         if not explicit and self.default.knows_labels:
             names.append("accuracy")
         for name in names:
@@ -294,18 +274,15 @@ class Evaluator:
         self, result: Result, opened: ImageSet, groups: dict[str, list[str]], count: int
     ) -> Result:
         names = [name for group in groups.values() for name in group]
-        size = opened.images.size if opened.images is not None else None
         result.samples.update(
             name=opened.name,
             kind=opened.kind,
             count=count,
-            image_size=size,
+            image_size=opened.image_size,
             sha256=opened.content_hash(),
             resize=str(self.preprocess),
         )
         ref = self.reference
-        images = ref.images.count if ref.images is not None else None
-        features = len(ref.features["pool"]) if ref.features else None
         used = "statistics" if ref.statistics and self.reference_kind != "images" else "images"
         if used == "images" and ref.features:
             used = "features"
@@ -315,12 +292,10 @@ class Evaluator:
             frechet_from=used,
             sha256=ref.content_hash(),
             statistics_count=ref.metadata.get("count"),
-            image_count=images or features,
+            image_count=ref.count,
         )
         if self.default.label is None:
-            result.warnings += metric_checks.convention_warnings(
-                names, count, used, images or features
-            )
+            result.warnings += metric_checks.convention_warnings(names, count, used, ref.count)
         result.warnings += metric_checks.identity_warnings((ref, opened), self.runtime.precision)
         if metric_checks.sets_seem_swapped(ref, opened):
             result.warnings.append(

@@ -13,10 +13,7 @@ from .sets.image_set import ImageSet
 
 
 def run_jobs(
-    evaluator: Evaluator,
-    jobs: list[Job],
-    output: Path | None = None,
-    resume: bool = False,
+    evaluator: Evaluator, jobs: list[Job], output: Path | None = None, resume: bool = False
 ) -> Document:
     """Evaluate sample sets.
 
@@ -90,18 +87,15 @@ def _evaluate(evaluator: Evaluator, job: Job, found: Any, document: Document) ->
 
 def fingerprint(evaluator: Evaluator) -> dict[str, Any]:
     """Return the settings that determine the results; resuming requires the same settings."""
-    extractors = {evaluator.extractor_of(name).name for name in evaluator.names}
+    extractors = {each.name: each for each in map(evaluator.extractor_of, evaluator.names)}
     settings = {
         "metrics": evaluator.names,
         "reference": evaluator.reference.name,
         "reference_sha256": evaluator.reference.content_hash(),
         "reference_kind": evaluator.reference_kind,
         "extractors": {
-            name: {
-                **evaluator.extractors[name].identity(),
-                "label": evaluator.extractors[name].label,
-            }
-            for name in sorted(extractors)
+            name: {**extractor.identity(), "label": extractor.label}
+            for name, extractor in sorted(extractors.items())
         },
         "distances": evaluator.distances,
         "k": evaluator.k,

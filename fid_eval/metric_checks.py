@@ -24,9 +24,7 @@ def check_metrics(names: Sequence[str]) -> list[str]:
 
 def check_count(opened: ImageSet, k: int | None) -> None:
     """Raise if a set has fewer than 2 images, or too few for k nearest neighbours each."""
-    count = opened.images.count if opened.images is not None else None
-    if "pool" in opened.features:
-        count = len(opened.features["pool"])
+    count = opened.count
     if (opened.statistics and opened.images is None) or count is None:
         return
     if count < 2:
@@ -57,20 +55,17 @@ def missing_input(opened: ImageSet, need: str, extractor: Extractor) -> str | No
         if stored or images or layer in features:
             return None
         return f"holds neither images nor statistics of {layer} features"
-    if need == "logits":
-        if not extractor.has_logits and "logits" not in features:
-            return f"the extractor {extractor.name} has no class logits"
-        return None if images or "pool" in features else "holds no images or features"
     if need == "labels":
-        if "labels" in features or opened.kind == "iterable":
+        stored = "labels" in features or getattr(opened.images, "labels", None) is not None
+        if stored or opened.kind == "iterable":
             return None
-        if opened.images is None or opened.images.labels is None:
-            return (
-                "has no labels (arr_1 of an .npz, a folder per class, .cls files of a tar, "
-                "dataset.json)"
-            )
-        return None
-    return None if images or layer in features else "holds no images or features"
+        return (
+            "has no labels (arr_1 of an .npz, a folder per class, .cls files of a tar, "
+            "dataset.json)"
+        )
+    if need == "logits" and not extractor.has_logits and "logits" not in features:
+        return f"the extractor {extractor.name} has no class logits"
+    return None if images or "pool" in features else "holds no images or features"
 
 
 def missing_metric_input(
@@ -80,11 +75,8 @@ def missing_metric_input(
     if name == "accuracy" and not extractor.knows_labels:
         return f"the classes of the extractor {extractor.name} are not the labels of the data"
     metric = METRICS[name]
-    for side, opened, needs in (
-        ("reference", reference, metric.reference),
-        ("samples", samples, metric.samples),
-    ):
-        for need in sorted(needs):
+    for side, opened in (("reference", reference), ("samples", samples)):
+        for need in sorted(getattr(metric, side)):
             if reason := missing_input(opened, need, extractor):
                 return f"{side} {opened.name}: {reason}"
     return None

@@ -7,7 +7,7 @@ sfd_digits, class_score_digits, precision_digits, …
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -196,29 +196,20 @@ class Metric:
 
 POOL, SPATIAL, ROWS = ("gaussian:pool",), ("gaussian:spatial",), ("pool",)
 LABELS, LOGITS = ("labels",), ("logits",)
+Score = partial(Metric, higher_is_better=True)
 METRICS = {
     "fid": Metric("fid", lambda c: _frechet(c, "pool"), POOL, POOL, "fd"),
     "sfid": Metric("sfid", lambda c: _frechet(c, "spatial"), SPATIAL, SPATIAL, "sfd"),
-    "is": Metric(
-        "inception_score", _inception_score, (), LOGITS, "class_score", higher_is_better=True
-    ),
-    "precision": Metric(
-        "precision", lambda c: _precision_or_recall(c, 0), ROWS, ROWS, higher_is_better=True
-    ),
-    "recall": Metric(
-        "recall", lambda c: _precision_or_recall(c, 1), ROWS, ROWS, higher_is_better=True
-    ),
+    "is": Score("inception_score", _inception_score, (), LOGITS, "class_score"),
+    "precision": Score("precision", lambda c: _precision_or_recall(c, 0), ROWS, ROWS),
+    "recall": Score("recall", lambda c: _precision_or_recall(c, 1), ROWS, ROWS),
     "kid": Metric("kid", _kid, ROWS, ROWS, "kd"),
     "fid_infinity": Metric("fid_infinity", _fid_infinity, POOL, ROWS, "fd_infinity"),
-    "density": Metric(
-        "density", lambda c: c.density_coverage[0], ROWS, ROWS, higher_is_better=True
-    ),
-    "coverage": Metric(
-        "coverage", lambda c: c.density_coverage[1], ROWS, ROWS, higher_is_better=True
-    ),
+    "density": Score("density", lambda c: c.density_coverage[0], ROWS, ROWS),
+    "coverage": Score("coverage", lambda c: c.density_coverage[1], ROWS, ROWS),
     "class_fid": Metric("class_fid", _class_fid, ROWS + LABELS, ROWS + LABELS, "class_fd"),
     "memorised": Metric("memorised", _memorised, ROWS, ROWS),
-    "accuracy": Metric("accuracy", _accuracy, (), LOGITS + LABELS, higher_is_better=True),
+    "accuracy": Score("accuracy", _accuracy, (), LOGITS + LABELS),
     "fd_dinov2": Metric("fd_dinov2", lambda c: _frechet(c, "pool"), POOL, POOL, extractor="dinov2"),
     "cmmd": Metric("cmmd", lambda c: extras.cmmd(*c.rows), ROWS, ROWS, extractor="clip"),
 }

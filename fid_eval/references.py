@@ -46,14 +46,10 @@ def check_reference(
             f"{reference.name}: made with resize {stored!r}, but this run has "
             f"{str(preprocess)!r}; use the same --resize, or make the reference again"
         )
-    sizes = [
-        tuple(opened.images.size)
-        if opened.images is not None and opened.images.size
-        else tuple(opened.metadata.get("image_size") or ()) or None
-        for opened in (reference, samples)
-    ]
-    if None not in sizes and sizes[0] != sizes[1]:
-        names = [f"{o.name} is {s[1]}×{s[0]}" for o, s in zip((reference, samples), sizes) if s]  # noqa: B905
+    sets = (reference, samples)
+    sizes = [tuple(o.image_size or o.metadata.get("image_size") or ()) for o in sets]
+    if all(sizes) and sizes[0] != sizes[1]:
+        names = [f"{o.name} is {s[1]}×{s[0]}" for o, s in zip(sets, sizes, strict=True)]
         raise EvaluationError(
             f"image sizes differ: {' and '.join(names)}; give images of one size, or add "
             "--resize SIZE"
@@ -99,7 +95,7 @@ def _describe(identity: dict[str, Any]) -> str:
 
 def check_image_size(opened: ImageSet, extractor: Extractor) -> None:
     """Raise if the images do not have the only size that the extractor accepts."""
-    size = opened.images.size if opened.images is not None else None
+    size = opened.image_size
     if size and extractor.image_size and tuple(size) != tuple(extractor.image_size):
         height, width = extractor.image_size
         raise EvaluationError(

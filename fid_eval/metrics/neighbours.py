@@ -177,12 +177,10 @@ class PairDistances:
             return block, block.T
         if self._overflows(rows, columns):
             a, b = self.a[rows], self.b[columns]
-            norms = a.square().sum(1)[:, None], b.square().sum(1)[None]
+            norm_a, norm_b = a.square().sum(1)[:, None], b.square().sum(1)[None]
             product = 2 * (a @ b.T)
-            block = (norms[0] - product + norms[1]).clamp_min_(0)
-            other = (norms[1] - product + norms[0]).clamp_min_(0) if mirrored else block
-            return block, other.T
-        product = 2 * half_product(self.half_a[rows], self.half_b[columns])
+        else:
+            product = 2 * half_product(self.half_a[rows], self.half_b[columns])
         block = ((norm_a - product) + norm_b).clamp_min_(0)
         other = ((norm_b - product) + norm_a).clamp_min_(0) if mirrored else block
         return block.float(), other.float().T
@@ -202,8 +200,7 @@ class PairDistances:
         return self._overflowing[key]
 
     def _block_overflows(self, rows: slice, columns: slice) -> bool:
-        for part in _slices(rows.stop - rows.start, self.tile):
-            part = slice(rows.start + part.start, rows.start + part.stop)
+        for part in _slices(rows.stop, self.tile, rows.start):
             product = 2 * half_product(self.half_a[part], self.half_b[columns])
             distances = (self.norm_a[part, None] - product) + self.norm_b[None, columns]
             if not distances.isfinite().all():
@@ -222,6 +219,6 @@ def _adm_block(tile: slice, length: int) -> slice:
     return slice(start, min(start + ADM_BLOCK, length))
 
 
-def _slices(length: int, step: int) -> Iterator[slice]:
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
+def _slices(stop: int, step: int, first: int = 0) -> Iterator[slice]:
+    for start in range(first, stop, step):
+        yield slice(start, min(start + step, stop))

@@ -30,13 +30,11 @@ class DINOv2(nn.Module):
     def __init__(self, architecture: str, state: dict[str, Tensor] | None) -> None:
         super().__init__()
         local = Path(torch.hub.get_dir()) / (REPOSITORY.replace("/", "_") + "_main")
+        repository, source = (str(local), "local") if local.is_dir() else (REPOSITORY, "github")
         try:
-            if local.is_dir():
-                model = torch.hub.load(
-                    str(local), architecture, source="local", pretrained=state is None
-                )
-            else:
-                model = torch.hub.load(REPOSITORY, architecture, pretrained=state is None)
+            model = torch.hub.load(
+                repository, architecture, source=source, pretrained=state is None
+            )
         except Exception as error:
             raise EvaluationError(
                 f"cannot load DINOv2 ({error}). Without a network, copy a clone of "

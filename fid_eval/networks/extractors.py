@@ -55,8 +55,8 @@ class Extractor:
             metrics have the names of papers (fid, …).
         sha256: hash of the weights.
         preprocessing: description of the resizing and scaling of images.
-        build: returns a module or function from uint8 (B, 3, H, W) to a Tensor or {"pool": …,
-            "spatial": …}, optionally with a method ``logits(pool)``.
+        build: returns a module or function from uint8 (B, 3, H, W) to a Tensor, a tuple of one
+            Tensor or {"pool": …, "spatial": …}, optionally with a method ``logits(pool)``.
         image_size: the only (height, width) that it accepts, or None.
         has_spatial: whether it computes spatial features.
         has_logits: whether it has a method ``logits``.
@@ -94,7 +94,8 @@ class Extractor:
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         out = self.call(images)
-        out = out if isinstance(out, dict) else {"pool": out}
+        if not isinstance(out, dict):  # torch-fidelity returns a tuple of one tensor.
+            out = {"pool": out[0] if isinstance(out, tuple) else out}
         return {key: value.float().flatten(1) for key, value in out.items()}
 
     def logits(self, pool: Tensor, device: torch.device) -> Tensor:
@@ -210,17 +211,6 @@ def _classifier(name: str, weights: Path | None, given: str | None) -> Extractor
     )
 
 
-class _FirstOf(nn.Module):
-    """Returns the first of the features of a torch-fidelity extractor."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)[0]
-
-
 def _vgg16(name: str, weights: Path | None, given: str | None) -> Extractor:
     sha256, published = identify_weights(weights, VGG16_SHA256_START, given)
 
@@ -229,7 +219,7 @@ def _vgg16(name: str, weights: Path | None, given: str | None) -> Extractor:
 
         path = fetch_weights(weights, VGG16_URL, VGG16_SHA256_START, sha256)
         state = save_to_buffer(load_state(path))
-        return _FirstOf(FeatureExtractorVGG16("vgg16", ["fc2_relu"], state))
+        return FeatureExtractorVGG16("vgg16", ["fc2_relu"], state)
 
     return Extractor(
         "vgg16",
@@ -253,7 +243,7 @@ def _clip(name: str, weights: Path | None, given: str | None) -> Extractor:
 
         # A TorchScript archive runs code. Its hash is checked, so only known code runs.
         path = fetch_weights(weights, MODEL_URLS[model_name], published_sha256, sha256)
-        return _FirstOf(FeatureExtractorCLIP(model_name, ["clip"], str(path)))
+        return FeatureExtractorCLIP(model_name, ["clip"], str(path))
 
     return Extractor(
         name,

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..errors import EvaluationError
+
 try:
     import pyspng
 except ImportError:  # optional (extra "png"): Pillow decodes to the same pixels, more slowly
@@ -38,6 +40,10 @@ class Preprocess:
 
     size: int | None = None
     crop: bool = False
+
+    def __post_init__(self) -> None:
+        if self.crop and self.size is None:
+            raise EvaluationError("--crop needs --resize SIZE")
 
     def __str__(self) -> str:
         if self.size is None:

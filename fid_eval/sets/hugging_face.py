@@ -66,22 +66,15 @@ def parse_hub_url(url: str) -> HubUrl:
     if prefix in ("hf:", "hf-stream:"):
         name, _, split = name.partition("@")
         options = {"split": split, **options} if split else options
-    streaming = options.get("streaming", str(prefix == "hf-stream:")).lower()
+    streaming = options.pop("streaming", str(prefix == "hf-stream:")).lower()
     if streaming not in ("true", "false", "1", "0"):
         raise EvaluationError(f"{url}: streaming is {streaming!r}; give true or false")
-    config = options.get("config")
+    config = options.pop("config", None)
     if name.count("/") == 2 and not name.startswith(("/", ".", "~")) and not os.path.isdir(name):
         name, _, config = name.rpartition("/")
     if not name:
         raise EvaluationError(f"{url}: no data set is named; give hf://OWNER/NAME")
-    return HubUrl(
-        name,
-        config,
-        options.get("split", "train"),
-        streaming in ("true", "1"),
-        options.get("image"),
-        options.get("label"),
-    )
+    return HubUrl(name, config, streaming=streaming in ("true", "1"), **options)
 
 
 def import_datasets() -> Any:

@@ -34,6 +34,18 @@ class ImageSet:
     path: Path | None = None
     _hash: "Future[str | None] | None" = field(default=None, repr=False)
 
+    @property
+    def count(self) -> int | None:
+        """Return the number of images or rows of features; None if it is unknown."""
+        if "pool" in self.features:
+            return len(self.features["pool"])
+        return self.images.count if self.images is not None else None
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Return (height, width) of the images; None if there are none or it is unknown."""
+        return self.images.size if self.images is not None else None
+
     def hash_ahead(self) -> None:
         """Hash the set in a background thread, unless its images are hashed as they are decoded.
 

@@ -85,6 +85,5 @@ def open_safetensors(path: Path, name: str) -> ImageSet:
                     f"{name}: {int(bad.sum())} of {len(value)} rows of {key} hold NaN or infinite "
                     f"values (first: row {int(bad.nonzero()[0])})"
                 )
-    if "fid_eval" in metadata:
-        opened.metadata = json.loads(metadata["fid_eval"])
+    opened.metadata = json.loads(metadata.get("fid_eval", "{}"))
     return opened
