@@ -1,1 +1,1 @@
-"""The trainer: configuration, data order, averages, checkpoints, logs and the loop."""
+"""Train diffusion models and autoencoders."""

@@ -36,7 +36,8 @@ def check_paths(config: "TrainConfig") -> None:
     """
     run_dir, data, evaluation = Path(config.run_dir), config.data, config.evaluation
     check_run_dir(run_dir, config.resume)
-    started = (run_dir / "config.yaml").is_file()  # then its settings name the autoencoder
+    # A resumed run takes its autoencoder from its own settings.
+    started = (run_dir / "config.yaml").is_file()
     if data.latents is not None:
         _require("data.latents", data.latents, "give a folder written by moh-dit encode")
     else:
@@ -58,7 +59,7 @@ def check_paths(config: "TrainConfig") -> None:
                 "give a file, or leave it out to download the weights",
             )
         reference = evaluation.reference or ""
-        # A word without "/" may be the name of a saved reference, and "*" or "{" a pattern.
+        # A word without "/" may be a saved name. "*" and "{" mark a pattern of file names.
         is_path = "/" in reference or reference.endswith(SET_SUFFIXES)
         if is_path and not reference.startswith("hf://") and not set("*{") & set(reference):
             _require("evaluation.reference", reference, "give a file or a saved name of fid-eval")

@@ -38,7 +38,7 @@ class Profile:
 
     @property
     def gamma(self) -> float:
-        """Exponent γ."""
+        """Return the exponent γ."""
         return power_gamma(self.std)
 
 
