@@ -43,6 +43,8 @@ CLIP = {
     "clip-vit-l-14": "clip-vit-l-14",
 }
 TF_RESIZE = "TensorFlow 1 bilinear"
+IMAGENET_224 = f"{TF_RESIZE} to 224, ImageNet mean and deviation"
+CLIP_PREPROCESSING = f"{TF_RESIZE} to the model's size, CLIP mean and deviation"
 
 
 @dataclass
@@ -221,14 +223,8 @@ def _vgg16(name: str, weights: Path | None, given: str | None) -> Extractor:
         state = save_to_buffer(load_state(path))
         return FeatureExtractorVGG16("vgg16", ["fc2_relu"], state)
 
-    return Extractor(
-        "vgg16",
-        label_of("vgg16", published, sha256),
-        sha256,
-        f"{TF_RESIZE} to 224, ImageNet mean and deviation",
-        build,
-        dimensions={"pool": 4096},
-    )
+    label = label_of(name, published, sha256)
+    return Extractor(name, label, sha256, IMAGENET_224, build, dimensions={"pool": 4096})
 
 
 def _clip(name: str, weights: Path | None, given: str | None) -> Extractor:
@@ -245,13 +241,8 @@ def _clip(name: str, weights: Path | None, given: str | None) -> Extractor:
         path = fetch_weights(weights, MODEL_URLS[model_name], published_sha256, sha256)
         return FeatureExtractorCLIP(model_name, ["clip"], str(path))
 
-    return Extractor(
-        name,
-        label_of(name, published, sha256),
-        sha256,
-        f"{TF_RESIZE} to the model's size, CLIP mean and deviation",
-        build,
-    )
+    label = label_of(name, published, sha256)
+    return Extractor(name, label, sha256, CLIP_PREPROCESSING, build)
 
 
 def _dinov2(name: str, weights: Path | None, given: str | None) -> Extractor:
@@ -262,13 +253,8 @@ def _dinov2(name: str, weights: Path | None, given: str | None) -> Extractor:
 
         return DINOv2(DINOV2[name], load_state(weights) if weights is not None else None)
 
-    return Extractor(
-        name,
-        label_of(name),  # There is no published hash to compare with.
-        sha256,
-        f"{TF_RESIZE} to 224, ImageNet mean and deviation",
-        build,
-    )
+    # The label has no hash, because there is no published hash to compare with.
+    return Extractor(name, label_of(name), sha256, IMAGENET_224, build)
 
 
 def _imported(name: str, weights: Path | None, given: str | None) -> Extractor:

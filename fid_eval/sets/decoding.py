@@ -97,9 +97,9 @@ def check_header(head: bytes, tail: bytes, size: int, whole: bytes | None = None
             raise BadImage("16 bits per channel")
         modes = {0: "L", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}
         return width, height, check_mode(modes.get(colour, "unknown"))
-    if head.startswith(b"\xff\xd8") and b"\xff\xd9" not in tail:
-        raise BadImage("truncated")
-    if head.startswith(b"RIFF") and int.from_bytes(head[4:8], "little") + 8 > size:
+    is_cut_jpeg = head.startswith(b"\xff\xd8") and b"\xff\xd9" not in tail
+    is_cut_webp = head.startswith(b"RIFF") and int.from_bytes(head[4:8], "little") + 8 > size
+    if is_cut_jpeg or is_cut_webp:
         raise BadImage("truncated")
     try:
         with Image.open(io.BytesIO(whole if whole is not None else head)) as image:

@@ -97,10 +97,9 @@ class EncodedReader(ImageReader):
     def content_hash(self) -> str | None:
         if not self.hash_images:
             return None
-        assert self.digests is not None
         digest = hashlib.sha256()
         for index in range(len(self.names)):
-            known = self.digests.get(index) or _sha256(self.fetch(index))
+            known = (self.digests or {}).get(index) or _sha256(self.fetch(index))
             digest.update(bytes.fromhex(known))
         return digest.hexdigest()
 
@@ -115,6 +114,7 @@ class EncodedReader(ImageReader):
         return images
 
     def read_into(self, start: int, stop: int, images: np.ndarray) -> list[str]:
+        """Decode into ``images`` and return the SHA-256 of each image if the reader hashes them."""
         for index in range(start, stop):
             try:
                 images[index - start] = self._decode(index)

@@ -11,11 +11,8 @@ BLOCK = 1 << 26  # bytes hashed by one thread
 
 def file_sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file in hexadecimal, as ``sha256sum`` prints it."""
-    digest = hashlib.sha256()
     with Path(path).open("rb", buffering=0) as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def path_hash(path: Path, known: Mapping[str, str] | None = None) -> str:

@@ -147,12 +147,7 @@ def _decode(span: Span, offset: int) -> list[str] | EvaluationError:
 
 
 def _decoded(
-    reader: Any,
-    spans: list[Span],
-    batch_size: int,
-    workers: int,
-    window: int,
-    device: torch.device,
+    reader: Any, spans: list[Span], batch_size: int, workers: int, window: int, device: torch.device
 ) -> Iterator[Tensor | None]:
     """Decode ``spans`` in forked workers, which write into ``window`` slots of shared memory.
 

@@ -19,28 +19,21 @@ from ..errors import EvaluationError
 LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of the name and extra field of a zip entry
 
 
-class NpzFile:
+class NpzFile(dict[str, "NpzMember"]):
     """The arrays of an .npz by name. Opening reads names, shapes and dtypes only."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        path = Path(path)
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
-                self.members = {
-                    info.filename[:-4]: NpzMember(self.path, archive, info) for info in members
-                }
+            with zipfile.ZipFile(path) as archive:
+                for info in archive.infolist():
+                    if info.filename.endswith(".npy"):
+                        self[info.filename[:-4]] = NpzMember(path, archive, info)
         except zipfile.BadZipFile:
             raise EvaluationError(
-                f"{self.path}: not a complete .npz (no zip directory at its end); it is truncated "
+                f"{path}: not a complete .npz (no zip directory at its end); it is truncated "
                 "or still being written: copy or write it again"
             ) from None
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.members
-
-    def __getitem__(self, name: str) -> "NpzMember":
-        return self.members[name]
 
 
 class NpzMember:
@@ -85,14 +78,12 @@ class NpzMember:
         self._stream: IO[bytes] | None = None
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return self.shape[0] if self.shape else 0
-
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Read rows ``start`` to ``stop``. A compressed array is fast only in file order."""
-        stop = len(self) if stop is None else stop
         if not self.shape:
             start, stop = 0, 1
+        elif stop is None:
+            stop = self.shape[0]
         array = np.empty(((stop - start), *self.shape[1:]), self.dtype)
         if self.compressed:
             self._read_compressed(start, array)

@@ -71,12 +71,10 @@ def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
     if location.is_dir():
         if (location / "state.json").exists() or (location / "dataset_dict.json").exists():
             opened = open_dataset(import_datasets().load_from_disk(path), preprocess, name)
-            opened.path = location
-            return opened
-        tars = sorted(location.glob("*.tar"))
-        opened = (
-            _open_tars(tars, preprocess, name) if tars else _open_folder(location, preprocess, name)
-        )
+        elif tars := sorted(location.glob("*.tar")):
+            opened = _open_tars(tars, preprocess, name)
+        else:
+            opened = _open_folder(location, preprocess, name)
         opened.path = location
         return opened
     suffix = location.suffix.lower()

@@ -21,7 +21,10 @@ END = object()  # follows the last batch of an iterable
 
 
 class ImageReader:
-    """Base class: images of one size in a fixed order. Subclasses implement ``read``."""
+    """Base class: images of one size in a fixed order.
+
+    Subclasses implement ``read`` or ``batches``, and ``read_into`` if they set ``decodes``.
+    """
 
     count: int | None = None  # unknown (None) until an iterable is exhausted
     size: tuple[int, int] | None = None  # (height, width) after preprocessing
@@ -39,10 +42,6 @@ class ImageReader:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return images ``start`` to ``stop``, uint8 (stop − start, H, W, 3)."""
-        raise NotImplementedError
-
-    def read_into(self, start: int, stop: int, images: np.ndarray) -> list[str]:
-        """Decode into ``images`` in a worker process and return the SHA-256 of each image."""
         raise NotImplementedError
 
     def content_hash(self) -> str | None:
@@ -109,8 +108,7 @@ class ArrayReader(ImageReader):
         height, width = shape[2:4] if self.layout == "NCHW" else shape[1:3]
         self.size = (height, width) if preprocess.size is None else (preprocess.size,) * 2
         self.labels = check_labels(labels, self.count, name)
-        if getattr(array, "compressed", False):
-            self.max_workers = 1
+        self.max_workers = 1 if getattr(array, "compressed", False) else None
 
     def read(self, start: int, stop: int) -> np.ndarray:
         if hasattr(self.array, "read"):
@@ -123,8 +121,7 @@ class ArrayReader(ImageReader):
         if hasattr(self.array, "read"):
             return None  # The whole file is hashed instead.
         digest = hashlib.sha256(repr((self.array.shape, self.preprocess)).encode())
-        assert self.count is not None
-        for start in range(0, self.count, CHUNK):
+        for start in range(0, self.count or 0, CHUNK):
             piece = as_numpy(self.array[start : start + CHUNK])
             digest.update(np.ascontiguousarray(piece).data)
         return digest.hexdigest()
@@ -141,9 +138,6 @@ class IterableReader(ImageReader):
         self.source, self.name, self.preprocess = iter(batches), name, preprocess
         self.is_share = share
         self.labelled: bool | None = None  # whether the first batch had labels
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        raise NotImplementedError("an iterable can only be read in batches")
 
     def batches(
         self, batch_size: int, owned: Owned, workers: int, device: torch.device = CPU

@@ -25,15 +25,13 @@ def open_npz(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
     if "fid_eval" in file:
         opened.metadata = json.loads(str(file["fid_eval"].read()))
     if "arr_0" in file:
-        labels = None
-        if "arr_1" in file:
-            labels = file["arr_1"].read()
-            if labels.dtype.kind not in "iu":
-                raise EvaluationError(f"{name}: arr_1 is {labels.dtype}; labels must be integers")
+        labels = file["arr_1"].read() if "arr_1" in file else None
+        if labels is not None and labels.dtype.kind not in "iu":
+            raise EvaluationError(f"{name}: arr_1 is {labels.dtype}; labels must be integers")
         opened.images = ArrayReader(file["arr_0"], name, preprocess, labels)
     if opened.images is None and not opened.statistics:
         raise EvaluationError(
-            f"{name}: holds {sorted(file.members) or 'nothing'}; it needs images arr_0 (uint8) or "
+            f"{name}: holds {sorted(file) or 'nothing'}; it needs images arr_0 (uint8) or "
             "statistics mu, sigma"
         )
     return opened
