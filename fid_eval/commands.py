@@ -55,12 +55,9 @@ def _arguments_of(function: Callable, options: argparse.Namespace) -> dict[str, 
 
 def _by_extractor(items: list[str], default: str) -> dict[str, str]:
     """Convert ["a", "clip=b"] to {default: "a", "clip": "b"}."""
-    table = {}
-    for item in items:
-        name, separator, rest = item.partition("=")
-        is_named = bool(separator) and name in EXTRACTOR_NAMES
-        table[name if is_named else default] = rest if is_named else item
-    return table
+    prefixes = tuple(f"{name}=" for name in EXTRACTOR_NAMES)
+    named = [item if item.startswith(prefixes) else f"{default}={item}" for item in items]
+    return dict(item.split("=", 1) for item in named)
 
 
 def _write_outputs(document: Document, failed: list[dict], options: argparse.Namespace) -> None:
@@ -79,14 +76,12 @@ def _stats(options: argparse.Namespace) -> int:
     rank, _ = rank_and_world_size()
     weights = _by_extractor(options.weights, options.extractor).get(options.extractor)
     sha256 = _by_extractor(options.weights_sha256, options.extractor).get(options.extractor)
+    extractor = get_extractor(options.extractor, weights, sha256)
+    runtime = Runtime(**_arguments_of(Runtime, options))
+    preprocess = Preprocess(options.resize, options.crop)
+    images, seed = options.images, options.seed
     written = save_reference(
-        options.source,
-        options.output,
-        get_extractor(options.extractor, weights, sha256),
-        Runtime(**_arguments_of(Runtime, options)),
-        Preprocess(options.resize, options.crop),
-        options.images,
-        options.seed,
+        options.source, options.output, extractor, runtime, preprocess, images, seed
     )
     if rank == 0:
         print(f"wrote {written}" + (f"; use it as {options.name!r}" if options.name else ""))

@@ -165,6 +165,7 @@ class Evaluator:
         seconds = 0.0
         for extractor_name, group in groups.items():
             extractor = self.extractors[extractor_name]
+            distances = self.distances or ("adm-fp16" if extractor.label is None else "fp32")
             begun = time.monotonic()
             with read_ahead(opened, self.runtime):
                 reference = self._features_of_reference(extractor, group)
@@ -182,8 +183,16 @@ class Evaluator:
                         f"{opened.name}: {unlabelled[0]} needs batches with labels"
                     )
                 group[:] = [m for m in group if m not in unlabelled]
-            compute = partial(self._compute_metrics, result, group, extractor, reference, features)
-            run_on_rank0(compute)
+            comparison = Comparison(
+                reference,
+                features,
+                extractor,
+                self.runtime.device,
+                distances,
+                self.k,
+                self.bootstrap,
+            )
+            run_on_rank0(partial(self._compute_metrics, result, group, comparison))
         result = run_on_rank0(lambda: self._describe(result, opened, groups, count))
         keys = [METRICS[metric].key(self.extractor_of(metric)) for metric in names]
         result.metrics = {key: result.metrics[key] for key in keys if key in result.metrics}
@@ -215,13 +224,12 @@ class Evaluator:
         needs = frozenset().union(*(getattr(METRICS[name], side) for name in names))
         is_reference = side == "reference"
         use_statistics = self.reference_kind != "images" if is_reference else opened.images is None
+        arrays = opened.statistics if use_statistics else {}
+        tensors = {key: torch.from_numpy(value).double() for key, value in arrays.items()}
         stored = {
-            layer: (
-                torch.from_numpy(opened.statistics[m]).double(),
-                torch.from_numpy(opened.statistics[c]).double(),
-            )
-            for layer, (m, c) in STATISTICS_OF_LAYER.items()
-            if m in opened.statistics and use_statistics
+            layer: (tensors[mean], tensors[covariance])
+            for layer, (mean, covariance) in STATISTICS_OF_LAYER.items()
+            if mean in tensors
         }
         if opened.features:
             rows = {k: v.float() for k, v in opened.features.items() if k in ("pool", "spatial")}
@@ -235,22 +243,11 @@ class Evaluator:
         if not keep and not moments:
             features = Features(int(opened.metadata.get("count", 0)))
         else:
-            assert opened.images is not None
             features = extract(opened, extractor, keep, moments, self.runtime)
         return replace(features, stored=stored)
 
-    def _compute_metrics(
-        self,
-        result: Result,
-        group: list[str],
-        extractor: Extractor,
-        reference: Features,
-        features: Features,
-    ) -> None:
-        distances = self.distances or ("adm-fp16" if extractor.label is None else "fp32")
-        comparison = Comparison(
-            reference, features, extractor, self.runtime.device, distances, self.k, self.bootstrap
-        )
+    def _compute_metrics(self, result: Result, group: list[str], comparison: Comparison) -> None:
+        extractor = comparison.extractor
         for name in group:
             metric = METRICS[name]
             key = metric.key(extractor)
@@ -296,12 +293,7 @@ class Evaluator:
         )
         if self.default.label is None:
             result.warnings += metric_checks.convention_warnings(names, count, used, ref.count)
-        result.warnings += metric_checks.identity_warnings((ref, opened), self.runtime.precision)
-        if metric_checks.sets_seem_swapped(ref, opened):
-            result.warnings.append(
-                f"are the sets swapped? {opened.name} holds statistics, as references do, and "
-                f"{ref.name} does not; the reference comes first"
-            )
+        result.warnings += metric_checks.identity_warnings(ref, opened, self.runtime.precision)
         return result
 
 

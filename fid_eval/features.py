@@ -6,11 +6,13 @@ nor on interruptions.
 """
 
 import contextlib
+import heapq
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -132,7 +134,6 @@ def extract(
     Returns:
         The features on rank 0, empty features on the other ranks.
     """
-    assert image_set.images is not None
     started = time.monotonic()
     if runtime.cache is not None:
         image_set.adopt_hash(run_on_rank0(image_set.content_hash))
@@ -235,7 +236,6 @@ def _extract_on_this_rank(
         enabled=rank == 0 and not runtime.quiet,
         delay=SECONDS_BETWEEN_LINES,
     ) as bar:
-        due = sorted(cached)
         computed = _computed_chunks(
             image_set,
             extractor,
@@ -244,15 +244,13 @@ def _extract_on_this_rank(
             on_batch,
             lambda count: bar.update(count if reader.is_share else count * size),
         )
-        for chunk, values in computed:
-            while due and due[0] < chunk:  # Add chunks in order: rows are dropped in order.
-                add_chunk(due[0], cached[due.pop(0)])
-            part.computed += len(values["pool"])
-            if cache is not None:
-                save_chunk(cache, chunk, values)
+        # Add chunks in order: rows are dropped in order.
+        for chunk, values in heapq.merge(sorted(cached.items()), computed, key=itemgetter(0)):
+            if chunk not in cached:
+                part.computed += len(values["pool"])
+                if cache is not None:
+                    save_chunk(cache, chunk, values)
             add_chunk(chunk, {k: v for k, v in values.items() if k in wanted | {"pool", "labels"}})
-        for chunk in due:
-            add_chunk(chunk, cached[chunk])
     part.moments = {layer: value.cpu() for layer, value in part.moments.items()}
     return part
 

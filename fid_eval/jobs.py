@@ -35,13 +35,9 @@ def run_jobs(
         if names.count(name) > 1:
             raise EvaluationError(f"two sets are called {name!r}; give them different names")
     earlier = run_on_rank0(lambda: _earlier_results(output, evaluator)) if resume else None
-    document: Document = {
-        "versions": versions(),
-        "settings": {},
-        "reference": {},
-        "extractors": {},
-        "sets": [],
-    }
+    document: Document = dict(
+        versions=versions(), settings={}, reference={}, extractors={}, sets=[]
+    )
     # Open all sets before the first network is built, to find mistakes early.
     opened = [_result_or_error(lambda: evaluator.open(job.path, job.name)) for job in jobs]  # noqa: B023
     for job, found in zip(jobs, opened, strict=True):
@@ -73,16 +69,13 @@ def _result_or_error(function: Any) -> Any:
 
 def _evaluate(evaluator: Evaluator, job: Job, found: Any, document: Document) -> dict[str, Any]:
     if isinstance(found, ImageSet):
-        try:
-            result = evaluator(found, metrics=job.metrics)
-        except (EvaluationError, OSError) as error:
-            found = error
-        else:
-            entry = {**result.to_dict(), "asked": job.metrics}
-            document["reference"] = entry.pop("reference")
-            document["extractors"].update(entry.pop("extractors"))
-            return json.loads(json.dumps(entry))
-    return {"name": job.name, "error": str(found)}
+        found = _result_or_error(lambda: evaluator(found, metrics=job.metrics))
+    if isinstance(found, Exception):
+        return {"name": job.name, "error": str(found)}
+    entry = {**found.to_dict(), "asked": job.metrics}
+    document["reference"] = entry.pop("reference")
+    document["extractors"].update(entry.pop("extractors"))
+    return json.loads(json.dumps(entry))
 
 
 def fingerprint(evaluator: Evaluator) -> dict[str, Any]:

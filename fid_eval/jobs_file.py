@@ -1,13 +1,11 @@
 """Read a jobs file: a YAML file with a reference, sample sets and options."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from .errors import EvaluationError, nearest_name
-
-SET_KEYS = ("path", "name", "metrics", "x")
 
 
 @dataclass
@@ -25,6 +23,9 @@ class Job:
     name: str
     metrics: list[str] | None = None
     x: float | None = None
+
+
+SET_KEYS = [field.name for field in fields(Job)]
 
 
 def read_jobs(path: Path, options: Iterable[str]) -> tuple[dict[str, Any], list[Job]]:
@@ -49,10 +50,7 @@ def read_jobs(path: Path, options: Iterable[str]) -> tuple[dict[str, Any], list[
     if not isinstance(document, dict):
         raise EvaluationError(f"{path}: a jobs file needs the keys reference and sets")
     document = {str(key).replace("-", "_"): value for key, value in document.items()}
-    known = ("reference", "sets", *options)
-    for key in document:
-        if key not in known:
-            raise EvaluationError(f"{path}: unknown key {key!r}; {nearest_name(key, known)}")
+    _check_keys(document, ("reference", "sets", *options), str(path))
     for key in ("reference", "sets"):
         if not document.get(key):
             raise EvaluationError(f"{path}: {key!r} is missing")
@@ -67,16 +65,18 @@ def read_jobs(path: Path, options: Iterable[str]) -> tuple[dict[str, Any], list[
     return document, [_job(item, path) for item in sets]
 
 
+def _check_keys(keys: Iterable[Any], known: Sequence[str], where: str) -> None:
+    for key in keys:
+        if key not in known:
+            raise EvaluationError(f"{where}: unknown key {key!r}; {nearest_name(str(key), known)}")
+
+
 def _job(item: Any, path: Path) -> Job:
     if isinstance(item, str):
         return Job(item, item)
     if not isinstance(item, dict):
         raise EvaluationError(f"{path}: a set must be a path or a mapping, not {item!r}")
-    for key in item:
-        if key not in SET_KEYS:
-            raise EvaluationError(
-                f"{path}: unknown key {key!r} of a set; {nearest_name(str(key), SET_KEYS)}"
-            )
+    _check_keys(item, SET_KEYS, f"{path}: a set")
     if not isinstance(item.get("path"), str):
         raise EvaluationError(f"{path}: a set has no 'path': {item!r}")
     metrics = item.get("metrics")

@@ -103,10 +103,10 @@ def convention_warnings(
     return warnings
 
 
-def identity_warnings(sets: Sequence[ImageSet], precision: str) -> list[str]:
-    """Return warnings about stored features of unknown origin or another network precision."""
+def identity_warnings(reference: ImageSet, samples: ImageSet, precision: str) -> list[str]:
+    """Return warnings about features of unknown origin or precision, and about swapped sets."""
     warnings = []
-    for opened in sets:
+    for opened in (reference, samples):
         stored = bool(opened.features) or bool(opened.statistics)
         if stored and opened.kind == "safetensors" and "extractor" not in opened.metadata:
             warnings.append(
@@ -117,9 +117,9 @@ def identity_warnings(sets: Sequence[ImageSet], precision: str) -> list[str]:
             warnings.append(
                 f"{opened.name} was computed with --precision {made}, this run uses {precision}"
             )
+    if samples.statistics and not reference.statistics and reference.images is not None:
+        warnings.append(
+            f"are the sets swapped? {samples.name} holds statistics, as references do, and "
+            f"{reference.name} does not; the reference comes first"
+        )
     return warnings
-
-
-def sets_seem_swapped(reference: ImageSet, samples: ImageSet) -> bool:
-    """Return whether only the samples hold statistics, which a reference usually holds."""
-    return bool(samples.statistics) and not reference.statistics and reference.images is not None

@@ -18,7 +18,6 @@ from .errors import EvaluationError
 from .features import Features
 from .metrics import extras
 from .metrics.adm import (
-    Gaussian,
     frechet_from_factors,
     gaussian_of,
     inception_score,
@@ -70,9 +69,6 @@ class Comparison:
     def density_coverage(self) -> tuple[float, float]:
         return extras.density_coverage(*self.rows)
 
-    def reference_gaussian(self, layer: str) -> Gaussian:
-        return self.reference.gaussian(layer, self.device)
-
     def add_interval(self, value: float, of_subset: Callable[[Tensor], float], count: int) -> float:
         """Set ``interval`` to the 95 % bootstrap interval if requested, and return ``value``."""
         if self.bootstrap:
@@ -88,7 +84,7 @@ class Comparison:
 
 
 def _frechet(comparison: Comparison, layer: str) -> float:
-    reference = comparison.reference_gaussian(layer)
+    reference = comparison.reference.gaussian(layer, comparison.device)
     value = frechet_from_factors(*reference, *comparison.samples.gaussian(layer, comparison.device))
     if comparison.bootstrap and layer in comparison.samples.rows:
         rows = comparison.samples.rows[layer]
@@ -123,10 +119,10 @@ def _kid(comparison: Comparison) -> float:
 
 
 def _fid_infinity(comparison: Comparison) -> float:
-    value, curve = extras.fid_infinity(
-        comparison.reference_gaussian("pool"), comparison.samples.rows["pool"]
+    reference = comparison.reference.gaussian("pool", comparison.device)
+    value, comparison.details["curve"] = extras.fid_infinity(
+        reference, comparison.samples.rows["pool"]
     )
-    comparison.details["curve"] = curve
     return value
 
 

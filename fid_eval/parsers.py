@@ -170,12 +170,10 @@ def _classifier_parser(prog: str) -> Parser:
 # fmt: on
 
 
-def _references_parser(prog: str) -> Parser:
-    return Parser(prog, "", f"List the references saved in {reference_folder()}.", "")
-
-
 SUBCOMMANDS = {
     "stats": _stats_parser,
     "classifier": _classifier_parser,
-    "references": _references_parser,
+    "references": lambda prog: Parser(
+        prog, "", f"List the references saved in {reference_folder()}.", ""
+    ),
 }

@@ -62,15 +62,14 @@ def check_identity(opened: ImageSet, extractor: Extractor) -> None:
         return
     stored = opened.metadata.get("extractor")
     # ADM's files hold Inception features and do not say so.
-    if stored is None and opened.kind == "npz":
-        if extractor.name != "inception" and opened.images is None:
+    if stored is None and opened.kind == "npz" and extractor.name != "inception":
+        if opened.images is None:
             raise EvaluationError(
                 f"{opened.name}: holds statistics of Inception features, but the extractor is "
                 f"{extractor.name}; make a reference with: fid-eval stats … --extractor "
                 f"{extractor.name}"
             )
-        if extractor.name != "inception":
-            opened.statistics = {}
+        opened.statistics = {}
     elif stored is not None and stored != extractor.identity():
         raise EvaluationError(
             f"{opened.name}: made with the extractor {_describe(stored)}, but this run uses "

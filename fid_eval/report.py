@@ -68,7 +68,7 @@ def table(document: Document) -> str:
         intervals = entry.get("intervals", {})
         values = [format_value(entry["metrics"].get(key), intervals.get(key)) for key in keys]
         rows.append([entry["name"], f"{entry['samples']['count']:,}", *values])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0])]
@@ -115,6 +115,7 @@ def write_csv(document: Document, path: Path) -> None:
         key for key in keys if any(key in e.get("intervals", {}) for e in document["sets"])
     ]
     reference, extractors = document["reference"], document["extractors"]
+    precisions = sorted({extractor["network_precision"] for extractor in extractors.values()})
     rows = []
     for entry in document["sets"]:
         samples, metrics = entry.get("samples", {}), entry.get("metrics", {})
@@ -123,24 +124,20 @@ def write_csv(document: Document, path: Path) -> None:
         for key in with_interval:
             bounds = entry.get("intervals", {}).get(key, (None, None))
             row[f"{key}_low"], row[f"{key}_high"] = bounds
-        rows.append(
-            row
-            | {
-                "distances": " ".join(_distances(entry)),
-                "network_precision": " ".join(
-                    sorted({e["network_precision"] for e in extractors.values()})
-                ),
-                "extractor": " ".join(extractors),
-                "extractor_sha256": " ".join(e.get("sha256") or "-" for e in extractors.values()),
-                "reference": reference.get("name"),
-                "reference_sha256": reference.get("sha256"),
-                "frechet_from": reference.get("frechet_from"),
-                "samples_sha256": samples.get("sha256"),
-                "fid_eval": document["versions"]["fid_eval"],
-                "torch": document["versions"]["torch"],
-                "error": entry.get("error"),
-            }
-        )
+        row |= {
+            "distances": " ".join(_distances(entry)),
+            "network_precision": " ".join(precisions),
+            "extractor": " ".join(extractors),
+            "extractor_sha256": " ".join(e.get("sha256") or "-" for e in extractors.values()),
+            "reference": reference.get("name"),
+            "reference_sha256": reference.get("sha256"),
+            "frechet_from": reference.get("frechet_from"),
+            "samples_sha256": samples.get("sha256"),
+            "fid_eval": document["versions"]["fid_eval"],
+            "torch": document["versions"]["torch"],
+            "error": entry.get("error"),
+        }
+        rows.append(row)
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -153,14 +150,13 @@ def plot_positions(document: Document) -> tuple[list[float], bool]:
     A position is the ``x`` of the set, or the last number in its name, or its index.
     """
     entries = [entry for entry in document["sets"] if "error" not in entry]
-    given = [entry.get("x") for entry in entries]
-    if all(value is not None for value in given):
-        return [float(value) for value in given], True  # type: ignore[arg-type]
+    given = [float(entry["x"]) for entry in entries if entry.get("x") is not None]
+    if len(given) == len(entries):
+        return given, True
     numbers = [re.findall(r"\d+(?:\.\d+)?", Path(entry["name"]).name) for entry in entries]
-    if all(numbers):
-        found = [float(number[-1]) for number in numbers]
-        if len(set(found)) == len(found):
-            return found, True
+    last = [float(found[-1]) for found in numbers if found]
+    if len(set(last)) == len(entries):
+        return last, True
     return [float(index) for index in range(len(entries))], False
 
 

@@ -131,7 +131,7 @@ sets:
         ("reference: a\nsets: [b]\nmetric: [fid]", "unknown key 'metric'; did you mean 'metrics'"),
         (
             "reference: a\nsets: [{path: b, nam: c}]",
-            "unknown key 'nam' of a set; did you mean 'name'",
+            "a set: unknown key 'nam'; did you mean 'name'",
         ),
         ("reference: a", "'sets' is missing"),
         ("reference: a\nsets: [{name: c}]", "a set has no 'path'"),
