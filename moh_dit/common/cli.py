@@ -70,9 +70,6 @@ def run_program(
     """
     parser = _make_parser(config_class, prog=prog, description=description, example=example)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--version" in arguments:
-        print(f"{prog} {__version__}")
-        raise SystemExit(0)
     try:
         arguments = [_normalize_option(argument, config_class) for argument in arguments]
         arguments = _complete_flags(_insert_config_files(arguments, config_class), config_class)
@@ -175,7 +172,12 @@ def _make_parser(config_class: type, *, prog: str, description: str, example: st
         action=ActionConfigFile,
         help="YAML file, the name of one in configs/, or a PNG with its settings inside.",
     )
-    parser.add_argument("--version", action="store_true", help="Print the version and exit.")
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"{prog} {__version__}",
+        help="Print the version and exit.",
+    )
     parser.add_class_arguments(config_class, None)
     parser.config_class = config_class
     return parser
