@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from ..common.errors import UserError
+from ..common.paths import split_hub_id
 from ..sampling.config import (
     ModelSettings,
     SampleConfig,
     SamplingSettings,
-    require_checkpoint,
     require_writable_output,
 )
 from ..training.config import TrainConfig
@@ -38,7 +38,7 @@ class HeadLoadConfig(SamplingSettings, ModelSettings):
     def check_paths(self) -> None:
         """Check the settings and both paths without importing torch."""
         self.to_sample_config()
-        require_checkpoint("checkpoint", self.checkpoint)
+        split_hub_id(self.checkpoint)
         require_writable_output(Path(self.output))
 
     def to_sample_config(self) -> SampleConfig:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..common.errors import UserError
+from ..common.paths import split_hub_id
 from ..continue_tuning.config import MoHSettings
 
 Format = Literal["moh-dit", "pipeline", "published", "diffusers", "diffusers-pipeline"]
@@ -83,8 +84,6 @@ class ConvertConfig:
         Raises:
             UserError: the source does not exist, the output exists, or they do not fit ``to``.
         """
-        from ..common.hub import split_hub_id
-
         split_hub_id(self.source)  # fails for a source that is neither a path nor a hub id
         if self.to is None:
             return

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 
 from ..autoencoder import load_autoencoder
 from ..common.errors import UserError
-from ..common.hub import is_weight_file, local_path
+from ..common.hub import local_path
+from ..common.paths import is_weight_file
 from ..diffusion.process import make_scheduler
 from ..model.architecture import full_config
 from ..model.transformer import MoHDiTTransformer2DModel

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..common.errors import UserError
-from ..common.hub import PICKLES
+from ..common.paths import PICKLES
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Entries of a training checkpoint that may contain the state dict, in order of preference.

@@ -1,6 +1,5 @@
 """Download repositories of the Hugging Face hub where a checkpoint's path is expected."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,31 +7,11 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from .errors import UserError
+from .paths import PICKLES, split_hub_id
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Files to download. Code and the weights of other frameworks are never needed.
 SAFE = ["*.json", "*.safetensors", "README.md", "*.png"]
 PICKLED = [f"*{suffix}" for suffix in PICKLES]
-
-
-def split_hub_id(source: str | Path) -> tuple[str, str] | None:
-    """Split a hub id into repository and file, or return ``None`` for an existing local path.
-
-    Args:
-        source: a path; ``owner/name``; or ``owner/name/path/to/file`` for one weight file of a
-            repository. The file is ``""`` for a whole repository.
-
-    Raises:
-        UserError: ``source`` neither exists nor has the form of a hub id.
-    """
-    if Path(source).exists():
-        return None
-    name = str(source)
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)", name)
-    file = match[2].removeprefix("/") if match else ""
-    if match is None or name.startswith(".") or is_weight_file(file or name) != bool(file):
-        raise UserError(f"checkpoint {name} does not exist; give a path, or a hub id (owner/name)")
-    return match[1], file
 
 
 def local_path(source: str | Path, local_files_only: bool = False) -> Path:
@@ -59,11 +38,6 @@ def local_path(source: str | Path, local_files_only: bool = False) -> Path:
     if not list(model.glob("*.safetensors")):
         folder = snapshot(repository, SAFE + PICKLED, local_files_only=local_files_only)
     return folder
-
-
-def is_weight_file(name: str) -> bool:
-    """Return whether a file name has the suffix of a weight file."""
-    return name.endswith((".safetensors", *PICKLES))
 
 
 def snapshot(repository: str, patterns: Sequence[str] = SAFE, **options: Any) -> Path:

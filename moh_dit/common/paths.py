@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .errors import UserError
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 
 
@@ -65,3 +66,29 @@ def require_new_output(output: Path) -> None:
     """Raise ``UserError`` if the file or folder ``output`` exists."""
     if output.exists():
         raise UserError(f"output {output} exists: give another name, or move it away")
+
+
+def split_hub_id(source: str | Path, option: str = "checkpoint") -> tuple[str, str] | None:
+    """Split a hub id into repository and file, or return ``None`` for an existing local path.
+
+    Args:
+        source: a path; ``owner/name``; or ``owner/name/path/to/file`` for one weight file of a
+            repository. The file is ``""`` for a whole repository.
+        option: name of the setting, for the message.
+
+    Raises:
+        UserError: ``source`` neither exists nor has the form of a hub id.
+    """
+    if Path(source).exists():
+        return None
+    name = str(source)
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)", name)
+    file = match[2].removeprefix("/") if match else ""
+    if match is None or name.startswith(".") or is_weight_file(file or name) != bool(file):
+        raise UserError(f"{option} {name} does not exist; give a path, or a hub id (owner/name)")
+    return match[1], file
+
+
+def is_weight_file(name: str) -> bool:
+    """Return whether a file name has the suffix of a weight file."""
+    return name.endswith((".safetensors", *PICKLES))

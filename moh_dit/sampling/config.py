@@ -1,13 +1,12 @@
 """Settings of sampling. The docstring under a field is its help text."""
 
 import os
-import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..common.errors import UserError
-from ..common.paths import require_new_output
+from ..common.paths import require_new_output, split_hub_id
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -131,9 +130,9 @@ class SampleConfig(SamplingSettings, ModelSettings):  # --help lists the last ba
         )
 
         self.check()
-        require_checkpoint("checkpoint", self.checkpoint)
+        split_hub_id(self.checkpoint)
         if self.guidance_checkpoint is not None:
-            require_checkpoint("guidance_checkpoint", self.guidance_checkpoint)
+            split_hub_id(self.guidance_checkpoint, "guidance_checkpoint")
         output = Path(self.output)
         require_writable_output(output)
         if self.num_samples is not None:
@@ -151,18 +150,6 @@ class SampleConfig(SamplingSettings, ModelSettings):  # --help lists the last ba
             raise UserError(
                 f"{settings_path(output)} exists, but {output} does not; give another name"
             )
-
-
-def require_checkpoint(option: str, source: str) -> None:
-    """Raise ``UserError`` if ``source`` does not exist and cannot be a Hub id either.
-
-    Args:
-        option: name of the setting, for the message.
-        source: path, or Hub id ``owner/name`` or ``owner/name/path/to/file``.
-    """
-    hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+", source)
-    if not hub_id and not Path(source).exists():
-        raise UserError(f"{option} {source} does not exist; give a path or a Hub id (owner/name)")
 
 
 def require_writable_output(output: Path) -> None:

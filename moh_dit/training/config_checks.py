@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UserError
-from ..common.paths import choose_autoencoder, require_autoencoder, require_data
+from ..common.paths import choose_autoencoder, require_autoencoder, require_data, split_hub_id
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -48,9 +48,7 @@ def check_paths(config: "TrainConfig") -> None:
         require_autoencoder(data.autoencoder)
     # A run with a checkpoint takes its weights from there.
     if config.init_from is not None and not any(run_dir.glob("checkpoints/step-*")):
-        from ..common.hub import split_hub_id
-
-        split_hub_id(config.init_from)
+        split_hub_id(config.init_from, "init_from")
     if evaluation.fid_every:
         if evaluation.feature_extractor_weights is not None:
             _require(

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from ..common.errors import UserError
-from ..sampling.config import ModelSettings, Precision, SampleConfig, require_checkpoint
+from ..common.paths import split_hub_id
+from ..sampling.config import ModelSettings, Precision, SampleConfig
 
 
 @dataclass(kw_only=True)
@@ -42,7 +43,7 @@ class DemoConfig(ModelSettings):
                 raise UserError(f"{name} is {value}; it must be at least {least}")
         if not 0 <= self.port < 1 << 16:
             raise UserError(f"port is {self.port}; it must be between 0 and 65535")
-        require_checkpoint("checkpoint", self.checkpoint)
+        split_hub_id(self.checkpoint)
 
     def to_sample_config(self) -> SampleConfig:
         """Return the default settings of a request."""

@@ -107,7 +107,7 @@ def test_a_picture_with_settings_inside_is_a_configuration(tmp_path, capsys):
     picture.save(tmp_path / "b.png")
     (tmp_path / "c.png").write_text("num_steps: 7")
     assert run("--config", str(tmp_path / "a.png"), "--resume").num_steps == 7
-    for name, message in (("b.png", "no settings inside"), ("c.png", "cannot be read")):
+    for name, message in (("b.png", "contains no settings"), ("c.png", "not a readable")):
         with pytest.raises(SystemExit):
             run(f"--config={tmp_path / name}")
         assert message in capsys.readouterr().err
@@ -173,7 +173,7 @@ def test_help_shows_field_docstrings_and_defaults(capsys):
     assert "example: p --x" in text
 
 
-HEAVY = {"torch", "diffusers", "accelerate", "matplotlib", "numpy"}
+HEAVY = {"torch", "diffusers", "accelerate", "matplotlib"}
 
 
 def fresh_process(*arguments, module="moh_dit"):
