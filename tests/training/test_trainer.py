@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_dit
 from fid_eval import EvaluationError
-from fid_eval.networks import extractors
+from fid_eval.networks import weight_files
 from moh_dit.checkpoints.opening import load_pipeline
 from moh_dit.checkpoints.runs import list_checkpoints
 from moh_dit.common.errors import UserError
@@ -265,7 +265,7 @@ def test_extractor_weights_are_downloaded_before_training(tmp_path, monkeypatch)
     def fetch(url, published):
         raise EvaluationError(f"cannot download {url}")
 
-    monkeypatch.setattr(extractors, "hub_file", fetch)
+    monkeypatch.setattr(weight_files, "hub_file", fetch)
     with pytest.raises(UserError, match=r"evaluation: cannot download .*inception"):
         Trainer(tiny_config(tmp_path / "run", evaluation=EvaluationConfig(fid_every=3)))
     assert not (tmp_path / "run").exists()
