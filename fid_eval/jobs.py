@@ -69,7 +69,10 @@ def _result_or_error(function: Any) -> Any:
 
 def _evaluate(evaluator: Evaluator, job: Job, found: Any, document: Document) -> dict[str, Any]:
     if isinstance(found, ImageSet):
-        found = _result_or_error(lambda: evaluator(found, metrics=job.metrics))
+        try:
+            found = evaluator(found, metrics=job.metrics)
+        except (EvaluationError, OSError) as error:
+            found = error
     if isinstance(found, Exception):
         return {"name": job.name, "error": str(found)}
     entry = {**found.to_dict(), "asked": job.metrics}

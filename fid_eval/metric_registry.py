@@ -192,7 +192,7 @@ class Metric:
 
 POOL, SPATIAL, ROWS = ("gaussian:pool",), ("gaussian:spatial",), ("pool",)
 LABELS, LOGITS = ("labels",), ("logits",)
-Score = partial(Metric, higher_is_better=True)
+Score = partial(Metric, higher_is_better=True)  # a metric whose larger values are better
 METRICS = {
     "fid": Metric("fid", lambda c: _frechet(c, "pool"), POOL, POOL, "fd"),
     "sfid": Metric("sfid", lambda c: _frechet(c, "spatial"), SPATIAL, SPATIAL, "sfd"),

@@ -42,17 +42,16 @@ def check_statistics(statistics: dict[str, Any], name: str) -> None:
     for mean, covariance in STATISTICS_OF_LAYER.values():
         if (mean in statistics) != (covariance in statistics):
             raise EvaluationError(f"{name}: has only one of {mean} and {covariance}")
-        if mean in statistics:
-            shape = np.shape(statistics[mean]), np.shape(statistics[covariance])
-            if len(shape[0]) != 1 or shape[1] != shape[0] * 2:
-                raise EvaluationError(
-                    f"{name}: {mean} has shape {shape[0]} and {covariance} has shape {shape[1]}; "
-                    "(d,) and (d, d) are needed"
-                )
-            if not all(np.isfinite(statistics[key]).all() for key in (mean, covariance)):
-                raise EvaluationError(
-                    f"{name}: {mean} or {covariance} holds NaN or infinite values"
-                )
+        if mean not in statistics:
+            continue
+        shape = np.shape(statistics[mean]), np.shape(statistics[covariance])
+        if len(shape[0]) != 1 or shape[1] != shape[0] * 2:
+            raise EvaluationError(
+                f"{name}: {mean} has shape {shape[0]} and {covariance} has shape {shape[1]}; "
+                "(d,) and (d, d) are needed"
+            )
+        if not all(np.isfinite(statistics[key]).all() for key in (mean, covariance)):
+            raise EvaluationError(f"{name}: {mean} or {covariance} holds NaN or infinite values")
 
 
 def open_safetensors(path: Path, name: str) -> ImageSet:
