@@ -1,5 +1,6 @@
 """Divide a set into batches and load them ahead of use, in threads or worker processes."""
 
+import contextlib
 import math
 import mmap
 import multiprocessing
@@ -8,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -97,19 +99,47 @@ def prefetch(function: Callable, items: Iterable, workers: int, window: int) -> 
 
 
 _shared: tuple  # in a worker process: values inherited from the parent
+_writing_ends: set[int] = set()  # pipes by which this process ends its workers
 
 
-def _initialize_worker(*values: Any) -> None:
+@contextlib.contextmanager
+def _forked_workers(workers: int, *shared: Any) -> Iterator[ProcessPoolExecutor]:
+    """Fork workers that inherit ``shared``; its values need not be picklable.
+
+    Each worker exits when it reads a byte from a pipe, or when the pipe closes because this
+    process has ended, even by SIGKILL. If the block fails, the workers are stopped at once.
+    """
+    reading, writing = os.pipe()
+    _writing_ends.add(writing)
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, context, _initialize_worker, (reading, *shared))
+    try:
+        yield pool
+    except BaseException:
+        os.write(writing, bytes(workers))  # one byte for each worker
+        raise
+    finally:
+        try:
+            pool.shutdown(cancel_futures=True)
+        finally:
+            _writing_ends.discard(writing)
+            os.close(writing)
+            os.close(reading)
+
+
+def _initialize_worker(reading: int, *values: Any) -> None:
     global _shared
     _shared = values
+    for end in _writing_ends:  # Only the parent may hold them open.
+        os.close(end)
+    Thread(target=_exit_with_parent, args=(reading,), daemon=True).start()
     torch.set_num_threads(1)
     os.nice(NICE)  # Leave priority to the process that feeds the network.
 
 
-def _fork_workers(workers: int, *shared: Any) -> ProcessPoolExecutor:
-    """Fork workers that inherit ``shared``; its values need not be picklable."""
-    context = multiprocessing.get_context("fork")
-    return ProcessPoolExecutor(workers, context, initializer=_initialize_worker, initargs=shared)
+def _exit_with_parent(reading: int) -> None:
+    os.read(reading, 1)
+    os._exit(1)
 
 
 def _worker_killed(workers: int) -> EvaluationError:
@@ -125,7 +155,7 @@ def map_in_processes(function: Callable, items: Sequence, workers: int) -> Itera
         yield from prefetch(function, items, workers, 2 * workers)
         return
     try:
-        with _fork_workers(workers, function) as pool:
+        with _forked_workers(workers, function) as pool:
             yield from pool.map(_call, items)
     except BrokenProcessPool:
         raise _worker_killed(workers) from None
@@ -159,34 +189,32 @@ def _decoded(
     # Anonymous memory is not limited by the size of /dev/shm.
     memory = mmap.mmap(-1, window * batch_bytes)
     whole = np.frombuffer(memory, np.uint8)
-    pool = _fork_workers(workers, reader, memory)
     free, waiting = list(range(window)), deque(spans)
     due: deque[tuple[int, Span, Future]] = deque()
 
-    def submit() -> None:
+    def submit(pool: ProcessPoolExecutor) -> None:
         while waiting and free:
             slot, span = free.pop(), waiting.popleft()
             due.append((slot, span, pool.submit(_decode, span, slot * batch_bytes)))
 
     try:
-        submit()
-        yield None
-        while due:
-            slot, span, future = due.popleft()
-            digests = future.result()
-            if isinstance(digests, EvaluationError):
-                raise digests
-            if reader.digests is not None:
-                reader.digests.update(zip(range(*span), digests, strict=True))
-            shape = (span[1] - span[0], height, width, 3)
-            start = slot * batch_bytes
-            images = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-            # Copy with NumPy: torch would use threads, and the workers occupy all cores.
-            np.copyto(images.numpy(), whole[start : start + math.prod(shape)].reshape(shape))
-            free.append(slot)
-            submit()
-            yield images
+        with _forked_workers(workers, reader, memory) as pool:
+            submit(pool)
+            yield None
+            while due:
+                slot, span, future = due.popleft()
+                digests = future.result()
+                if isinstance(digests, EvaluationError):
+                    raise digests
+                if reader.digests is not None:
+                    reader.digests.update(zip(range(*span), digests, strict=True))
+                shape = (span[1] - span[0], height, width, 3)
+                start = slot * batch_bytes
+                images = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+                # Copy with NumPy: torch would use threads, and the workers occupy all cores.
+                np.copyto(images.numpy(), whole[start : start + math.prod(shape)].reshape(shape))
+                free.append(slot)
+                submit(pool)
+                yield images
     except BrokenProcessPool:
         raise _worker_killed(workers) from None
-    finally:
-        pool.shutdown(cancel_futures=True)

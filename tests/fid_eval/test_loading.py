@@ -1,9 +1,14 @@
 """Load batches ahead of use with threads and worker processes."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from helpers.image_sources import COUNT, png, sources
@@ -73,6 +78,64 @@ def test_worker_processes_keep_the_order_with_few_slots():
 def test_a_killed_worker_process_is_an_error():
     with pytest.raises(EvaluationError, match=r"was killed, .* fewer --workers"):
         list(load_spans(Killed(), [(0, 4)], 4, workers=1, decoding=True))
+
+
+HUNG_LOADERS = """
+import multiprocessing, time
+from fid_eval.sets.loading import load_spans
+from fid_eval.sets.readers import ImageReader
+
+class Hung(ImageReader):
+    decodes, size, count = True, (2, 3), 300
+
+    def read_into(self, start, stop, images):
+        time.sleep(1000)
+
+spans = [(start, start + 10) for start in range(0, 300, 10)]
+loaded = [load_spans(Hung(), spans, 10, workers=2, decoding=True) for _ in range(2)]
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+next(loaded[0])
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_worker_processes_end_with_their_parent(sent):
+    parent = subprocess.Popen([sys.executable, "-c", HUNG_LOADERS], stdout=subprocess.PIPE)
+    pids = list(map(int, parent.stdout.readline().split()))
+    assert len(pids) == 4
+    assert all(map(psutil.pid_exists, pids))
+    parent.send_signal(sent)
+    parent.wait()
+    parent.stdout.close()
+    assert ended(pids)
+
+
+def ended(pids):
+    """Return whether the processes end within a few seconds."""
+    until = time.monotonic() + 20
+    while any(map(is_running, pids)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not any(map(is_running, pids))
+
+
+def is_running(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Slow(Numbered):
+    def read_into(self, start, stop, images):
+        time.sleep(1000 if start else 0)
+
+
+def test_hung_worker_processes_end_when_the_batches_are_not_needed():
+    loaded = load_spans(Slow(), [(0, 4), (4, 8)], 4, workers=2, decoding=True)
+    next(loaded)
+    started = time.monotonic()
+    loaded.close()
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize("kind", ["folder", "dataset", "tar-pattern"])
