@@ -100,10 +100,8 @@ class SampleConfig(SamplingSettings, ModelSettings):  # --help lists the last ba
 
     def check(self) -> None:
         """Raise ``UserError`` for values that are invalid for every model."""
-        at_least = dict(num_samples=1, images_per_class=1, batch_size=1, decode_batch_size=1)
-        for name, least in dict(at_least, interpolate=2, frames=2).items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"{name} is {value}; it must be at least {least}")
+        require_at_least(self, num_samples=1, images_per_class=1, batch_size=1)
+        require_at_least(self, decode_batch_size=1, interpolate=2, frames=2)
         if not 0 <= self.seed < 1 << 64:
             raise UserError(f"seed is {self.seed}; it must be between 0 and 2^64 - 1")
         sweep = bool(self.rows or self.columns)
@@ -121,35 +119,35 @@ class SampleConfig(SamplingSettings, ModelSettings):  # --help lists the last ba
             UserError: a setting is invalid; a checkpoint does not exist; the output exists, cannot
                 be written or has the wrong suffix; an unfinished set exists without ``resume``.
         """
-        from .output_formats import (
-            ANIMATIONS,
-            check_animation,
-            check_set_output,
-            has_unfinished_set,
-            settings_path,
-        )
+        from . import output_formats
 
         self.check()
         split_hub_id(self.checkpoint)
         if self.guidance_checkpoint is not None:
             split_hub_id(self.guidance_checkpoint, "guidance_checkpoint")
-        output = Path(self.output)
+        output, animations = Path(self.output), output_formats.ANIMATIONS
         require_writable_output(output)
         if self.num_samples is not None:
-            check_set_output(output, self.resume)
-        elif output.suffix not in (".png", *ANIMATIONS):
+            output_formats.check_set_output(output, self.resume)
+        elif output.suffix not in (".png", *animations):
             raise UserError(
                 f"output {output}: a grid is written as .png, an animation as "
-                f"{', '.join(ANIMATIONS)}; to write a set, give num_samples"
+                f"{', '.join(animations)}; to write a set, give num_samples"
             )
         else:
-            check_animation(output)
-        if output.suffix in ANIMATIONS and (self.rows or self.columns or self.interpolate):
+            output_formats.check_animation(output)
+        if output.suffix in animations and (self.rows or self.columns or self.interpolate):
             raise UserError(f"output {output}: rows, columns and interpolate are written as .png")
-        if settings_path(output).exists() and not has_unfinished_set(output):
-            raise UserError(
-                f"{settings_path(output)} exists, but {output} does not; give another name"
-            )
+        settings = output_formats.settings_path(output)
+        if settings.exists() and not output_formats.has_unfinished_set(output):
+            raise UserError(f"{settings} exists, but {output} does not; give another name")
+
+
+def require_at_least(config: Any, **minima: int) -> None:
+    """Raise ``UserError`` if a field is below its minimum; fields that are ``None`` pass."""
+    for name, least in minima.items():
+        if (value := getattr(config, name)) is not None and value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}")
 
 
 def require_writable_output(output: Path) -> None:

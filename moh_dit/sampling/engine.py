@@ -9,7 +9,8 @@ Other devices compute each batch at once.
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -124,11 +125,10 @@ def generate(
         batches = [(start, min(start + batch_size, len(requests))) for start in starts]
     pad = len(requests) > batch_size if pad is None else pad
 
-    def images_of(requests: np.ndarray) -> np.ndarray:
-        decoded_at_once = 1 if on_cpu else decode_batch_size
-        return generate_batch(
-            chosen, guidance, settings, requests, frames, decoded_at_once, on_step
-        )
+    decoded_at_once = 1 if on_cpu else decode_batch_size
+    images_of = partial(
+        generate_batch, chosen, guidance, settings, frames, decoded_at_once, on_step
+    )
 
     def sample_batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start, stop in batches:
@@ -136,12 +136,10 @@ def generate(
             with evaluation_mode(chosen.transformer, guidance_model), torch.no_grad():
                 if on_cpu:
                     images = run_in_units(chosen.transformer, images_of, batch)
-                elif pad:
-                    padding = np.zeros(batch_size - len(batch), REQUEST)
+                else:
+                    padding = np.zeros(batch_size - len(batch) if pad else 0, REQUEST)
                     padding["position"] = -1
                     images = images_of(np.concatenate([batch, padding]))[: len(batch)]
-                else:
-                    images = images_of(batch)
             yield np.arange(start, stop), images
 
     return sample_batches()
@@ -151,10 +149,10 @@ def generate_batch(
     pipeline: MoHDiTPipeline,
     guidance: Guidance,
     settings: SamplingSettings,
+    frames: int,
+    decode_batch_size: int | None,
+    on_step: OnStep | None,
     requests: np.ndarray,
-    frames: int = 0,
-    decode_batch_size: int | None = None,
-    on_step: OnStep | None = None,
 ) -> np.ndarray:
     """Sample one batch at once: uint8 (B, H, W, 3), or (B, frames, H, W, 3)."""
     kept: list[Tensor] = []
@@ -234,15 +232,11 @@ def plan_units(indices: np.ndarray, size: int) -> list[np.ndarray]:
     Returns:
         For each unit an int64 (size,) array of positions in ``indices``, -1 for an empty row.
     """
-    units: list[np.ndarray] = []
-    filled = [0] * size  # for each row, the number of units in which it is filled
-    for position, index in enumerate(indices.tolist()):
-        row = index % size
-        if filled[row] == len(units):
-            units.append(np.full(size, -1))
-        units[filled[row]][row] = position
-        filled[row] += 1
-    return units
+    rows = indices % size
+    unit = np.tril(rows[:, None] == rows, -1).sum(1)  # number of earlier images in the same row
+    units = np.full((unit.max(initial=-1) + 1, size), -1)
+    units[unit, rows] = np.arange(len(indices))
+    return list(units)
 
 
 def run_in_units(
@@ -289,23 +283,16 @@ def evaluation_mode(*models: MoHDiTTransformer2DModel | None) -> Iterator[None]:
     images. The gathered backend pads each image to the longest list of queries in its unit. Its
     products would have other shapes, and round differently, beside other images.
     """
-    given = [model for model in models if model is not None]
-    training = [model for model in given if model.training]
-    layers = [
-        (layer, layer.attention_backend)
-        for model in given
-        for layer in model.modules()
-        if isinstance(layer, MoHAttention) and runs_in_units(model)
-        if images_per_unit(model) > 1
-    ]
-    for model in training:
-        model.eval()
-    for layer, _ in layers:
-        layer.attention_backend = "reference"
-    try:
+    with ExitStack() as restore:
+        for model in filter(None, models):
+            if model.training:
+                restore.callback(model.train)
+                model.eval()
+            if runs_in_units(model) and images_per_unit(model) > 1:
+                for layer in model.modules():
+                    if isinstance(layer, MoHAttention):
+                        restore.callback(
+                            setattr, layer, "attention_backend", layer.attention_backend
+                        )
+                        layer.attention_backend = "reference"
         yield
-    finally:
-        for model in training:
-            model.train()
-        for layer, backend in layers:
-            layer.attention_backend = backend

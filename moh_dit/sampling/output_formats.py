@@ -97,9 +97,8 @@ def write_tar(
 ) -> None:
     """Write a WebDataset shard: ``000000000.png`` and ``000000000.cls`` (the label) per image."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for index, (png, label) in enumerate(
-            zip(encode_pngs(images), labels.tolist(), strict=True)
-        ):
+        labelled = zip(encode_pngs(images), labels.tolist(), strict=True)
+        for index, (png, label) in enumerate(labelled):
             for suffix, content in (("png", png), ("cls", str(label).encode())):
                 member = tarfile.TarInfo(f"{index:09d}.{suffix}")
                 member.size = len(content)
@@ -153,13 +152,7 @@ def save_animation(frames: Sequence[Image.Image], path: Path) -> None:
         mimwrite(path, even, format="mp4", fps=1000 / FRAME_MS, macro_block_size=2)  # type: ignore[arg-type]
         return
     durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
-    options: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
-    frames[0].save(
-        path,
-        format=path.suffix[1:].upper(),
-        save_all=True,
-        append_images=frames[1:],
-        duration=durations,
-        loop=0,
-        **options,
+    options: dict[str, Any] = dict(
+        append_images=frames[1:], duration=durations, loop=0, lossless=True
     )
+    frames[0].save(path, save_all=True, **options)  # GIF ignores ``lossless``

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +102,12 @@ def sample_picture(
         images = Axis("index", list(range(per_class)))
         rows = parse(config.rows) if config.rows else images
         columns = parse(config.columns) if config.columns else images
-        load_weights = cache(partial(load, config.checkpoint))
-        sheet = sample_sweep(
-            lambda name: pipeline if name == config.weights else load_weights(name),
-            config,
-            rows,
-            columns,
-            class_label=labels[0],
-            weights=config.weights,
-            **options,
-        )
+        options = {**options, "class_label": labels[0], "weights": config.weights}
+
+        def load_weights(name: str) -> MoHDiTPipeline:
+            return pipeline if name == config.weights else load(config.checkpoint, name)
+
+        sheet = sample_sweep(load_weights, config, rows, columns, **options)
     else:
         sheet = sample_grid(pipeline, config, labels, per_class, **options)
     return lambda path: save_sheet(sheet, path, settings)
@@ -124,10 +120,8 @@ def load_for_sampling(
     if config.compile and device.type != "cuda":
         raise UserError(f"compile needs a GPU, but the device is {device.type}; leave out compile")
     pipeline = load_pipeline(checkpoint, weights, config.autoencoder)
-    for module, dtype in (
-        (pipeline.transformer, config.dtype),
-        (pipeline.vae, config.decode_dtype),
-    ):
+    dtypes = {pipeline.transformer: config.dtype, pipeline.vae: config.decode_dtype}
+    for module, dtype in dtypes.items():
         if dtype != "float32":
             # ModelMixin.to of diffusers does the same, with a warning that does not apply here.
             torch.nn.Module.to(module, getattr(torch, dtype))

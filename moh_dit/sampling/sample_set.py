@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -118,8 +119,7 @@ def sample_set(
     batches = missing_batches(partial, len(labels), batch_size)
     state.wait_for_everyone()  # all processes list the missing batches before the first new one
 
-    progress = SetProgress(partial, len(labels), state.is_main_process, quiet)
-    with progress:
+    with closing(SetProgress(partial, len(labels), state.is_main_process, quiet)) as progress:
         for positions, images in generate(
             pipeline,
             labels.tolist(),
@@ -280,9 +280,6 @@ class SetProgress:
             resumed = f", {done} of them already finished" if done else ""
             print(f"sampling {total} images{resumed}; the rate leaves out the first batch")
 
-    def __enter__(self) -> "SetProgress":
-        return self
-
     def update(self) -> None:
         """Count the finished images. The first call, after the first batch, starts the clock."""
         if not self.measuring:
@@ -297,7 +294,8 @@ class SetProgress:
             self.rate = (done - self.start_count) / (time.monotonic() - self.start_time)
             self.bar.update(done - self.bar.n)
 
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Close the bar and print the rate."""
         if self.bar is not None:
             self.bar.close()
         if self.visible and self.rate:

@@ -112,15 +112,15 @@ def sample_sweep(
         cell_settings = replace(settings, **dict(changed))
         use_settings(pipelines[name], cell_settings, options.get("guidance_model"))
         jobs.append((pipelines[name], cell_settings, cells))
-    images: np.ndarray | None = None
+    images: dict[tuple[int, int], np.ndarray] = {}
     for pipeline, cell_settings, cells in jobs:
-        down, across, labels, indices = (list(part) for part in zip(*cells, strict=True))
+        labels, indices = [label for _, _, label, _ in cells], [index for *_, index in cells]
         batches = generate(pipeline, labels, cell_settings, indices=indices, **options)
-        sampled = np.concatenate([batch for _, batch in batches])
-        if images is None:
-            shape = (len(rows.values), len(columns.values), *sampled.shape[1:])
-            images = np.zeros(shape, np.uint8)
-        images[down, across] = sampled
-    assert images is not None
+        sampled = (image for _, batch in batches for image in batch)
+        images |= zip(((row, column) for row, column, *_ in cells), sampled, strict=True)
+    sheet = [
+        [images[row, column] for column, _ in enumerate(columns.values)]
+        for row, _ in enumerate(rows.values)
+    ]
     any_pipeline = next(iter(pipelines.values()))
-    return draw_sheet(images, rows.labels(any_pipeline), columns.labels(any_pipeline))
+    return draw_sheet(np.array(sheet), rows.labels(any_pipeline), columns.labels(any_pipeline))

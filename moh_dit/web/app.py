@@ -13,13 +13,12 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -27,7 +26,6 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..common.errors import UserError
 from .job_queue import FINISHED, Job, JobQueue, QueueFull
@@ -38,14 +36,15 @@ MAX_REQUEST_BYTES = 1 << 16
 KEEP_ALIVE_SECONDS = 15  # proxies close connections that are silent for a minute
 MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".yaml": "text/plain; charset=utf-8",
                ".json": "application/json"}  # fmt: skip
-# The browser may load resources only from this server, and other pages may not embed this one.
-HEADERS = {
-    "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
-    "form-action 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-}
+# Headers of every response. The browser may load resources only from this server, and other pages
+# may not embed this one.
+HEADERS = [
+    ("content-security-policy", "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
+     "form-action 'none'"),
+    ("x-content-type-options", "nosniff"),
+    ("referrer-policy", "no-referrer"),
+    ("cache-control", "no-store"),
+]  # fmt: skip
 
 
 class Server(uvicorn.Server):
@@ -58,6 +57,7 @@ class Server(uvicorn.Server):
             log_level="warning",
             access_log=False,
             server_header=False,
+            headers=HEADERS,
             timeout_graceful_shutdown=5,
         )
         super().__init__(settings)
@@ -136,10 +136,7 @@ def create_app(service: ImageService, jobs: JobQueue, allowed_hosts: list[str]) 
             Route("/images/{id}/{name}", file),
             Mount("/page", StaticFiles(directory=PAGE)),
         ],
-        middleware=[
-            Middleware(add_headers),
-            Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts),
-        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts)],
         exception_handlers={UserError: error_response, HTTPException: error_response},
     )
 
@@ -174,17 +171,3 @@ async def error_response(request: Request, error: Exception) -> Response:
     elif isinstance(error, QueueFull):
         status = 503
     return JSONResponse({"error": text}, status)
-
-
-def add_headers(app: ASGIApp) -> Callable[[Scope, Receive, Send], Any]:
-    """Add ``HEADERS`` to each response."""
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        await app(scope, receive, send_with_headers)
-
-    return answer

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..common.errors import UserError
 from ..common.paths import split_hub_id
-from ..sampling.config import ModelSettings, Precision, SampleConfig
+from ..sampling.config import ModelSettings, Precision, SampleConfig, require_at_least
 
 
 @dataclass(kw_only=True)
@@ -37,10 +37,8 @@ class DemoConfig(ModelSettings):
 
     def check_paths(self) -> None:
         """Raise ``UserError`` for invalid values and for a checkpoint that does not exist."""
-        at_least = dict(max_images=1, max_inference_steps=1, max_waiting=0, previews=0)
-        for name, least in dict(at_least, batch_size=1).items():
-            if (value := getattr(self, name)) < least:
-                raise UserError(f"{name} is {value}; it must be at least {least}")
+        require_at_least(self, max_images=1, max_inference_steps=1, max_waiting=0)
+        require_at_least(self, previews=0, batch_size=1)
         if not 0 <= self.port < 1 << 16:
             raise UserError(f"port is {self.port}; it must be between 0 and 65535")
         split_hub_id(self.checkpoint)
