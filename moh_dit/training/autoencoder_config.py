@@ -4,7 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..common.errors import UserError
 from ..common.paths import require_autoencoder, require_data, require_new_output
+
+LOWER_BOUNDS = {
+    "num_steps": 1, "batch_size": 1, "num_held_out": 0, "num_workers": 0, "cache_images_gib": 0,
+    "checkpoint_every": 1,
+}  # fmt: skip
 
 
 @dataclass
@@ -29,6 +35,9 @@ class AutoencoderTrainingConfig:
 
     output: str
     """Folder to write. It must not exist."""
+    resume: bool = False
+    """Continue an unfinished training from its checkpoint in OUTPUT.partial, or start if there is
+    none."""
     data: str = "digits"
     """"digits", a folder with one sub-folder for each class, tar shards, or hf://OWNER/NAME."""
     image_size: int = 32
@@ -60,13 +69,55 @@ class AutoencoderTrainingConfig:
     num_held_out: int = 64
     """Images kept out of training for the measurements; 0 measures on training images."""
     num_workers: int = 0
-    """Data-loader workers per process."""
+    """Data-loader workers per process. Once all images are kept in memory, the workers end."""
+    cache_images_gib: float = 4.0
+    """Keep decoded images in memory if all of them fit into this many GiB per process; 0 reads
+    every image again in each epoch."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Precision of the network. bf16 uses autocast, channels-last memory and a fused AdamW; the
+    weights, the posterior and the loss stay float32. Use it on GPUs."""
+    allow_tf32: bool | None = None
+    """Allow TF32 in float32 matrix products and convolutions on CUDA; null allows it in
+    convolutions only, the default of torch."""
+    compile: bool = False
+    """Compile encoder and decoder with torch.compile."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints in OUTPUT.partial, which is removed at the end. A checkpoint
+    replaces the previous one."""
     seed: int = 0
     """Seed of the initial weights, the order of images, the flips and the posterior samples."""
 
+    @property
+    def partial(self) -> Path:
+        """Folder of the checkpoints of an unfinished training, beside the output."""
+        output = Path(self.output)
+        return output.with_name(f"{output.name}.partial")
+
     def check_paths(self) -> None:
-        """Raise ``UserError`` if the data or ``initial`` is missing, or the output exists."""
+        """Raise ``UserError`` if an input is missing, or the output exists.
+
+        Checkpoints of an unfinished training are an error without ``resume``.
+        """
         require_data(self.data)
         if self.initial is not None:
             require_autoencoder(self.initial)
-        require_new_output(Path(self.output))
+        output = Path(self.output)
+        if self.resume and output.exists():
+            raise UserError(f"output {output} is already finished: give another name")
+        require_new_output(output)
+        if self.partial.exists() and not self.resume:
+            raise UserError(
+                f"{self.partial} is an unfinished training: continue it with --resume, give "
+                "another output, or remove it"
+            )
+
+    def check_values(self, num_processes: int) -> None:
+        """Raise ``UserError`` for numbers that are out of range or cannot be divided."""
+        for key, least in LOWER_BOUNDS.items():
+            if not getattr(self, key) >= least:
+                raise UserError(f"{key} is {getattr(self, key)}: it must be at least {least}")
+        if self.batch_size % num_processes:
+            raise UserError(
+                f"batch_size {self.batch_size} is not divisible by the number of processes, "
+                f"{num_processes}"
+            )

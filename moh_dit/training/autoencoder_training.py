@@ -4,11 +4,10 @@ The loss is ``reconstruction + kl_weight · KL``. The reconstruction error is av
 the KL divergence over latent values (Kingma & Welling 2014, eq. 10, with the weight of β-VAE).
 """
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import closing
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,26 +15,22 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
-from PIL import Image
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from fid_eval.progress import progress_bar
 
-from ..autoencoder import (
-    LatentScaling,
-    decode_latents,
-    encode_moments,
-    latent_scaling,
-    latent_shape,
-    load_autoencoder,
-    sample_posterior,
-)
-from ..common.atomic_write import atomic_output
-from ..common.cli import save_config
+from ..autoencoder import latent_shape, load_autoencoder
+from ..common.atomic_write import remove
+from ..common.distributed import run_on_main_process
 from ..common.errors import UserError
-from ..data.images import ImageSet, load_batch, open_images, read_batches
-from ..data.pixels import to_float, to_pixels
+from ..data.images import ImageSet, open_images
+from ..data.pixels import to_float
+from .autoencoder_checkpoint import AutoencoderCheckpoint
 from .autoencoder_config import AutoencoderTrainingConfig
+from .autoencoder_results import measure, write_results
+from .image_cache import CachedImages, decoded_gib, read_training_batches
+from .preemption import PREEMPTED, Preemption
 
 
 class _Autoencode(nn.Module):
@@ -51,35 +46,37 @@ class _Autoencode(nn.Module):
         Returns:
             Reconstructions (B, 3, H, W), and the KL divergence averaged over latent values, (B,).
         """
-        posterior = self.vae.encode(images).latent_dist
-        std = posterior.std
-        if self.latent_noise:  # variances of independent noises add up
-            axes = dict(dim=(0, 2, 3), keepdim=True)
-            variance = posterior.mean.var(**axes) + posterior.var.mean(**axes)  # of each channel
-            std = (posterior.var + self.latent_noise**2 * variance.detach()).sqrt()
-        latents = posterior.mean + std * noise
-        return self.vae.decode(latents).sample, posterior.kl() / noise[0].numel()
+        moments = self.vae.encode(images).latent_dist.parameters
+        with torch.autocast(images.device.type, enabled=False):
+            posterior = DiagonalGaussianDistribution(moments.float())
+            std = posterior.std
+            if self.latent_noise:  # variances of independent noises add up
+                axes = dict(dim=(0, 2, 3), keepdim=True)
+                variance = posterior.mean.var(**axes) + posterior.var.mean(**axes)  # of a channel
+                std = (posterior.var + self.latent_noise**2 * variance.detach()).sqrt()
+            latents = posterior.mean + std * noise
+            kl = posterior.kl() / noise[0].numel()
+        return self.vae.decode(latents).sample, kl
 
 
 def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
     """Train an autoencoder, write it to ``config.output`` and return its measurements.
 
+    After SIGTERM, save a checkpoint and exit with code 75.
+
     Raises:
-        UserError: bad data, an existing output folder, or sizes that are not divisible.
+        UserError: bad data, an existing output folder, sizes that are not divisible, or a
+            checkpoint of other settings.
+        SystemExit: code 75 after SIGTERM.
     """
+    preemption = Preemption()
     config.check_paths()
     set_seed(config.seed)  # gives every process the same initial weights
     vae = load_autoencoder(config.initial) if config.initial else _new_autoencoder(config)
     vae = vae.train().requires_grad_(True)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    if min(config.num_steps, config.batch_size) < 1 or config.num_held_out < 0:
-        raise UserError("num_steps and batch_size must be at least 1, num_held_out at least 0")
-    if config.batch_size % accelerator.num_processes:
-        raise UserError(
-            f"batch_size {config.batch_size} is not divisible by the number of processes, "
-            f"{accelerator.num_processes}"
-        )
-    noise_shape = latent_shape(vae, config.image_size)
+    accelerator = _make_accelerator(config)
+    config.check_values(accelerator.num_processes)
+    latent_shape(vae, config.image_size)  # raises for a size that is not divisible
     images = open_images(
         config.data,
         config.image_size,
@@ -93,39 +90,114 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
             f"data {config.data} has {len(images)} images, too few for num_held_out "
             f"{config.num_held_out} and batch_size {config.batch_size}"
         )
+    images = _cache_if_small(images, config, accelerator)
+    with preemption.deferred():
+        stopped = _train(vae, images, training, config, accelerator, preemption)
+        metrics = None
+        if not stopped:
+            measured = held_out if len(held_out) else training
+            metrics = run_on_main_process(
+                accelerator, lambda: _finish(vae, images, training, measured, config)
+            )
+    if metrics is None:
+        accelerator.print(f"stopped by SIGTERM, saved {config.partial}; continue with --resume")
+        raise SystemExit(PREEMPTED)
+    return metrics
 
-    model = _Autoencode(vae, config.latent_noise)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+
+def _make_accelerator(config: AutoencoderTrainingConfig) -> Accelerator:
+    """Join the process group, if there is one, and set the precision."""
+    if config.allow_tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(config.num_steps))
-    model, optimizer = accelerator.prepare(model, optimizer)
+
+
+def _cache_if_small(
+    images: ImageSet, config: AutoencoderTrainingConfig, accelerator: Accelerator
+) -> ImageSet:
+    """Keep decoded images in memory if they fit into ``cache_images_gib``; print the decision."""
+    size = decoded_gib(images)
+    fits = size <= config.cache_images_gib
+    accelerator.print(
+        f"{len(images)} images, decoded {size:.3g} GiB: "
+        + ("kept in memory" if fits else "read again in each epoch")
+        + f" (cache_images_gib {config.cache_images_gib:g})"
+    )
+    return CachedImages(images) if fits else images
+
+
+def _train(
+    vae: AutoencoderKL,
+    images: ImageSet,
+    training: np.ndarray,
+    config: AutoencoderTrainingConfig,
+    accelerator: Accelerator,
+    preemption: Preemption,
+) -> bool:
+    """Train up to ``num_steps`` and save checkpoints; return whether SIGTERM stopped it."""
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    in_bf16 = config.mixed_precision == "bf16"
+    module = _Autoencode(vae, config.latent_noise)
+    memory_format = torch.channels_last if in_bf16 else torch.preserve_format
+    module.to(memory_format=memory_format)
+    if config.compile:
+        vae.encoder.compile()
+        vae.decoder.compile()
+    adamw = torch.optim.AdamW(
+        module.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=True if in_bf16 else None,
+    )
+    model, optimizer = accelerator.prepare(module, adamw)
+    checkpoint = AutoencoderCheckpoint(config, accelerator, images, vae, adamw)
+    start = checkpoint.restore() if config.resume else 0
+    if start == config.num_steps:
+        return False
+    lr_factor = _warmup_cosine(config.num_steps)
     distance = F.l1_loss if config.reconstruction == "l1" else F.mse_loss
-    generator = torch.Generator().manual_seed(config.seed + accelerator.process_index)
-    batches = read_batches(
+    generator = torch.Generator().manual_seed(config.seed + rank)
+    noise_shape = (config.batch_size // world_size, *latent_shape(vae, config.image_size))
+    for _ in range(start):  # repeat the draws of the completed steps
+        _draw(config, noise_shape, generator)
+    # bf16 converts pixels on the GPU. In float32 the CPU does, because a GPU rounds differently.
+    pixels_device = accelerator.device if in_bf16 else torch.device("cpu")
+    batches = read_training_batches(
         images,
-        _batch_indices(training, config, accelerator.process_index, accelerator.num_processes),
+        _batch_indices(training, config, rank, world_size, start),
         config.num_workers,
+        num_uncached=len(images) - len(training) // config.batch_size * config.batch_size,
     )
-    with progress_bar(
-        config.num_steps, desc="training", unit="step", enabled=accelerator.is_main_process
-    ) as progress:
-        for step, (batch, _) in enumerate(batches):
-            pixels = to_float(batch)
-            if config.horizontal_flip:
-                mirrored = torch.rand(len(pixels), generator=generator) < 0.5
-                pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-            noise = torch.randn(len(pixels), *noise_shape, generator=generator)
-            pixels, noise = pixels.to(accelerator.device), noise.to(accelerator.device)
-            decoded, kl = model(pixels, noise)
+    progress = progress_bar(
+        config.num_steps, desc="training", unit="step", initial=start,
+        enabled=accelerator.is_main_process,
+    )  # fmt: skip
+    with closing(batches), progress:
+        with Preemption.blocked():  # data-loader workers inherit the blocked SIGTERM
+            first = next(batches)
+        for step, batch in enumerate(chain([first], batches), start):
+            mirrored, noise = _draw(config, noise_shape, generator)
+            pixels = to_float(torch.as_tensor(batch).to(pixels_device))
+            if mirrored is not None:
+                mask = mirrored[:, None, None, None].to(pixels_device)
+                pixels = torch.where(mask, pixels.flip(-1), pixels)
+            pixels = pixels.to(accelerator.device, memory_format=memory_format)
+            decoded, kl = model(pixels, noise.to(accelerator.device))
             error, kl = distance(decoded, pixels), kl.mean()
             accelerator.backward(error + config.kl_weight * kl)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            for group in adamw.param_groups:
+                group["lr"] = config.learning_rate * lr_factor(step)
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
             progress.update()
-            if step % 50 == 0 or step == config.num_steps - 1:
+            stop = preemption.should_stop(accelerator, step + 1)
+            last = step == config.num_steps - 1
+            save = stop or last or (step + 1) % config.checkpoint_every == 0
+            if step % 50 == 0 or save:
                 values = [error.item(), kl.item()]
                 if not all(map(math.isfinite, values)):
                     raise UserError(
@@ -138,17 +210,38 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
                     f"PSNR {psnr:.1f} dB",
                     refresh=False,
                 )
+            if save:
+                checkpoint.save(step + 1)
+            if stop:
+                return True
+    return False
 
-    accelerator.wait_for_everyone()
-    metrics: dict[str, float] = {}
-    if accelerator.is_main_process:
-        vae = vae.eval().requires_grad_(False)
-        vae.register_to_config(sample_size=config.image_size)
-        measured = held_out if len(held_out) else training
-        metrics = _measure(vae, images, training, measured, config)
-        output = _write_results(vae, images, measured, metrics, config)
-        print(f"wrote {output}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    accelerator.wait_for_everyone()
+
+def _draw(
+    config: AutoencoderTrainingConfig, noise_shape: tuple[int, ...], generator: torch.Generator
+) -> tuple[Tensor | None, Tensor]:
+    """Draw the random numbers of a step: which images to mirror, bool (B,), and the noise."""
+    mirrored = None
+    if config.horizontal_flip:
+        mirrored = torch.rand(noise_shape[0], generator=generator) < 0.5
+    return mirrored, torch.randn(noise_shape, generator=generator)
+
+
+def _finish(
+    vae: AutoencoderKL,
+    images: ImageSet,
+    training: np.ndarray,
+    measured: np.ndarray,
+    config: AutoencoderTrainingConfig,
+) -> dict[str, float]:
+    """Measure the autoencoder, write the output and remove the checkpoints."""
+    vae = vae.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
+    vae.register_to_config(sample_size=config.image_size)
+    with torch.compiler.set_stance("force_eager"):
+        metrics = measure(vae, images, training, measured, config)
+        output = write_results(vae, images, measured, metrics, config)
+    remove(config.partial)
+    print(f"wrote {output}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return metrics
 
 
@@ -173,14 +266,18 @@ def _new_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:
 
 
 def _batch_indices(
-    indices: np.ndarray, config: AutoencoderTrainingConfig, rank: int, world_size: int
+    indices: np.ndarray,
+    config: AutoencoderTrainingConfig,
+    rank: int,
+    world_size: int,
+    start: int = 0,
 ) -> Iterator[list[int]]:
-    """Yield this rank's part of each of ``num_steps`` global batches; shuffle in each epoch."""
+    """Yield this rank's part of each global batch after step ``start``; shuffle in each epoch."""
     size = config.batch_size
     per_epoch = len(indices) // size
-    for step in range(config.num_steps):
+    for step in range(start, config.num_steps):
         epoch, position = divmod(step, per_epoch)
-        if position == 0:
+        if position == 0 or step == start:
             order = np.random.default_rng((config.seed, epoch)).permutation(indices)
         yield order[position * size : (position + 1) * size][rank::world_size].tolist()
 
@@ -195,97 +292,3 @@ def _warmup_cosine(num_steps: int) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
     return factor
-
-
-def _measure(
-    vae: AutoencoderKL,
-    images: ImageSet,
-    training: np.ndarray,
-    held_out: np.ndarray,
-    config: AutoencoderTrainingConfig,
-) -> dict[str, float]:
-    """Set ``scaling_factor`` to 1/std of the latents and measure the autoencoder.
-
-    PSNR in dB is averaged over the held-out images. It is measured from the posterior mean, from a
-    posterior sample, and from the mean plus noise of 0.1 standard deviations of the latents.
-    """
-    generator = torch.Generator().manual_seed(config.seed)
-
-    def moments_of(indices: np.ndarray) -> Tensor:
-        parts = [
-            encode_moments(vae, to_float(load_batch(images, part)[0]).to(vae.device)).cpu()
-            for part in np.array_split(indices, -(-len(indices) // config.batch_size))
-        ]
-        return torch.cat(parts)
-
-    def normal(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator)
-
-    moments = moments_of(training[:4096])
-    latents = sample_posterior(moments, normal(moments.chunk(2, 1)[0]), LatentScaling(1.0))
-    vae.register_to_config(scaling_factor=1.0 / float(latents.std()), shift_factor=None)
-
-    pixels = to_float(load_batch(images, held_out)[0])
-    moments = moments_of(held_out)
-    scaling = latent_scaling(vae)
-    mean = sample_posterior(moments, torch.zeros(()), scaling)
-    noise = normal(mean)
-
-    def psnr(latents: Tensor) -> float:
-        parts = latents.split(config.batch_size)
-        decoded = torch.cat([decode_latents(vae, part.to(vae.device)).cpu() for part in parts])
-        errors = (decoded - pixels).square().mean(dim=(1, 2, 3)).clamp_min(1e-12)
-        return float((10 * torch.log10(4 / errors)).mean())
-
-    return {
-        "psnr": psnr(mean),
-        "psnr_posterior_sample": psnr(sample_posterior(moments, noise, scaling)),
-        "psnr_noise_0.1": psnr(mean + 0.1 * noise),
-        "posterior_std": float(torch.exp(0.5 * moments.chunk(2, 1)[1]).mean()) * scaling.factor,
-        "scaling_factor": scaling.factor,
-        "latent_mean": float(latents.mean()) * scaling.factor,
-        "latent_kurtosis": float((latents - latents.mean()).pow(4).mean() / latents.var() ** 2),
-    }
-
-
-def _write_results(
-    vae: AutoencoderKL,
-    images: ImageSet,
-    indices: np.ndarray,
-    metrics: dict[str, float],
-    config: AutoencoderTrainingConfig,
-) -> Path:
-    """Write weights, settings, metrics and a picture of reconstructions; return the folder."""
-    output = Path(config.output)
-    if output.exists():  # created during training; keep the result under another name
-        output = output.with_name(f"{output.name}-{os.getpid()}")
-    with atomic_output(output) as aside:
-        vae.save_pretrained(aside, safe_serialization=True)
-        save_config(config, aside / "training.yaml")
-        (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        before, _ = load_batch(images, indices[:24])
-        latents = sample_posterior(
-            encode_moments(vae, to_float(before).to(vae.device)),
-            torch.zeros((), device=vae.device),
-            latent_scaling(vae),
-        )
-        after = to_pixels(decode_latents(vae, latents)).numpy()
-        grid = Image.fromarray(_before_after(before, after))
-        enlarge = max(1, 64 // config.image_size)  # small images are hard to judge by eye
-        grid = grid.resize((grid.width * enlarge, grid.height * enlarge), Image.Resampling.NEAREST)
-        grid.save(aside / "reconstructions.png")
-    return output
-
-
-def _before_after(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Arrange originals above their reconstructions, both uint8 (N, S, S, 3), in rows of eight."""
-    _, size, _, channels = before.shape
-    gap = max(2, size // 16)
-    rows = []
-    for start in range(0, len(before), 8):
-        for part in (before[start : start + 8], after[start : start + 8]):
-            row = np.full((size, 8 * size, channels), 255, np.uint8)
-            row[:, : len(part) * size] = part.transpose(1, 0, 2, 3).reshape(size, -1, channels)
-            rows.append(row)
-        rows.append(np.full((gap, 8 * size, channels), 255, np.uint8))
-    return np.concatenate(rows[:-1])
