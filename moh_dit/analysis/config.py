@@ -10,6 +10,7 @@ from ..sampling.config import (
     ModelSettings,
     SampleConfig,
     SamplingSettings,
+    require_at_least,
     require_writable_output,
 )
 from ..training.config import TrainConfig
@@ -47,10 +48,7 @@ class HeadLoadConfig(SamplingSettings, ModelSettings):
         Raises:
             UserError: a value is invalid.
         """
-        at_least = dict(timestep_ranges=1, map_images=0, map_steps=1)
-        for name, least in at_least.items():
-            if (value := getattr(self, name)) < least:
-                raise UserError(f"{name} is {value}; it must be at least {least}")
+        require_at_least(self, timestep_ranges=1, map_images=0, map_steps=1)
         config = SampleConfig.from_config(self, output="grid.png")
         config.check()
         return config
@@ -97,8 +95,7 @@ class CostConfig(TrainConfig):
             raise UserError(f"checkpoint already determines the model; leave out {second}")
         if self.preset is not None and self.model.preset is not None:
             raise UserError("preset and model.preset are both given; leave one out")
-        if self.num_gpus < 1:
-            raise UserError(f"num_gpus is {self.num_gpus}; it must be at least 1")
+        require_at_least(self, num_gpus=1)
         if not 0 < self.mfu <= 1:
             raise UserError(f"mfu is {self.mfu}; it must be above 0 and at most 1")
         if self.checkpoint is not None and not Path(self.checkpoint).exists():
@@ -125,8 +122,7 @@ class ReportConfig:
             raise UserError(f"output {output}: a report is an .html file")
         if output.exists() and not self.replace:
             raise UserError(f"output {output} exists; give another name, or --replace")
-        if self.max_grids < 1:
-            raise UserError(f"max_grids is {self.max_grids}; it must be at least 1")
+        require_at_least(self, max_grids=1)
         for run in self.runs:
             if not Path(run).is_dir():
                 raise UserError(f"run {run} does not exist, or is not a folder")

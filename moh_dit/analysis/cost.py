@@ -23,6 +23,9 @@ from .memory_estimate import activation_bytes, state_bytes
 
 GIB = 2**30
 DIGITS_CLASSES, IMAGENET_CLASSES = 10, 1000
+# Settings of the run that the result repeats.
+REPEATED_SETTINGS = ("batch_size", "num_steps", "mixed_precision", "compile",
+                     "gradient_checkpointing")  # fmt: skip
 PUBLISHED_LATENTS = (4, 8)  # latent channels; side of the image over side of the latent
 # Parts of the model, with strings in the names of their parameters. The first match counts.
 PARTS = {
@@ -87,11 +90,7 @@ def estimate_cost(config: CostConfig) -> dict[str, Any]:
             "active_heads": heads - sum(map(skipped_heads, layers)),
         },
         "parameters": {"total": model.num_parameters(), **parameters_by_part(model)},
-        "flops_per_image": {
-            "total": per_image,
-            **flops,
-            "saved_by_skipped_heads": skipped,
-        },
+        "flops_per_image": {"total": per_image, **flops, "saved_by_skipped_heads": skipped},
         "memory_per_gpu": {
             "batch": micro_batch,
             "total": sum(state.values()) + activations,
@@ -100,11 +99,7 @@ def estimate_cost(config: CostConfig) -> dict[str, Any]:
             **state,
         },
         "training": {
-            "batch_size": train.batch_size,
-            "num_steps": train.num_steps,
-            "mixed_precision": train.mixed_precision,
-            "compile": train.compile,
-            "gradient_checkpointing": train.gradient_checkpointing,
+            **{name: getattr(train, name) for name in REPEATED_SETTINGS},
             "gpu": config.gpu if not train.peak_tflops else "given peak",
             "num_gpus": config.num_gpus,
             "peak_flops": peak,

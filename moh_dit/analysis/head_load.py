@@ -14,11 +14,13 @@ import threading
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import Tensor
 
@@ -90,9 +92,9 @@ class HeadLoad:
                     "shared_heads": self.num_shared[layer],
                     "routed_heads": self.activated[layer].shape[-1],
                     "active_routed_heads": self.num_active[layer],
-                    "share": _rounded(self.share(layer)),
-                    "share_by_class_half": _rounded(self.share(layer, "class", "half")),
-                    "share_by_class_half_timestep": _rounded(self.share(layer, *AXES)),
+                    "share": _rounded(self.share(layer)).tolist(),
+                    "share_by_class_half": _rounded(self.share(layer, "class", "half")).tolist(),
+                    "share_by_class_half_timestep": _rounded(self.share(layer, *AXES)).tolist(),
                     "tokens_by_class_half_timestep": self.tokens[layer].tolist(),
                 }
                 for layer in self.layers
@@ -161,11 +163,12 @@ class HeadLoadRecorder:
         self.map_images, self.map_steps = frozenset(map_images), frozenset(map_steps)
         self.maps: dict[tuple[int, int], HeadMap] = {}
         """Maps by (position of the image, step)."""
-        cells = (model.config.num_classes * len(HALVES) * timestep_ranges,)
-        new, device = torch.zeros, model.device
-        self._tokens = {i: new(cells, dtype=torch.int64, device=device) for i in self._layers}
-        self._activated = {
-            i: new((*cells, _count_routed_heads(layer)), dtype=torch.int64, device=device)
+        cells = model.config.num_classes * len(HALVES) * timestep_ranges
+        # For each layer (cells, E + 1): tokens that activated each routed head, then all tokens.
+        self._counts = {
+            i: torch.zeros(
+                cells, _count_routed_heads(layer) + 1, dtype=torch.int64, device=model.device
+            )
             for i, layer in self._layers.items()
         }
         self._seen = threading.local()
@@ -176,11 +179,12 @@ class HeadLoadRecorder:
         with ExitStack() as attached:
             # Compiled code does not run hooks that are registered after compilation.
             attached.enter_context(torch.compiler.set_stance("force_eager"))
-            hook = self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
-            attached.callback(hook.remove)
+            attached.enter_context(
+                self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+            )
             for index, layer in self._layers.items():
-                hook = layer.register_forward_pre_hook(self._before_layer(index))
-                attached.callback(hook.remove)
+                before = partial(self._before_layer, index)
+                attached.enter_context(layer.register_forward_pre_hook(before))
             self._attached = attached.pop_all()
         return self
 
@@ -191,14 +195,11 @@ class HeadLoadRecorder:
         given = signature(type(model).forward).bind(model, *args, **kwargs).arguments
         self._seen.evaluation = _Evaluation(given["timestep"], given["class_labels"], {})
 
-    def _before_layer(self, index: int) -> Any:
-        @torch.no_grad()
-        def hook(layer: MoHAttention, args: tuple) -> None:
-            gates, _ = layer.route(args[0])
-            assert gates is not None  # routed layers have a router
-            self._seen.evaluation.gates[index] = gates[..., layer.num_shared_heads or 0 :]
-
-        return hook
+    @torch.no_grad()
+    def _before_layer(self, index: int, layer: MoHAttention, args: tuple) -> None:
+        gates, _ = layer.route(args[0])
+        assert gates is not None  # routed layers have a router
+        self._seen.evaluation.gates[index] = gates[..., layer.num_shared_heads or 0 :]
 
     def on_step(self, positions: np.ndarray, step: int, latents: Tensor) -> None:
         """Count the last model evaluation of this thread. Pass this to ``generate``.
@@ -219,31 +220,31 @@ class HeadLoadRecorder:
         real = torch.from_numpy(positions >= 0).to(device).repeat(halves).long()
         with self._lock:
             for index, gates in seen.gates.items():
-                activated = (gates > 0).sum(1) * real[:, None]
-                self._activated[index].index_add_(0, cell, activated)
-                self._tokens[index].index_add_(0, cell, real * gates.shape[1])
+                counts = F.pad((gates > 0).sum(1), (0, 1), value=gates.shape[1])
+                self._counts[index].index_add_(0, cell, counts * real[:, None])
         if step in self.map_steps:
             for row, position in enumerate(positions.tolist()):
                 if position in self.map_images:
-                    self.maps[position, step] = HeadMap(
-                        float(seen.timestep.expand(rows)[row]),
-                        latents[row].cpu(),
-                        {i: _greatest_gate(gates[row]) for i, gates in seen.gates.items()},
-                    )
+                    heads = {
+                        i: gates[row].argmax(-1).to(torch.uint8).cpu().numpy()
+                        for i, gates in seen.gates.items()
+                    }
+                    timestep = float(seen.timestep.expand(rows)[row])
+                    self.maps[position, step] = HeadMap(timestep, latents[row].cpu(), heads)
 
     def result(self) -> HeadLoad:
         """Return the counts so far, summed over all processes. Every process must call this."""
         shape = (self.model.config.num_classes, len(HALVES), self.timestep_ranges)
-        tokens = {i: _all_reduce(count).reshape(shape) for i, count in self._tokens.items()}
-        activated = {
-            i: _all_reduce(count).reshape(*shape, -1) for i, count in self._activated.items()
+        counts = {
+            i: reduce(count, "sum").cpu().numpy().reshape(*shape, -1)
+            for i, count in self._counts.items()
         }
-        (classes,) = np.nonzero(sum(count.sum((1, 2)) for count in tokens.values()))
+        (classes,) = np.nonzero(sum(count[..., -1].sum((1, 2)) for count in counts.values()))
         return HeadLoad(
             classes.tolist(),
             np.linspace(0, self.num_train_timesteps, self.timestep_ranges + 1),
-            {index: counts[classes] for index, counts in activated.items()},
-            {index: counts[classes] for index, counts in tokens.items()},
+            {index: count[classes, ..., :-1] for index, count in counts.items()},
+            {index: count[classes, ..., -1] for index, count in counts.items()},
             {index: layer.num_shared_heads or 0 for index, layer in self._layers.items()},
             {index: layer.num_active_routed_heads for index, layer in self._layers.items()},
         )
@@ -253,16 +254,7 @@ def _count_routed_heads(layer: MoHAttention) -> int:
     return layer.num_heads - (layer.num_shared_heads or 0)
 
 
-def _all_reduce(counts: Tensor) -> np.ndarray:
-    return reduce(counts, "sum").cpu().numpy()
-
-
-def _greatest_gate(gates: Tensor) -> np.ndarray:
-    return gates.argmax(-1).to(torch.uint8).cpu().numpy()
-
-
-def _rounded(shares: np.ndarray) -> Any:
-    """Return nested lists of numbers with six decimals, ``None`` for NaN."""
-    if shares.ndim:
-        return [_rounded(part) for part in shares]
-    return None if np.isnan(shares) else round(float(shares), 6)
+@partial(np.vectorize, otypes=[object])
+def _rounded(share: float) -> float | None:
+    """Round each share of an array to six decimals; ``None`` for NaN."""
+    return None if np.isnan(share) else round(float(share), 6)

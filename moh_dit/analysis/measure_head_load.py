@@ -30,16 +30,9 @@ from ..sampling.grids import class_name
 from ..sampling.sample import load_for_sampling, parse_labels, pin_checkpoint, start_processes
 from ..sampling.sample_set import weights_digest
 from ..training.run_log import environment
+from . import head_load_figures
 from .config import HeadLoadConfig
 from .head_load import HeadLoad, HeadLoadRecorder, HeadMap
-from .head_load_figures import (
-    class_bars,
-    class_map,
-    draw_head_maps,
-    layer_map,
-    timestep_map,
-    to_bytes,
-)
 
 
 def measure_head_load(config: HeadLoadConfig) -> None:
@@ -57,10 +50,10 @@ def measure_head_load(config: HeadLoadConfig) -> None:
     if state.is_main_process:
         names = [class_name(pipeline, label) for label in load.classes]
         figures = {
-            "class-bars": class_bars(load, names, layer),
-            "class-map": class_map(load, names, layer),
-            "layer-map": layer_map(load),
-            "timestep-map": timestep_map(load, layer),
+            "class-bars": head_load_figures.class_bars(load, names, layer),
+            "class-map": head_load_figures.class_map(load, names, layer),
+            "layer-map": head_load_figures.layer_map(load),
+            "timestep-map": head_load_figures.timestep_map(load, layer),
         }
         document = {
             "settings": asdict(config),
@@ -73,7 +66,9 @@ def measure_head_load(config: HeadLoadConfig) -> None:
             folder.mkdir()
             for name, figure in figures.items():
                 for kind in ("png", "svg"):
-                    (folder / f"{name}.{kind}").write_bytes(to_bytes(figure, kind))
+                    (folder / f"{name}.{kind}").write_bytes(
+                        head_load_figures.to_bytes(figure, kind)
+                    )
             (folder / "head_load.json").write_text(json.dumps(document, indent=1))
             if maps:
                 rows = [class_name(pipeline, label) for label in classes[: config.map_images]]
@@ -161,7 +156,7 @@ def draw_maps(
         [decode_noisy(pipeline, maps[i, step].latents[None].to(device))[0] for step in steps]
         for i in indices
     ]
-    return draw_head_maps(
+    return head_load_figures.draw_head_maps(
         np.array(images),
         np.array([[maps[i, step].heads[layer] for step in steps] for i in indices]),
         np.array([finals[i] for i in indices]),

@@ -103,11 +103,8 @@ def _elements(*layers: nn.Module) -> int:
 
 def projected_width(attention: MoHAttention) -> int:
     """Return the columns of the joint projection: q, k, v, router logits and padding."""
-    rows = 3 * attention.num_heads * attention.head_dim
-    if attention.num_shared_heads is None:
-        return rows
-    rows += sum(map(len, attention.router_weights()))
-    return -(-rows // 64) * 64
+    rows = attention.qkv.out_features + sum(map(len, attention.router_weights()))
+    return rows if attention.num_shared_heads is None else -(-rows // 64) * 64
 
 
 def state_bytes(model: MoHDiTTransformer2DModel, num_averages: int) -> dict[str, int]:

@@ -113,9 +113,10 @@ def summary_rows(runs: list[Run]) -> list[tuple[str, list[str]]]:
     ]
     for label, key in (("last loss", "loss"), ("last noise MSE", "mse"),
                        ("last load balance", "balance")):  # fmt: skip
-        rows.append((label, [_number(_last(run.series(key)[1])) for run in runs]))
+        rows.append((label, [_number(next(reversed(run.series(key)[1]), None)) for run in runs]))
     for key in metric_keys(runs):
-        rows.append((f"last {key}", [_number(_last(run.metrics(key)[1])) for run in runs]))
+        last = [next(reversed(run.metrics(key)[1]), None) for run in runs]
+        rows.append((f"last {key}", [_number(value) for value in last]))
     rates = [run.series("images_per_second")[1] for run in runs]
     rows.append(("median images per second", [_number(_median(rate)) for rate in rates]))
     shares = [("median model FLOP utilisation", "mfu"), ("median wait for data", "data_wait")]
@@ -165,9 +166,10 @@ def logged_charts(
     charts = []
     for title, key, log in quantities:
         series = colored_series(run.series(key) for run in runs)
-        if any(value for line in series for value in line.values):
-            charts.append((title, line_chart(title, series, log=log)))
-    return [(title, chart) for title, chart in charts if chart]
+        not_zero = any(value for line in series for value in line.values)
+        if not_zero and (chart := line_chart(title, series, log=log)):
+            charts.append((title, chart))
+    return charts
 
 
 def head_load_charts(runs: list[Run]) -> tuple[dict[str, list[tuple[str, str]]], float]:
@@ -244,15 +246,9 @@ def environments(runs: list[Run]) -> list[tuple[str, dict[str, str]]]:
     for run in runs:
         for start in run.starts:
             packages = start.get("packages") or {}
-            facts = {
-                "time": start.get("time"),
-                "device": start.get("device"),
-                "host": start.get("host"),
-                "command": start.get("command"),
-                "commit": start.get("git_commit"),
-                "python": start.get("python"),
-                "packages": ", ".join(f"{name} {v}" for name, v in packages.items() if v),
-            }
+            named = ("time", "device", "host", "command", "git_commit", "python")
+            facts = {key.removeprefix("git_"): start.get(key) for key in named}
+            facts["packages"] = ", ".join(f"{name} {v}" for name, v in packages.items() if v)
             title = f"{run.name}, from step {start.get('start_step', 0):,}"
             starts.append((title, {key: str(value) for key, value in facts.items() if value}))
     return starts
@@ -279,10 +275,6 @@ def _embedded(step: int, path: Path) -> Grid:
                 content, kind = smaller.getvalue(), "webp"
     uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return Grid(step, uri, width, height)
-
-
-def _last(values: list[float]) -> float | None:
-    return values[-1] if values else None
 
 
 def _median(values: list[float]) -> float | None:
