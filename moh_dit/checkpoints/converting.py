@@ -12,7 +12,7 @@ from ..model.architecture import describe_architecture, full_config
 from ..pipeline.pipeline import MoHDiTPipeline
 from .config import ConvertConfig
 from .opening import OpenedCheckpoint, load_vae_and_scheduler, open_checkpoint
-from .writing import PLANS, WriteOptions
+from .writing import PLANS
 
 
 def convert(config: ConvertConfig) -> None:
@@ -33,10 +33,7 @@ def convert(config: ConvertConfig) -> None:
     if config.to is None:
         return
     output = Path(config.output or "")
-    is_hub_id = not Path(config.source).exists()
-    base_model = "/".join(config.source.split("/")[:2]) if is_hub_id else None
-    options = WriteOptions(config.autoencoder, config.with_code, config.license, base_model)
-    write = PLANS[config.to](opened, options)
+    write = PLANS[config.to](opened, config)
     size = sum(tensor.nbytes for tensor in opened.state.values())
     require_disk_space(output, size * 1.02, f"output {output}")
     print(f"writing {output} ({format_bytes(size)})", flush=True)

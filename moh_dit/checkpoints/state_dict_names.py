@@ -121,6 +121,21 @@ def to_diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
     return converted
 
 
+def _matching_names(depth: int) -> Iterator[tuple[str, list[str]]]:
+    """Yield each name of this project with its names in diffusers: equal copies, or q, k and v."""
+    blocks = [f"transformer_blocks.{i}" for i in range(depth)]
+    for kind in ("weight", "bias"):
+        for own, theirs in OUTSIDE.items():
+            yield f"{own}.{kind}", [f"{theirs}.{kind}"]
+        for own, theirs in REPEATED.items():
+            if (own, kind) != (LABELS, "bias"):  # an embedding has no bias
+                yield f"{own}.{kind}", [f"{block}.{theirs}.{kind}" for block in blocks]
+        for i, block in enumerate(blocks):
+            for own, theirs in BLOCK.items():
+                yield f"blocks.{i}.{own}.{kind}", [f"{block}.{theirs}.{kind}"]
+            yield f"blocks.{i}.attn.qkv.{kind}", [f"{block}.{part}.{kind}" for part in QKV]
+
+
 def from_diffusers(state: State, config: dict[str, Any]) -> State:
     """Convert the state dict of a ``DiTTransformer2DModel`` to this project's names.
 
@@ -130,27 +145,14 @@ def from_diffusers(state: State, config: dict[str, Any]) -> State:
         UserError: a name is missing or unknown, or the embedders differ between blocks.
     """
     converted: State = {}
-    depth = config["depth"]
-
-    def take(key: str) -> Tensor:
-        if key not in state:
-            raise UserError(f"missing: {key}")
-        return state.pop(key)
-
-    for kind in ("weight", "bias"):
-        for own, theirs in OUTSIDE.items():
-            converted[f"{own}.{kind}"] = take(f"{theirs}.{kind}")
-        for own, theirs in REPEATED.items():
-            if (own, kind) == (LABELS, "bias"):  # an embedding has no bias
-                continue
-            copies = (take(f"transformer_blocks.{i}.{theirs}.{kind}") for i in range(depth))
-            converted[f"{own}.{kind}"] = _require_equal(copies, f"{theirs}.{kind}")
-        for i in range(depth):
-            for own, theirs in BLOCK.items():
-                key = f"blocks.{i}.{own}.{kind}"
-                converted[key] = take(f"transformer_blocks.{i}.{theirs}.{kind}")
-            parts = [take(f"transformer_blocks.{i}.{part}.{kind}") for part in QKV]
-            converted[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
+    for own, names in _matching_names(config["depth"]):
+        if missing := [name for name in names if name not in state]:
+            raise UserError(f"missing: {missing[0]}")
+        tensors = [state.pop(name) for name in names]
+        if ".qkv." in own:
+            converted[own] = torch.cat(tensors)
+        else:
+            converted[own] = _require_equal(tensors, names[0].partition(".0.")[2])
     dtype = converted["x_embedder.proj.weight"].dtype
     stored = state.pop(DIFFUSERS_POSITIONS, None)
     converted[POSITIONS] = position_table(config).to(dtype) if stored is None else stored
@@ -168,21 +170,14 @@ def to_diffusers(state: State, config: dict[str, Any]) -> State:
     Raises:
         UserError: the positions are not the sin-cos table.
     """
-    depth, converted = config["depth"], {}
-    for kind in ("weight", "bias"):
-        for own, theirs in OUTSIDE.items():
-            converted[f"{theirs}.{kind}"] = state[f"{own}.{kind}"]
-        for i in range(depth):
-            block = f"transformer_blocks.{i}"
-            for own, theirs in REPEATED.items():
-                if (key := f"{own}.{kind}") in state:
-                    # Copied, because safetensors does not write one tensor under several names.
-                    converted[f"{block}.{theirs}.{kind}"] = state[key].clone()
-            for own, theirs in BLOCK.items():
-                converted[f"{block}.{theirs}.{kind}"] = state[f"blocks.{i}.{own}.{kind}"]
-            parts = state[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)
-            for name, part in zip(QKV, parts, strict=True):
-                converted[f"{block}.{name}.{kind}"] = part
+    converted: State = {}
+    for own, names in _matching_names(config["depth"]):
+        if ".qkv." in own:
+            converted |= zip(names, state[own].chunk(3), strict=True)
+        else:
+            # Further copies, because safetensors does not write one tensor under several names.
+            copies = [state[own], *(state[own].clone() for _ in names[1:])]
+            converted |= zip(names, copies, strict=True)
     positions, computed = state[POSITIONS], position_table(config)
     if not torch.allclose(positions.float(), computed.to(positions.dtype).float(), atol=1e-5):
         raise UserError(
@@ -202,13 +197,12 @@ def position_table(config: dict[str, Any]) -> Tensor:
     return table.float().unsqueeze(0)
 
 
-def _require_equal(copies: Iterator[Tensor], name: str) -> Tensor:
+def _require_equal(copies: list[Tensor], name: str) -> Tensor:
     """Return the first of several tensors, or raise ``UserError`` if another one differs."""
-    first = next(copies)
-    for i, copy in enumerate(copies, start=1):
-        if not torch.equal(first, copy):
+    for i, copy in enumerate(copies[1:], start=1):
+        if not torch.equal(copies[0], copy):
             raise UserError(
                 f"{name} differs between block 0 and block {i}: a DiT has one timestep and one "
                 "label embedder for all blocks"
             )
-    return first
+    return copies[0]

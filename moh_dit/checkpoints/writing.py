@@ -6,7 +6,6 @@ returns the function that writes it to a path. So every error is raised before a
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,10 @@ from ..common.errors import UserError
 from ..diffusion.samplers import named_scheduler, prediction_type
 from ..model.architecture import find_preset
 from ..model.transformer import MoHDiTTransformer2DModel
+from ..pipeline import model_card
 from ..pipeline.bundled_code import write_code
-from ..pipeline.model_card import (
-    CardDetails,
-    card_license,
-    card_matches_model,
-    copy_or_write_card,
-    run_details,
-    write_card,
-)
 from ..pipeline.pipeline import MoHDiTPipeline
+from .config import ConvertConfig
 from .opening import OpenedCheckpoint, load_vae_and_scheduler
 from .runs import WEIGHTS
 from .state_dict_names import to_diffusers, to_diffusers_config
@@ -35,24 +28,7 @@ from .weight_files import write_safetensors, write_torch
 Write = Callable[[Path], None]
 
 
-@dataclass
-class WriteOptions:
-    """What to write in addition to the weights.
-
-    Attributes:
-        autoencoder: a folder or hub id, used instead of the source's autoencoder.
-        with_code: whether to write the code into a pipeline folder.
-        license: licence of the weights; ``None`` for the one in the source's card.
-        base_model: hub id of the source.
-    """
-
-    autoencoder: str | None = None
-    with_code: bool = False
-    license: str | None = None
-    base_model: str | None = None
-
-
-def plan_model(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
+def plan_model(opened: OpenedCheckpoint, settings: ConvertConfig) -> Write:
     """Prepare a model folder of this project: ``config.json`` and safetensors."""
     model = _empty_model(opened)
 
@@ -64,18 +40,19 @@ def plan_model(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
     return write
 
 
-def plan_pipeline(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
+def plan_pipeline(opened: OpenedCheckpoint, settings: ConvertConfig) -> Write:
     """Prepare a pipeline folder of this project: model, autoencoder, scheduler and model card."""
     config, source = _config(opened), opened.folder
-    write_model = plan_model(opened, options)
-    vae, scheduler = load_vae_and_scheduler(opened, config, options.autoencoder)
+    write_model = plan_model(opened, settings)
+    vae, scheduler = load_vae_and_scheduler(opened, config, settings.autoencoder)
     pipeline = MoHDiTPipeline(
         _empty_model(opened), vae, scheduler, class_names=opened.class_names()
     )
-    details = run_details(source) if source else CardDetails()
-    license = options.license or (card_license(source) if source else None)
+    details = model_card.run_details(source) if source else model_card.CardDetails()
+    license = settings.license or (model_card.card_license(source) if source else None)
     details.license = license or details.license
-    details.base_model = options.base_model
+    if not Path(settings.source).exists():  # the source is a hub id
+        details.base_model = "/".join(settings.source.split("/")[:2])
 
     def write(folder: Path) -> None:
         folder.mkdir()
@@ -83,17 +60,17 @@ def plan_pipeline(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
         write_model(folder / "transformer")
         vae.save_pretrained(folder / "vae")
         scheduler.save_pretrained(folder / "scheduler")
-        if source and options.license is None and card_matches_model(source, config):
-            copy_or_write_card(folder, str(source), config)
+        if source and settings.license is None and model_card.card_matches_model(source, config):
+            model_card.copy_or_write_card(folder, str(source), config)
         else:
-            write_card(folder, config, details)
-        if options.with_code:
+            model_card.write_card(folder, config, details)
+        if settings.with_code:
             write_code(folder)
 
     return write
 
 
-def plan_published(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
+def plan_published(opened: OpenedCheckpoint, settings: ConvertConfig) -> Write:
     """Prepare a ``.pt`` file with the state dict alone, like the published checkpoints."""
     if _config(opened)["router"] != "learned":
         raise UserError(
@@ -108,7 +85,7 @@ def plan_published(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
     return lambda file: write_torch(file, opened.state)
 
 
-def plan_diffusers(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
+def plan_diffusers(opened: OpenedCheckpoint, settings: ConvertConfig) -> Write:
     """Prepare a model folder of diffusers' ``DiTTransformer2DModel``."""
     config = to_diffusers_config(_config(opened))
     state = to_diffusers(opened.state, _config(opened))
@@ -122,10 +99,10 @@ def plan_diffusers(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
     return write
 
 
-def plan_diffusers_pipeline(opened: OpenedCheckpoint, options: WriteOptions) -> Write:
+def plan_diffusers_pipeline(opened: OpenedCheckpoint, settings: ConvertConfig) -> Write:
     """Prepare a pipeline folder of diffusers' ``DiTPipeline``."""
-    write_model = plan_diffusers(opened, options)
-    vae, scheduler = load_vae_and_scheduler(opened, _config(opened), options.autoencoder)
+    write_model = plan_diffusers(opened, settings)
+    vae, scheduler = load_vae_and_scheduler(opened, _config(opened), settings.autoencoder)
     if prediction_type(scheduler) == "flow_prediction":
         raise UserError(
             "this model predicts a flow, but diffusers' DiTPipeline requires a model that predicts "
@@ -153,7 +130,7 @@ def plan_diffusers_pipeline(opened: OpenedCheckpoint, options: WriteOptions) -> 
     return write
 
 
-PLANS: dict[str, Callable[[OpenedCheckpoint, WriteOptions], Write]] = {
+PLANS: dict[str, Callable[[OpenedCheckpoint, ConvertConfig], Write]] = {
     "moh-dit": plan_model,
     "pipeline": plan_pipeline,
     "published": plan_published,
