@@ -48,19 +48,12 @@ def attention_to_moh(
         raise UserError("the attention layer has a router already; give a dense layer")
     heads, width, kv = attention.num_heads, attention.head_dim, attention.num_key_value_heads
     qkv, proj = attention.qkv, attention.proj
+    plan = (num_shared_heads, num_active_routed_heads, width)
     with torch.device("meta"):
         moh = MoHAttention(
-            qkv.in_features,
-            heads,
-            num_shared_heads,
-            num_active_routed_heads,
-            width,
-            qkv.bias is not None,
-            attention.attention_backend,
-            router,
-            kv,
-            proj.bias is not None,
-        )
+            qkv.in_features, heads, *plan, qkv.bias is not None, attention.attention_backend,
+            router, kv, proj.bias is not None,
+        )  # fmt: skip
     moh.to_empty(device=qkv.weight.device).to(qkv.weight.dtype)
     for weight in moh.router_weights():
         weight.zero_()
@@ -158,8 +151,7 @@ def head_importance(layers: Sequence[MoHAttention], run: Callable[[], None]) -> 
                 sums[i] += parts.norm(dim=-1).sum(0).cpu()
                 counts[i] += len(parts)
 
-            hook = layer.proj.register_forward_pre_hook(partial(add, i, weight))
-            hooks.callback(hook.remove)
+            hooks.enter_context(layer.proj.register_forward_pre_hook(partial(add, i, weight)))
         run()
     return [total / max(1, count) for total, count in zip(sums, counts, strict=True)]
 
@@ -194,13 +186,10 @@ def fit_routers(
                 logits = query_norm_logits(query, layer.num_shared_heads or 0).double()
                 logits = (logits - logits.mean(-1, keepdim=True)).flatten(0, 1)
                 x = x.double().flatten(0, 1)
-                gram, product = x.T @ x, x.T @ logits
-                if i in moments:
-                    gram, product = gram + moments[i][0], product + moments[i][1]
-                moments[i] = gram, product
+                gram, product = moments.get(i, (0, 0))
+                moments[i] = gram + x.T @ x, product + x.T @ logits
 
-            hook = source.register_forward_pre_hook(partial(add, i, layer))
-            hooks.callback(hook.remove)
+            hooks.enter_context(source.register_forward_pre_hook(partial(add, i, layer)))
         run()
     for i, (gram, product) in moments.items():
         ridge = 1e-6 * gram.diagonal().mean()

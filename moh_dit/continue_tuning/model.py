@@ -20,6 +20,7 @@ from ..common.errors import UserError
 from ..data.images import open_images
 from ..data.latents import encode_images
 from ..diffusion.objectives import FlowObjective, NoiseObjective, Objective
+from ..kernels.backends import check_choice
 from ..model.attention import MoHAttention
 from ..model.blocks import DiTBlock
 from ..model.routing import check_head_plan
@@ -48,11 +49,7 @@ def dense_to_moh(
             missing. The model is then unchanged.
     """
     for name in ("router", "shared_heads"):
-        allowed = get_args(get_type_hints(MoHSettings)[name])
-        if getattr(settings, name) not in allowed:
-            raise UserError(
-                f"{name} is {getattr(settings, name)!r}; choose one of {', '.join(allowed)}"
-            )
+        check_choice(name, getattr(settings, name), get_args(get_type_hints(MoHSettings)[name]))
     dense = [cast(DiTBlock, block).attn for block in model.blocks]
     plans = _layer_plans(dense, settings)
     for name, value in (("shared_heads", "importance"), ("router", "learned")):

@@ -220,11 +220,7 @@ def attention_backward_op(
     head_dim: int,
 ) -> Tensor:
     """Compute the gradient of ``projected``, without atomic additions and so reproducibly."""
-    grad_out, grad_stats, projected = (
-        grad_out.contiguous(),
-        grad_stats.contiguous(),
-        projected.contiguous(),
-    )
+    grad_out, grad_stats, projected = (t.contiguous() for t in (grad_out, grad_stats, projected))
     if grad_out.data_ptr() % 16:  # a view into another tensor, which the copy engine cannot load
         grad_out = grad_out.clone()
     grad_projected = torch.empty_like(projected)

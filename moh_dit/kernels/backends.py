@@ -20,9 +20,7 @@ NAMESPACE = __name__.partition(".")[0]
 
 # Attention on GPUs: backend by compute capability and head width, where measured and verified.
 # Everywhere else "reference" is used: dense attention, then a multiplication by the gates.
-GPU_BACKENDS: dict[tuple[int, int], dict[int, str]] = {
-    (9, 0): {64: "triton", 72: "triton"},
-}
+GPU_BACKENDS: dict[tuple[int, int], dict[int, str]] = {(9, 0): {64: "triton", 72: "triton"}}
 GPU_DTYPES = (torch.bfloat16, torch.float16)
 # adaLN on GPUs: backend by compute capability, for every width.
 GPU_MODULATION_BACKENDS: dict[tuple[int, int], str] = {(9, 0): "triton"}

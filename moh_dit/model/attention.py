@@ -17,16 +17,8 @@ from ..common.errors import UserError
 from ..kernels.backends import BACKENDS, check_choice, choose_backend
 from ..kernels.gathered import attend_gathered
 from .projection import JointProjection
-from .routing import ROUTERS, check_head_plan, load_balance_loss, moh_gates, query_norm_gates
-
-__all__ = [
-    "MoHAttention",
-    "load_balance_loss",
-    "moh_attention",
-    "moh_gates",
-    "query_norm_gates",
-    "recorded_router_stats",
-]
+from .routing import ROUTERS, check_head_plan, moh_gates, query_norm_gates
+from .routing import load_balance_loss as load_balance_loss  # for users of recorded_router_stats
 
 Pair = tuple[Tensor, Tensor]
 
@@ -216,12 +208,7 @@ def split_heads(
 
 
 def moh_attention(
-    projected: Tensor,
-    heads: int,
-    shared: int,
-    active: int,
-    head_dim: int,
-    backend: str = "auto",
+    projected: Tensor, heads: int, shared: int, active: int, head_dim: int, backend: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
     """Compute gated attention from the projected inputs, without the output projection (MoH §3).
 
@@ -242,9 +229,8 @@ def moh_attention(
     """
     backend = choose_backend(backend, projected, heads, shared, active, head_dim)
     if backend == "triton":
-        from ..kernels.attention_operators import (
-            moh_attention_triton,
-        )  # imports triton, which is optional
+        # Imported here, because it imports triton, which is optional.
+        from ..kernels.attention_operators import moh_attention_triton
 
         return moh_attention_triton(projected, heads, shared, active, head_dim)
     query, key, value = split_heads(projected, heads, head_dim)
@@ -324,5 +310,5 @@ def recorded_router_stats(model: nn.Module) -> Iterator[list[Tensor]]:
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, MoHAttention):
-                hooks.callback(module.register_forward_hook(record).remove)
+                hooks.enter_context(module.register_forward_hook(record))
         yield stats

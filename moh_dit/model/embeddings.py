@@ -31,10 +31,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         features = get_timestep_embedding(
-            timestep,
-            self.num_features,
-            flip_sin_to_cos=True,
-            downscale_freq_shift=self.freq_shift,
+            timestep, self.num_features, flip_sin_to_cos=True, downscale_freq_shift=self.freq_shift
         )
         return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 

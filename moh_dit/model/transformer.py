@@ -20,9 +20,10 @@ from ..common.compat import silence_empty_float32_warning
 from ..common.errors import UserError
 from ..common.renamed import alias_modules
 from ..kernels.backends import BACKENDS, MLP_BACKENDS, MODULATION_BACKENDS, check_choice
-from .attention import MoHAttention, load_balance_loss
+from .attention import MoHAttention
 from .blocks import DiTBlock, FinalLayer
 from .embeddings import LabelEmbedder, PatchEmbedder, TimestepEmbedder
+from .routing import load_balance_loss
 
 HeadPlan = int | list[int] | list[int | None] | None
 

@@ -22,6 +22,7 @@ from ..diffusion.noise import ImageNoise
 from ..diffusion.process import LearnedVarianceDDPMScheduler
 from ..diffusion.samplers import check_scheduler, check_steps, prepare_scheduler
 from ..diffusion.samplers import prediction_type as predicted_by
+from ..kernels.backends import check_choice
 from ..model.transformer import MoHDiTTransformer2DModel
 from .bundled_code import is_bundled, use_installed_classes, write_code
 from .class_labels import Labels, class_ids
@@ -177,9 +178,7 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
         Raises:
             UserError: labels, steps, guidance, scheduler or output type do not fit the model.
         """
-        if output_type not in OUTPUT_TYPES:
-            known = ", ".join(OUTPUT_TYPES)
-            raise UserError(f"output_type is {output_type!r}; choose one of {known}")
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         if unknown := set(names) - set(self._callback_tensor_inputs):
             raise UserError(
@@ -279,9 +278,8 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
             if model.is_cache_enabled:
                 reset_cache(model)  # it contains activations of the previous images
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-        on_device = scheduler.timesteps.to(
-            latents.device
-        )  # copying in every step would synchronize
+        # Copied once: copying in every step would synchronize.
+        on_device = scheduler.timesteps.to(latents.device)
 
         for step, timestep in enumerate(scheduler.timesteps):
             scaled = latents
