@@ -2,11 +2,13 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from .cli import check_files, parse, program_name
-from .errors import EvaluationError
+from .errors import EvaluationError, describe_error
 from .saved_references import saved_references
+from .time_limit import exit_if_threads_hang
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,13 +33,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # The reader of a pipe, such as `head`, has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (EvaluationError, OSError) as error:
-        code, message = 2, str(error)
+    except Exception as error:
+        code, message = 2, describe_error(error)
+        if "--debug" in argv and is_rank0:
+            traceback.print_exception(error)
+        elif not isinstance(error, EvaluationError | OSError):
+            message += "; --debug shows the traceback"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     if message is not None and is_rank0:
         print(f"{program_name(argv)}: error: {message}", file=sys.stderr, flush=True)
-    return code if is_rank0 else 0
+    code = code if is_rank0 else 0
+    exit_if_threads_hang(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .choices import EXTRACTOR_NAMES
 from .distributed import destroy_process_group, rank_and_world_size, run_on_all_ranks, run_on_rank0
 from .errors import EvaluationError
@@ -27,8 +25,6 @@ def run(options: argparse.Namespace) -> int:
     command = {"evaluate": _evaluate, "stats": _stats, "classifier": _classifier}[options.command]
     try:
         return command(options)
-    except torch.OutOfMemoryError as error:
-        raise EvaluationError(f"out of memory; use a smaller --batch_size ({error})") from None
     finally:
         destroy_process_group()
 
@@ -39,7 +35,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     settings["weights_sha256"] = _by_extractor(options.weights_sha256, options.extractor)
     evaluator = run_on_all_ranks(lambda: Evaluator(**settings))
     output = Path(options.output) if options.output else None
-    document = run_jobs(evaluator, options.jobs, output, options.resume)
+    document = run_jobs(
+        evaluator, options.jobs, output, options.resume, options.time_limit, options.debug
+    )
     failed = [entry for entry in document["sets"] if "error" in entry]
     if len(options.jobs) == 1 and failed:
         raise EvaluationError(failed[0]["error"])

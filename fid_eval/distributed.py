@@ -5,6 +5,7 @@ initialized.
 """
 
 import os
+import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from .errors import EvaluationError
+from .errors import EvaluationError, describe_error
+from .time_limit import interruptible
 
 T = TypeVar("T")
 TIMEOUT = timedelta(days=1)  # rank 0 may compute metrics for hours while the other ranks wait
@@ -109,8 +111,14 @@ def run_on_rank0(function: Callable[[], T]) -> T:
 
 
 def _call(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """Return (result, None) or (None, error)."""
+    """Return (result, None) or (None, error). With several ranks, the error can be pickled."""
     try:
-        return function(), None
+        with interruptible():
+            return function(), None
     except Exception as error:
+        if rank_and_world_size()[1] > 1:
+            try:
+                pickle.loads(pickle.dumps(error))
+            except Exception:  # Exceptions of other packages may need arguments.
+                return None, RuntimeError(describe_error(error))
         return None, error

@@ -159,8 +159,10 @@ def read_ahead(image_set: ImageSet, runtime: Runtime) -> Iterator[None]:
     if reader is None or not reader.decodes or runtime.cache is not None:
         yield
         return
-    reader.read_ahead(
-        runtime.batch_size, lambda chunk: chunk % size == rank, runtime.workers, runtime.device
+    run_on_all_ranks(
+        lambda: reader.read_ahead(
+            runtime.batch_size, lambda chunk: chunk % size == rank, runtime.workers, runtime.device
+        )
     )
     try:
         yield

@@ -1,21 +1,31 @@
 """Evaluate many sample sets against one reference, continue after errors, resume after a kill."""
 
 import json
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .distributed import rank_and_world_size, run_on_all_ranks, run_on_rank0
-from .errors import EvaluationError
+from .errors import EvaluationError, describe_error
 from .evaluator import Evaluator
 from .jobs_file import Job
 from .report import Document, versions, write_json
 from .sets.image_set import ImageSet
+from .time_limit import time_limit
 
 
 def run_jobs(
-    evaluator: Evaluator, jobs: list[Job], output: Path | None = None, resume: bool = False
+    evaluator: Evaluator,
+    jobs: list[Job],
+    output: Path | None = None,
+    resume: bool = False,
+    seconds: float | None = None,
+    debug: bool = False,
 ) -> Document:
-    """Evaluate sample sets.
+    """Evaluate sample sets. An error of any type ends only the set that caused it.
 
     Args:
         evaluator: the reference, metrics and settings.
@@ -23,6 +33,8 @@ def run_jobs(
         output: JSON file that is written after every set.
         resume: keep the results of an existing ``output`` whose settings are the same, and
             evaluate only sets that are missing, failed or changed.
+        seconds: time limit for opening a set, and again for evaluating it.
+        debug: print the traceback of each error.
 
     Returns:
         A document with a result or an error for each set.
@@ -38,17 +50,28 @@ def run_jobs(
     document: Document = dict(
         versions=versions(), settings={}, reference={}, extractors={}, sets=[]
     )
+
+    def attempt(job: Job, function: Callable[[], Any]) -> Any:
+        try:
+            with time_limit(seconds, job.name):
+                return function()
+        except Exception as error:
+            if debug and rank_and_world_size()[0] == 0:
+                traceback.print_exception(error)
+            _release_frames(error)
+            return _Failure(describe_error(error, job.name))
+
+    def open_on_all_ranks(job: Job) -> ImageSet:
+        return run_on_all_ranks(lambda: evaluator.open(job.path, job.name))
+
     # Open all sets before the first network is built, to find mistakes early.
-    opened = [_result_or_error(lambda: evaluator.open(job.path, job.name)) for job in jobs]  # noqa: B023
+    opened = [attempt(job, partial(open_on_all_ranks, job)) for job in jobs]
     for job, found in zip(jobs, opened, strict=True):
-        entry = None
+        entry = found
         if isinstance(found, ImageSet):
-            entry = run_on_rank0(lambda: _earlier_entry(earlier, job, found))  # noqa: B023
-        if earlier is not None and entry is not None:
-            document["reference"] = document["reference"] or earlier["reference"]
-            document["extractors"] = {**earlier["extractors"], **document["extractors"]}
-        else:
-            entry = _evaluate(evaluator, job, found, document)
+            entry = attempt(job, partial(_entry, evaluator, job, found, document, earlier))
+        if isinstance(entry, _Failure):
+            entry = {"name": job.name, "error": entry.message}
         if job.x is not None:
             entry["x"] = job.x
         document["sets"].append(entry)
@@ -59,26 +82,34 @@ def run_jobs(
     return document
 
 
-def _result_or_error(function: Any) -> Any:
-    """Return the result of ``function``, or the error that it raised."""
-    try:
-        return run_on_all_ranks(function)
-    except (EvaluationError, OSError) as error:
-        return error
+@dataclass
+class _Failure:
+    """The error message of a set."""
+
+    message: str
 
 
-def _evaluate(evaluator: Evaluator, job: Job, found: Any, document: Document) -> dict[str, Any]:
-    if isinstance(found, ImageSet):
-        try:
-            found = evaluator(found, metrics=job.metrics)
-        except (EvaluationError, OSError) as error:
-            found = error
-    if isinstance(found, Exception):
-        return {"name": job.name, "error": str(found)}
-    entry = {**found.to_dict(), "asked": job.metrics}
+def _release_frames(error: BaseException | None) -> None:
+    """Clear the frames of an error, because their variables hold loaders and images."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _entry(
+    evaluator: Evaluator, job: Job, found: ImageSet, document: Document, earlier: Document | None
+) -> dict[str, Any]:
+    """Return the earlier result of a set if it is still valid; else evaluate the set."""
+    entry = run_on_rank0(lambda: _earlier_entry(earlier, job, found))
+    if earlier is not None and entry is not None:
+        document["reference"] = document["reference"] or earlier["reference"]
+        document["extractors"] = {**earlier["extractors"], **document["extractors"]}
+        return entry
+    result = evaluator(found, metrics=job.metrics).to_dict()
+    entry = json.loads(json.dumps({**result, "asked": job.metrics}))
     document["reference"] = entry.pop("reference")
     document["extractors"].update(entry.pop("extractors"))
-    return json.loads(json.dumps(entry))
+    return entry
 
 
 def fingerprint(evaluator: Evaluator) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.add_argument("--version", action="version", version=f"fid-eval {__version__}")
+        self.add_argument("--debug", action="store_true", help="show the traceback of errors")
 
     def error(self, message: str) -> NoReturn:
         if match := re.search(r"unrecognized arguments: (--\w+)", message):
@@ -60,6 +61,13 @@ def _positive_integer(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is too small; at least 1 is needed")
+    return value
+
+
+def _positive_number(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is too small; it must be above 0")
     return value
 
 
@@ -115,6 +123,9 @@ def evaluation_parser(prog: str) -> Parser:
         help="what gives the Fréchet distance: statistics or images of the reference "
         "(default: auto, statistics if the reference has them)")
     _add_runtime_options(parser)
+    parser.add_argument("--time_limit", type=_positive_number, metavar="SECONDS",
+        help="report a set as an error if opening it, or evaluating it, takes longer "
+        "(default: no limit)")
     results = parser.add_argument_group("results")
     results.add_argument("--output", metavar="FILE.json", help="write results after every set")
     add = results.add_mutually_exclusive_group().add_argument

@@ -26,7 +26,7 @@ def is_local_path(source: str) -> bool:
 
 def check_reference_exists(source: str) -> None:
     """Raise unless ``source`` exists, is the name of a saved reference, or is not a local path."""
-    if Path(source).expanduser().exists() or not is_local_path(source):
+    if os.path.exists(Path(source).expanduser()) or not is_local_path(source):
         return
     saved = saved_references()
     if source not in saved:
@@ -41,5 +41,5 @@ def check_samples_exist(sources: list[str]) -> None:
 
     If only some of them are missing, the others are evaluated and the missing ones are reported.
     """
-    if all(is_local_path(path) and not Path(path).expanduser().exists() for path in sources):
+    if all(is_local_path(path) and not os.path.exists(Path(path).expanduser()) for path in sources):
         raise EvaluationError(f"{sources[0]}: no such file or folder")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import stat
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, describe_error
 
 try:
     import pyspng
@@ -20,11 +21,17 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff",
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_RGB = b"\x08\x02"  # 8 bits per channel, colour type RGB
 PNG_END = b"IEND\xaeB`\x82"
+MAX_BYTES = 1 << 30  # of one encoded image
 CONVERTED_MODES = {"L", "1", "P"}  # converted to RGB without loss
 
 
 class BadImage(ValueError):
     """One image cannot be used; the text says why in a few words."""
+
+
+def bad_image(error: Exception) -> BadImage:
+    """Convert any error of reading or decoding an image to a BadImage."""
+    return error if isinstance(error, BadImage) else BadImage(describe_error(error))
 
 
 @dataclass(frozen=True)
@@ -88,10 +95,14 @@ def check_header(head: bytes, tail: bytes, size: int, whole: bytes | None = None
     """
     if size == 0:
         raise BadImage("empty file")
+    if size > MAX_BYTES:
+        raise BadImage(f"{size} bytes are too many for an image")
     if head.startswith(PNG_SIGNATURE) and len(head) >= 33:
         if PNG_END not in tail:
             raise BadImage("truncated")
         width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+        if width * height > 2 * (Image.MAX_IMAGE_PIXELS or width * height):  # Pillow's limit
+            raise BadImage(f"{width}×{height} pixels are too many for an image")
         depth, colour = head[24], head[25]
         if depth == 16:
             raise BadImage("16 bits per channel")
@@ -106,6 +117,8 @@ def check_header(head: bytes, tail: bytes, size: int, whole: bytes | None = None
             return image.width, image.height, check_mode(image.mode)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise BadImage("not an image that Pillow can read") from error
+    except Exception as error:  # DecompressionBombError, and others for foreign files
+        raise bad_image(error) from error
 
 
 def check_mode(mode: str) -> str:
@@ -127,9 +140,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def check_file(path: str | Path) -> tuple:
     """Apply ``check_header`` to a file, reading only the first and last bytes of a PNG."""
-    file = os.open(path, os.O_RDONLY)
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # Opening a FIFO would wait for a writer.
     try:
-        size = os.fstat(file).st_size
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage("not a regular file")
+        size = status.st_size
+        if size > MAX_BYTES:
+            raise BadImage(f"{size} bytes are too many for an image")
         head = os.pread(file, 64, 0)
         tail = os.pread(file, 1024, max(0, size - 1024))
         whole = None if head.startswith(PNG_SIGNATURE) else os.pread(file, size, 0)
@@ -162,7 +180,7 @@ def decode(data: bytes, preprocess: Preprocess) -> np.ndarray:
             check_mode(image.mode)
             image.load()
             return np.asarray(preprocess(to_rgb(image)))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, RuntimeError) as error:
-        if isinstance(error, BadImage):
-            raise
+    except BadImage:
+        raise
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:
         raise BadImage(f"truncated or damaged ({error})") from error

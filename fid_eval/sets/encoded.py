@@ -10,7 +10,16 @@ import numpy as np
 from PIL import Image
 
 from ..errors import EvaluationError
-from .decoding import EXTENSIONS, BadImage, Preprocess, check_header, check_mode, decode, to_rgb
+from .decoding import (
+    EXTENSIONS,
+    BadImage,
+    Preprocess,
+    bad_image,
+    check_header,
+    check_mode,
+    decode,
+    to_rgb,
+)
 from .loading import map_in_processes
 from .readers import ImageReader, check_labels
 
@@ -65,8 +74,8 @@ class EncodedReader(ImageReader):
             for index in range(start, min(start + HEADERS_PER_TASK, len(self.names))):
                 try:
                     found.append(check(index))
-                except BadImage as error:
-                    found.append(error)
+                except Exception as error:
+                    found.append(bad_image(error))
             return found
 
         starts = range(0, len(self.names), HEADERS_PER_TASK)
@@ -118,10 +127,11 @@ class EncodedReader(ImageReader):
         for index in range(start, stop):
             try:
                 images[index - start] = self._decode(index)
-            except BadImage as error:
+            except Exception as error:
                 raise EvaluationError(
-                    f"{self.set_name}: {self.names[index]}: {error}; replace or remove it"
-                ) from None
+                    f"{self.set_name}: {self.names[index]}: {bad_image(error)}; replace or remove "
+                    "it"
+                ) from error
         return [] if self.digests is None else [self.digests[i] for i in range(start, stop)]
 
     def _decode(self, index: int) -> np.ndarray:

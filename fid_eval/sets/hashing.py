@@ -40,7 +40,7 @@ def path_hash(path: Path, known: Mapping[str, str] | None = None) -> str:
             found = pool.map(file_sha256, read)
             for name in names:
                 content = known[name] if name in known else next(found)
-                digest.update(f"{name}\0{content}\n".encode())
+                digest.update(f"{name}\0{content}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

@@ -66,7 +66,13 @@ def load_spans(
     """
     height, width = reader.size or (256, 256)
     # Share the free memory with the other ranks of this machine and with another set read ahead.
-    spare = psutil.virtual_memory().available // (4 * local_world_size())
+    available = psutil.virtual_memory().available // local_world_size()
+    if batch_size * height * width * 3 > available:
+        raise EvaluationError(
+            f"{batch_size} images of {width}×{height} pixels do not fit into memory; use a smaller "
+            "--batch_size"
+        )
+    spare = available // 4
     slots = max(2, min(READ_AHEAD, spare) // (batch_size * height * width * 3))
     if decoding and CAN_FORK:
         # Many slots, to fill while the network is built or the previous set is measured.

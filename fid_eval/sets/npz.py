@@ -8,14 +8,15 @@ import math
 import struct
 import threading
 import zipfile
-import zlib
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+import psutil
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, describe_error
 
+LARGE = 1 << 28  # bytes; larger reads are compared with the free memory
 LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of the name and extra field of a zip entry
 
 
@@ -29,6 +30,8 @@ class NpzFile(dict[str, "NpzMember"]):
                 for info in archive.infolist():
                     if info.filename.endswith(".npy"):
                         self[info.filename[:-4]] = NpzMember(path, archive, info)
+        except EvaluationError:
+            raise
         except zipfile.BadZipFile:
             raise EvaluationError(
                 f"{path}: not a complete .npz (no zip directory at its end); it is truncated "
@@ -41,8 +44,10 @@ class NpzMember:
 
     def __init__(self, path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
         self.path, self.name = path, info.filename
-        with archive.open(info) as member:
-            try:
+        if info.flag_bits & 1:
+            raise EvaluationError(f"{path}: {self.name} is encrypted; decrypt the archive first")
+        try:
+            with archive.open(info) as member:
                 version = np.lib.format.read_magic(member)
                 header = (
                     np.lib.format.read_array_header_1_0
@@ -50,9 +55,11 @@ class NpzMember:
                     else np.lib.format.read_array_header_2_0
                 )
                 self.shape, fortran, self.dtype = header(member)
-            except (ValueError, EOFError, zipfile.BadZipFile) as error:
-                raise EvaluationError(f"{path}: member {self.name} is damaged: {error}") from None
-            self.header_size = member.tell()
+                self.header_size = member.tell()
+        except Exception as error:  # zipfile, zlib and NumPy raise many types
+            raise self._damaged(error) from error
+        if min(self.shape, default=0) < 0:
+            raise EvaluationError(f"{path}: {self.name} has the impossible shape {self.shape}")
         if fortran and len(self.shape) > 1:
             raise EvaluationError(
                 f"{path}: {self.name} is in Fortran order, which cannot be read by rows; save "
@@ -78,12 +85,21 @@ class NpzMember:
         self._stream: IO[bytes] | None = None
         self._lock = threading.Lock()
 
+    def _damaged(self, error: Exception) -> EvaluationError:
+        return EvaluationError(f"{self.path}: {self.name} cannot be read: {describe_error(error)}")
+
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Read rows ``start`` to ``stop``. A compressed array is fast only in file order."""
         if not self.shape:
             start, stop = 0, 1
         elif stop is None:
             stop = self.shape[0]
+        size = (stop - start) * self.row_size
+        if size > LARGE and size > psutil.virtual_memory().available:
+            raise EvaluationError(
+                f"{self.path}: {self.name} is {self.shape} {self.dtype}; {size >> 30} GiB of it do "
+                "not fit into memory"
+            )
         array = np.empty(((stop - start), *self.shape[1:]), self.dtype)
         if self.compressed:
             self._read_compressed(start, array)
@@ -97,10 +113,10 @@ class NpzMember:
     def _read_compressed(self, start: int, array: np.ndarray) -> None:
         rest = array.data.cast("B") if array.nbytes else memoryview(b"")
         with self._lock:
-            if self._stream is None:
-                with zipfile.ZipFile(self.path) as archive:  # An open member keeps the file open.
-                    self._stream = archive.open(self.name)
             try:
+                if self._stream is None:
+                    with zipfile.ZipFile(self.path) as archive:
+                        self._stream = archive.open(self.name)  # keeps the file open
                 # Seeking forwards decompresses what lies between, and backwards from the start.
                 self._stream.seek(self.header_size + start * self.row_size)
                 while rest:
@@ -109,5 +125,5 @@ class NpzMember:
                         raise EOFError("unexpected end")
                     rest[: len(block)] = block
                     rest = rest[len(block) :]
-            except (EOFError, zipfile.BadZipFile, OSError, zlib.error) as error:
-                raise EvaluationError(f"{self.path}: {self.name} is damaged: {error}") from None
+            except Exception as error:
+                raise self._damaged(error) from error

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import EvaluationError
-from .decoding import AS_IS, EXTENSIONS, BadImage, Preprocess, check_file
+from ..errors import EvaluationError, describe_error
+from .decoding import AS_IS, EXTENSIONS, MAX_BYTES, BadImage, Preprocess, check_file
 from .encoded import EncodedReader
 from .hashing import files_inside
 from .hugging_face import import_datasets, is_hub_url, open_dataset, open_hub
@@ -60,15 +60,26 @@ def open_set(source: Any, preprocess: Preprocess = AS_IS, name: str | None = Non
 
 def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
     """Open a path, a glob pattern or a Hugging Face URL; see ``open_set``."""
-    if is_hub_url(path):
-        return open_hub(path, preprocess, name or path)
-    if any(c in path for c in "*{") and not Path(path).exists():
-        return _open_tars(_expand(path), preprocess, name or path)
-    location = Path(path).expanduser()
     name = name or path
-    if not location.exists():
+    try:
+        return _open_path(path, preprocess, name)
+    except EvaluationError:
+        raise
+    except Exception as error:  # Packages raise many types for foreign or damaged files.
+        raise EvaluationError(f"{name}: cannot be read: {describe_error(error)}") from error
+
+
+def _open_path(path: str, preprocess: Preprocess, name: str) -> ImageSet:
+    if is_hub_url(path):
+        return open_hub(path, preprocess, name)
+    if any(c in path for c in "*{") and not os.path.exists(path):
+        return _open_tars(_expand(path), preprocess, name)
+    location = Path(path).expanduser()
+    if not os.path.exists(location):
         raise EvaluationError(f"{path}: no such file or folder")
-    if location.is_dir():
+    if not location.is_dir():
+        _check_regular(location)
+    else:
         if (location / "state.json").exists() or (location / "dataset_dict.json").exists():
             opened = open_dataset(import_datasets().load_from_disk(path), preprocess, name)
         elif tars := sorted(location.glob("*.tar")):
@@ -101,12 +112,19 @@ def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
     )
 
 
+def _check_regular(path: Path) -> None:
+    """Raise if ``path`` is a FIFO, socket or device, because reading it may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise EvaluationError(f"{path}: is not a regular file")
+
+
 def _open_folder(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
     names = sorted(
         filter(_is_image, files_inside(path, _walk(path))), key=lambda name: name.split("/")
     )
     files = [os.path.join(path, name) for name in names]
     listing = path / "dataset.json"
+    _check_regular(listing)
     listed = listing.read_bytes() if listing.exists() else None
     reader = EncodedReader(
         "folder",
@@ -145,6 +163,9 @@ def _open_zip(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
     try:
         with zipfile.ZipFile(path) as archive:
             names = sorted(n for n in archive.namelist() if _is_image(n))
+            large = [i.filename for i in archive.infolist() if i.file_size > MAX_BYTES]
+            if large:
+                raise EvaluationError(f"{name}: {large[0]} is larger than 1 GiB")
             listing = [n for n in archive.namelist() if PurePosixPath(n).name == "dataset.json"]
             listed = archive.read(listing[0]) if listing else None
     except zipfile.BadZipFile:
@@ -184,6 +205,8 @@ def _open_tars(paths: list[Path], preprocess: Preprocess, name: str) -> ImageSet
     names: list[str] = []
     keys: list[str] = []
     label_of_key: dict[str, int] = {}
+    for path in paths:
+        _check_regular(path)
     handles = [os.open(path, os.O_RDONLY) for path in paths]
     for number, path in enumerate(paths):
         try:
@@ -222,7 +245,7 @@ def _open_tars(paths: list[Path], preprocess: Preprocess, name: str) -> ImageSet
 def _tar_label(data: bytes, extension: str) -> int | None:
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if extension == "json":
         value = value.get("label", value.get("cls")) if isinstance(value, dict) else None
@@ -232,12 +255,24 @@ def _tar_label(data: bytes, extension: str) -> int | None:
 def _labels(names: list[str], listed: bytes | None, set_name: str) -> list[int] | None:
     """Read labels from EDM's dataset.json, or number the first folders of the image paths."""
     if listed is not None:
-        table = dict(json.loads(listed).get("labels") or [])
+        try:
+            table = dict(json.loads(listed).get("labels") or [])
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise EvaluationError(
+                f'{set_name}: dataset.json is not a table {{"labels": [[FILE, LABEL], …]}}; '
+                "correct or remove it"
+            ) from None
         if not table:
             return None
         missing = [name for name in names if name not in table]
         if missing:
             raise EvaluationError(f"{set_name}: dataset.json has no label for {missing[0]}")
+        for name in names:
+            if not isinstance(table[name], int | float) or table[name] % 1:
+                raise EvaluationError(
+                    f"{set_name}: dataset.json has the label {table[name]!r} for {name}; labels "
+                    "must be integers"
+                )
         return [int(table[name]) for name in names]
     folders = [PurePosixPath(name).parts[0] if "/" in name else None for name in names]
     if None in folders or len(set(folders)) < 2:

@@ -239,6 +239,8 @@ def as_numpy(array: Any) -> np.ndarray:
 
 def image_layout(shape: tuple[int, ...], name: str) -> str:
     """Return "NHWC", "NCHW" or "NHW" for a shape; raise unless it holds grey or RGB images."""
+    if 0 in shape[1:]:
+        raise EvaluationError(f"{name}: images of shape {shape[1:]} have no pixels")
     if len(shape) == 3 and shape[2] in (3, 4):
         raise EvaluationError(
             f"{name}: an array of shape {shape} is one image; give batches (N, H, W, 3)"
@@ -273,6 +275,19 @@ def check_labels(labels: Any, count: int, name: str) -> np.ndarray | None:
     if labels is None:
         return None
     labels = as_numpy(labels)
-    if labels.shape not in ((count,), (count, 1)):
-        raise EvaluationError(f"{name}: {count} images, but labels of shape {labels.shape}")
-    return labels.reshape(count).astype(np.int64)
+    check_label_shape(labels.shape, (count,), name)
+    try:
+        with np.errstate(invalid="ignore"):
+            converted = labels.reshape(count).astype(np.int64)
+        is_exact = bool(np.all(converted == labels.reshape(count)))
+    except (OverflowError, TypeError, ValueError):
+        is_exact = False
+    if not is_exact:
+        raise EvaluationError(f"{name}: labels must be integers of at most 63 bits")
+    return converted
+
+
+def check_label_shape(shape: tuple[int, ...], count: tuple[int, ...], name: str) -> None:
+    """Raise unless labels have the shape (N,) or (N, 1) for ``count`` (N,) images."""
+    if shape not in (count, (*count, 1)):
+        raise EvaluationError(f"{name}: {count[0]} images, but labels of shape {shape}")

@@ -203,8 +203,8 @@ from fid_eval import Share, evaluate
 from fid_eval.__main__ import main
 
 dist.init_process_group("gloo")  # as a training program does
-reference, many, *arguments = sys.argv[1:]
-code = main([reference, many, *arguments])
+reference, damaged, many, *arguments = sys.argv[1:]
+code = main([reference, damaged, many, *arguments])
 rank, size = dist.get_rank(), dist.get_world_size()
 images = np.load(many)["arr_0"][:1500]
 mine = np.array_split(images, size)[rank]
@@ -220,8 +220,13 @@ def test_two_processes_give_the_results_of_one(folder, tmp_path):
     images = np.random.default_rng(1).integers(0, 256, (2100, 32, 32, 3)).astype(np.uint8)
     np.savez(tmp_path / "many.npz", images)
     np.savez(tmp_path / "broken.npz", images[:1])
+    np.savez_compressed(tmp_path / "damaged.npz", images)
+    data = bytearray((tmp_path / "damaged.npz").read_bytes())
+    data[len(data) * 3 // 4] ^= 255  # in a chunk of rank 1
+    (tmp_path / "damaged.npz").write_bytes(data)
     (tmp_path / "both.py").write_text(BOTH)
-    arguments = [folder / "ref.npz", tmp_path / "many.npz", tmp_path / "broken.npz", "--quiet",
+    sets = [tmp_path / f"{name}.npz" for name in ("damaged", "many", "broken")]
+    arguments = [folder / "ref.npz", *sets, "--quiet", "--time_limit", "1000",
                  "--extractor", "digits", "--device", "cpu", "--output"]  # fmt: skip
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
@@ -243,8 +248,10 @@ def test_two_processes_give_the_results_of_one(folder, tmp_path):
     finally:
         torch.set_num_threads(threads)
     one, two = document(tmp_path / "one.json"), document(tmp_path / "two.json")
-    assert two["sets"][0]["metrics"] == one["sets"][0]["metrics"]
-    assert two["sets"][1] == one["sets"][1]
+    assert "arr_0.npy cannot be read" in one["sets"][0]["error"]
+    assert two["sets"][0] == one["sets"][0]
+    assert two["sets"][1]["metrics"] == one["sets"][1]["metrics"]
+    assert two["sets"][2] == one["sets"][2]
     assert two["reference"] == one["reference"]
 
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
