@@ -5,8 +5,6 @@ shared and the other E = h - s are routed. Each token activates its top k routed
 """
 
 from collections.abc import Sequence
-from itertools import groupby
-from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -121,14 +119,17 @@ def load_balance_loss(
     """
     f, mean_scores = torch.cat(tuple(router_stats), dim=1)  # (ΣE,) each
     # Sum neighbouring layers of equal scale E / k at once: one sum per layer launches hundreds of
-    # tiny kernels.
-    layers = zip([s.shape[1] for s in router_stats], num_active_routed_heads, strict=True)
-    scaled = [(heads / (1 if published else k), heads) for heads, k in layers]
-    groups = [
-        (scale, sum(heads for _, heads in group)) for scale, group in groupby(scaled, itemgetter(0))
-    ]
-    products = (f * mean_scores).split([heads for _, heads in groups])
-    terms = [scale * part.sum() for (scale, _), part in zip(groups, products, strict=True)]
+    # tiny kernels. torch.compile cannot trace itertools.groupby.
+    scales: list[float] = []
+    columns: list[int] = []
+    for stats, k in zip(router_stats, num_active_routed_heads, strict=True):
+        scale = stats.shape[1] / (1 if published else k)
+        if not scales or scale != scales[-1]:
+            scales.append(scale)
+            columns.append(0)
+        columns[-1] += stats.shape[1]
+    products = (f * mean_scores).split(columns)
+    terms = [scale * part.sum() for scale, part in zip(scales, products, strict=True)]
     return torch.stack(terms).sum() / len(router_stats)
 
 
