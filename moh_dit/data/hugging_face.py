@@ -49,14 +49,14 @@ class HubImages(ImageFiles):
         """Return a SHA-256 over the class names, the labels and all image files."""
         digest = hashlib.sha256()
         for index in range(len(self)):
-            with self._open(index) as file:
+            with self.open_file(index) as file:
                 digest.update(file.read())
         return sha256(self.class_names, self.labels, digest.digest())
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
         return f"{index} of {self.source}"
 
-    def _open(self, index: int) -> IO[bytes]:
+    def open_file(self, index: int) -> IO[bytes]:
         image = self._data[index][self._column]
         if image["bytes"] is not None:
             return io.BytesIO(image["bytes"])

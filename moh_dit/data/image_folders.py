@@ -58,16 +58,18 @@ class ImageFiles:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         try:
-            with self._open(index) as file:
+            with self.open_file(index) as file:
                 pixels = read_pixels(file, self.image_size)
         except (OSError, ValueError) as error:
-            raise UserError(f"image {self._name(index)} cannot be read: {error}") from None
+            raise UserError(f"image {self.name(index)} cannot be read: {error}") from None
         return pixels, int(self.labels[index])
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
+        """Return the path of image ``index``, for messages and lists of images."""
         raise NotImplementedError
 
-    def _open(self, index: int) -> IO[bytes]:
+    def open_file(self, index: int) -> IO[bytes]:
+        """Open the encoded image ``index``."""
         raise NotImplementedError
 
     def _find_readable(self, skip_unreadable: bool, progress: bool) -> np.ndarray:
@@ -75,7 +77,7 @@ class ImageFiles:
 
         def unreadable_reason(index: int) -> str | None:
             try:
-                with self._open(index) as file:
+                with self.open_file(index) as file:
                     return find_defect(file)
             except OSError as error:
                 return error.strerror or str(error)
@@ -94,10 +96,10 @@ class ImageFiles:
                         continue
                     if not skip_unreadable:
                         raise UserError(
-                            f"image {self._name(index)} cannot be read ({reason}): repair or "
+                            f"image {self.name(index)} cannot be read ({reason}): repair or "
                             "remove it, or set skip_unreadable to skip such images"
                         )
-                    self.unreadable[self._name(index)] = reason
+                    self.unreadable[self.name(index)] = reason
                     readable[index] = False
                 bar.update(len(chunk))
         if self.unreadable:
@@ -151,11 +153,11 @@ class ImageFolder(ImageFiles):
         sizes = [os.stat(self.root / os.fsdecode(path)).st_size for path in self._paths]
         return sha256(self.class_names, self._paths, np.array(sizes))
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
         return str(self.root / os.fsdecode(self._paths[index]))
 
-    def _open(self, index: int) -> IO[bytes]:
-        return open(self._name(index), "rb")
+    def open_file(self, index: int) -> IO[bytes]:
+        return open(self.name(index), "rb")
 
 
 def _class_folders(root: Path) -> list[str]:

@@ -64,10 +64,10 @@ class TarImages(ImageFiles):
         """Return a SHA-256 over the classes, and name, offset, size and label of every image."""
         return sha256(self.class_names, self._names, self._locations, self.labels)
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
         return f"{self.shards[self._locations[index, 0]]}/{os.fsdecode(self._names[index])}"
 
-    def _open(self, index: int) -> IO[bytes]:
+    def open_file(self, index: int) -> IO[bytes]:
         shard, offset, size = self._locations[index].tolist()
         with open(self.shards[shard], "rb") as file:
             file.seek(offset)

@@ -25,6 +25,9 @@ class Objective(Protocol):
     def draw_times(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Draw the model's ``timestep`` of each image (B,), on the generator's device."""
 
+    def times_at(self, quantiles: Tensor) -> Tensor:
+        """Return the times (B,) at these quantiles, in [0, 1), of the times that are drawn."""
+
     def add_noise(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """Return latents with the noise of ``times``."""
 
@@ -73,6 +76,9 @@ class NoiseObjective:
         options = dict(generator=generator, device=generator.device)
         return torch.randint(self.process.num_timesteps, (batch_size,), **options)  # type: ignore[call-overload]
 
+    def times_at(self, quantiles: Tensor) -> Tensor:
+        return (quantiles * self.process.num_timesteps).long()
+
     def add_noise(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         return self.process.add_noise(latents, noise, times)
 
@@ -119,6 +125,11 @@ class FlowObjective:
         normal = torch.randn(batch_size, generator=generator, device=generator.device)
         scale = self.scheduler.config.num_train_timesteps
         return scale * torch.sigmoid(self.logit_mean + self.logit_std * normal)
+
+    def times_at(self, quantiles: Tensor) -> Tensor:
+        normal = torch.special.ndtri(quantiles)
+        scale = self.scheduler.config.num_train_timesteps
+        return (scale * torch.sigmoid(self.logit_mean + self.logit_std * normal)).float()
 
     def add_noise(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         sigma = (times / self.scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)

@@ -251,7 +251,7 @@ def test_links_are_followed_but_not_in_circles(folder, tmp_path):
     (folder / "b" / "circle").symlink_to(folder / "b")
     (elsewhere / "back").symlink_to(folder)
     images = open_images(folder, 8, progress=False)
-    b = [images._name(i) for i in range(len(images)) if images.labels[i] == 1]
+    b = [images.name(i) for i in range(len(images)) if images.labels[i] == 1]
     assert len(b) == len({name.removeprefix(str(folder)) for name in b})
     assert [name for name in b if "circle" in name] == []
     assert {f"{folder}/b/{name}" for name in ("linked/far.png", "near.png", "2.png")} <= set(b)
