@@ -179,6 +179,13 @@ class EvaluationConfig:
     """File with the weights of the feature extractor (default: download them)."""
     reference: str | None = None
     """Reference set: a file or a saved name of fid-eval (default: the training images)."""
+    held_out: float | str | None = None
+    """Images for the held-out loss, never trained on: a share per class such as 0.05, a text file
+    with one image per line, or other images or latents (docs/training.md); null for none."""
+    held_out_every: int = 0
+    """Steps between evaluations of the held-out loss; 0 for with each grid or metric."""
+    held_out_images: int = 1024
+    """Maximum number of held-out images, and of training images, per evaluation."""
 
 
 @dataclass

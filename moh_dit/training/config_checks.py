@@ -22,7 +22,8 @@ LOWER_BOUNDS = {
     "model.depth": 1, "model.patch_size": 1, "model.hidden_size": 1, "model.num_classes": 1,
     "model.label_init_std": 0, "data.num_workers": 0, "optimizer.weight_decay": 0,
     "optimizer.lr_warmup_steps": 0, "evaluation.sample_every": 0, "evaluation.fid_every": 0,
-    "evaluation.num_inference_steps": 1,
+    "evaluation.num_inference_steps": 1, "evaluation.held_out_every": 0,
+    "evaluation.held_out_images": 1,
 }  # fmt: skip
 MAY_BE_INFINITE = ("peak_tflops", "objective.min_snr_gamma", "optimizer.max_grad_norm")
 POSITIVE = ("model.mlp_ratio", "optimizer.learning_rate", *MAY_BE_INFINITE)
@@ -49,6 +50,14 @@ def check_paths(config: "TrainConfig") -> None:
     # A run with a checkpoint takes its weights from there.
     if config.init_from is not None and not any(run_dir.glob("checkpoints/step-*")):
         split_hub_id(config.init_from, "init_from")
+    if isinstance(evaluation.held_out, str):
+        try:
+            require_data(evaluation.held_out)
+        except UserError:
+            raise UserError(
+                f"evaluation.held_out {evaluation.held_out} does not exist; give a share such as "
+                "0.05, a text file with one image per line, or images or latents of their own"
+            ) from None
     if evaluation.fid_every:
         if evaluation.feature_extractor_weights is not None:
             _require(
@@ -131,6 +140,8 @@ def check_values(config: "TrainConfig", settings: dict[str, Any], num_processes:
          "recall, and several thousand for FID"),
         (evaluation.fid_every and not evaluation.metrics,
          "evaluation.metrics is empty; add one, or set evaluation.fid_every to 0"),
+        (not isinstance(evaluation.held_out, str | None) and not 0 < evaluation.held_out < 1,
+         f"evaluation.held_out is {evaluation.held_out}; a share must lie between 0 and 1"),
         (not decays or not all(0 <= decay < 1 for decay in decays),
          f"ema_decays is {decays}; give at least one value, all in [0, 1)"),
         (len(set(decays)) < len(decays), f"ema_decays {decays} contains a decay twice"),

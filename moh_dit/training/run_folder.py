@@ -77,7 +77,7 @@ def check_same_data(run: Path, identity: dict[str, Any]) -> None:
         return
     try:
         before = json.loads((run / DATA_FILE).read_text())
-        known = {name: before[name] for name in identity}
+        known = {name: before[name] for name in identity if name != "held_out"}
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{run / DATA_FILE} is damaged ({error}); remove it to resume with the present data "
@@ -87,13 +87,26 @@ def check_same_data(run: Path, identity: dict[str, Any]) -> None:
         raise UserError(
             f"run {run} started with another autoencoder; give that one, or choose a new --run_dir"
         )
-    if known != identity:
+    _check_same_split(run, before.get("held_out"), identity.get("held_out"))
+    if any(known[name] != identity[name] for name in known):
         then, now = (f"{each['images']} {each['kind']}" for each in (known, identity))
         difference = f"{then} then, {now} now" if then != now else f"{now}, but other content"
         raise UserError(
             f"run {run} started with other data: {difference}; give the original data, or choose a "
             "new --run_dir"
         )
+
+
+def _check_same_split(run: Path, before: dict | None, now: dict | None) -> None:
+    if before == now:
+        return
+    then, present = (f"{each['images']} held-out images" if each else "no held-out images"
+                     for each in (before, now))  # fmt: skip
+    difference = f"{then}, {present} now" if then != present else f"{then}, but others than now"
+    raise UserError(
+        f"run {run} started with {difference}, so it would train on held-out images or measure "
+        "trained ones; give the original evaluation.held_out, or choose a new --run_dir"
+    )
 
 
 def prepare_run_folder(

@@ -22,6 +22,7 @@ from ..common.atomic_write import atomic_write
 from ..model.flops import flops_per_image
 from ..model.transformer import MoHDiTTransformer2DModel
 
+LOG_FILE = "log.jsonl"
 PACKAGES = ("moh-dit", "torch", "diffusers", "accelerate", "safetensors", "numpy", "torch-fidelity")
 
 
@@ -100,7 +101,12 @@ def plot_curves(log: Path, output: Path) -> None:
     from matplotlib import pyplot as plt
 
     panels = {
-        "loss": {"mse": "noise MSE", "vlb": "VLB of the variance, bits/dim"},
+        "loss": {
+            "mse": "noise MSE",
+            "vlb": "VLB of the variance, bits/dim",
+            "held_out_loss": "noise MSE, held-out images (EMA)",
+            "train_sample_loss": "noise MSE, training images (EMA)",
+        },
         "load balance (1 = even)": {"balance": "L_b / k"},
         "gradient norm": {"grad_norm": "before clipping"},
         "learning rate": {"learning_rate": "AdamW"},

@@ -6,7 +6,7 @@ therefore resume exactly on any number of processes, and checkpoints contain no 
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -44,6 +44,14 @@ class MicroBatchSampler:
     It yields a list of ``(index, flip)`` pairs for each micro-batch of this rank, from
     ``start_step`` on. Global batch ``s`` consists of positions ``s·B … (s+1)·B - 1`` of the
     sequence, where B is the global batch size.
+
+    Args:
+        num_images: number of images in the data.
+        partition: rank, world size and micro-batches.
+        seed: seed of the order and of the flips.
+        flip: draw a flip for each image; without it, no image is mirrored.
+        start_step: first step.
+        images: indices of the images to draw (N,); ``None`` for all.
     """
 
     def __init__(
@@ -53,8 +61,10 @@ class MicroBatchSampler:
         seed: int,
         flip: bool = False,
         start_step: int = 0,
+        images: np.ndarray | None = None,
     ):
-        self.num_images = num_images
+        self.num_images = num_images if images is None else len(images)
+        self.images = images
         self.partition = partition
         self.seed = seed
         self.flip = flip
@@ -81,7 +91,8 @@ class MicroBatchSampler:
             order = random.permutation(self.num_images)
             self._epoch = (epoch, order, random.integers(2, size=self.num_images, dtype=np.uint8))
         _, order, flips = self._epoch
-        return int(order[offset]), self.flip and bool(flips[offset])
+        index = order[offset] if self.images is None else self.images[order[offset]]
+        return int(index), self.flip and bool(flips[offset])
 
 
 def load_micro_batches(
@@ -146,3 +157,7 @@ class StepRandomNumbers:
     def rows(self, rows: slice) -> "StepRandomNumbers":
         """Return the numbers of these rows of the global batch."""
         return StepRandomNumbers(*(getattr(self, each.name)[rows] for each in fields(self)))
+
+
+# Posterior moments (b, 2C, h, w), labels (b,) and random numbers.
+MicroBatch: TypeAlias = tuple[Tensor, Tensor, StepRandomNumbers]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -33,7 +33,7 @@ from .run_folder import (
     prepare_run_folder,
     resolve_autoencoder,
 )
-from .run_log import RunLog, StepStatistics, dead_heads, plot_curves, progress_postfix
+from .run_log import LOG_FILE, RunLog, StepStatistics, dead_heads, plot_curves, progress_postfix
 from .setup import (
     create_model,
     create_optimizer,
@@ -42,14 +42,11 @@ from .setup import (
     trainable_parameters,
 )
 from .sharding import free_gathered_weights, shard_model
-from .step_inputs import BatchPartition, StepRandomNumbers
+from .step_inputs import BatchPartition, MicroBatch, StepRandomNumbers
 from .training_data import TrainingData
 from .training_state import TrainingState, newest_intact_checkpoint
 
 LOSS_TERMS = ("mse", "vlb", "balance")
-
-# Posterior moments (b, 2C, h, w), labels (b,) and random numbers.
-MicroBatch: TypeAlias = tuple[Tensor, Tensor, StepRandomNumbers]
 
 
 class Trainer:
@@ -76,7 +73,7 @@ class Trainer:
 
         self.vae = load_autoencoder(cast(str, config.data.autoencoder))
         self.latent_shape = latent_shape(self.vae, config.data.image_size)
-        self.data = TrainingData(config.data, self.vae, self.latent_shape, self.accelerator)
+        self.data = TrainingData(config, self.vae, self.latent_shape, self.accelerator)
         check_same_data(self.run_dir, self.data.identity)
         self.checkpoint = run_on_main_process(
             self.accelerator, lambda: newest_intact_checkpoint(self.run_dir, config)
@@ -93,9 +90,9 @@ class Trainer:
             self.averages[0].model, self.vae, self.objective.scheduler, self.data.class_names
         )
         self.evaluator = SampleEvaluator(
-            config.evaluation, self.accelerator, pipeline, self.data, self.preemption
+            config, self.accelerator, pipeline, self.objective, self.data, self.preemption
         )
-        self.data.encode(self.run_dir)
+        self.evaluator.encode(self.run_dir)
 
     def _prepare(self) -> None:
         config, accelerator = self.config, self.accelerator
@@ -172,7 +169,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         if accelerator.is_main_process:
             prepare_run_folder(config, step, self.data, self.objective.scheduler)
-            self.run_log = RunLog(self.run_dir / "log.jsonl", step)
+            self.run_log = RunLog(self.run_dir / LOG_FILE, step)
             self.state.warn_if_disk_is_full(self.run_dir)
         accelerator.wait_for_everyone()
         init_trackers(accelerator, config)
@@ -220,8 +217,11 @@ class Trainer:
     def _save(self, step: int) -> None:
         self._check_finite()
         self.state.save(self.run_dir, step, self.config.keep_checkpoints)
+        self._plot_curves()
+
+    def _plot_curves(self) -> None:
         if self.accelerator.is_main_process:
-            plot_curves(self.run_dir / "log.jsonl", self.run_dir / "curves.png")
+            plot_curves(self.run_dir / LOG_FILE, self.run_dir / "curves.png")
 
     def _evaluate(self, step: int, due: DueOutputs) -> bool:
         """Write the samples and metrics that are due; return False if SIGTERM interrupted this."""
@@ -235,6 +235,7 @@ class Trainer:
             return False
         if metrics:
             self._log({"step": step, **metrics})
+            self._plot_curves()
         return True
 
     def _step(

@@ -18,7 +18,8 @@ from ..data.encoding import encode_data
 from ..data.images import ImageSet, open_images
 from ..data.latent_shards import INDEX_FILE
 from ..data.latents import LatentSet, encode_images, open_latents
-from .config import DataConfig
+from .config import TrainConfig
+from .held_out_split import HeldOutSplit, split_images, splits_data
 from .step_inputs import BatchPartition, MicroBatchSampler, load_micro_batches
 
 
@@ -26,7 +27,7 @@ class TrainingData:
     """The training set of a run: images that the run encodes, or latents encoded earlier.
 
     Args:
-        config: the data settings, with the name of the autoencoder.
+        run_config: settings of the run, with the name of the autoencoder.
         vae: the autoencoder of the run.
         latent_shape: (C, h, w) of its latents at the image size of the run.
         accelerator: the processes of the run. Rank 0 alone reads through the images.
@@ -34,8 +35,11 @@ class TrainingData:
     Attributes:
         images: the images; ``None`` for latents encoded earlier.
         class_names: name of each class.
-        identity: kind, number and content hash of the data, and the hash of the autoencoder. It
-            does not depend on paths.
+        labels: class of each image, int64 (N,).
+        moments_shape: shape (2C, h, w) of the moments of an image.
+        split: training images and held-out images; ``None`` if the run trains on all images.
+        identity: kind, number and content hash of the data, the hash of the autoencoder, and of
+            the held-out images. It does not depend on paths.
 
     Raises:
         UserError: unreadable data, latents of another autoencoder or size, or images whose latents
@@ -44,16 +48,17 @@ class TrainingData:
 
     def __init__(
         self,
-        config: DataConfig,
+        run_config: TrainConfig,
         vae: AutoencoderKL,
         latent_shape: tuple[int, int, int],
         accelerator: Accelerator,
     ):
-        self.config, self.vae, self.accelerator = config, vae, accelerator
+        self.config = config = run_config.data
+        self.vae, self.accelerator = vae, accelerator
         self.num_workers = config.num_workers
         self.images: ImageSet | None = None
         self._latents: LatentSet | None = None
-        moments_shape = (2 * latent_shape[0], *latent_shape[1:])
+        self.moments_shape = moments_shape = (2 * latent_shape[0], *latent_shape[1:])
         if config.latents is not None:
             store = open_latents(config.latents, vae, flip=config.horizontal_flip)
             if store.moments_shape != moments_shape:
@@ -62,7 +67,7 @@ class TrainingData:
                     f"data.image_size {config.image_size} needs {moments_shape}"
                 )
             self._latents = store
-            self.class_names, num_images = store.class_names, len(store)
+            self.class_names, self.labels = store.class_names, store.labels
             kind, content_hash = "latents", lambda: store.index["content_hash"]
         else:
             images = self.images = run_on_main_process(
@@ -71,19 +76,34 @@ class TrainingData:
                     config.source, config.image_size, skip_unreadable=config.skip_unreadable
                 ),
             )
-            self.class_names, num_images = images.class_names, len(images)
+            self.class_names, self.labels = images.class_names, images.labels
             kind, content_hash = "images", images.fingerprint
             if accelerator.num_processes == 1:
-                self._check_memory(num_images * math.prod(moments_shape) * 4)
+                self._check_memory(len(images) * math.prod(moments_shape) * 4)
         self.identity = run_on_main_process(
             accelerator,
             lambda: {
                 "kind": kind,
-                "images": num_images,
+                "images": len(self.labels),
                 "content": content_hash(),
                 "autoencoder": autoencoder_identity(vae),
             },
         )
+        self.split: HeldOutSplit | None = None
+        held_out, seed = run_config.evaluation.held_out, run_config.seed
+        if held_out is not None and splits_data(held_out):
+            source = config.source if config.latents is None else config.latents
+            self.split = run_on_main_process(
+                accelerator,
+                lambda: split_images(held_out, self.labels, seed, source, self.images),
+            )
+            self.identity["held_out"] = self.split.identity()
+
+    @property
+    def latents(self) -> LatentSet:
+        """The latents of all images, held-out images included, after :meth:`encode`."""
+        assert self._latents is not None
+        return self._latents
 
     def _check_memory(self, moments_bytes: int) -> None:
         needed = moments_bytes * (1 + self.config.horizontal_flip)
@@ -136,8 +156,8 @@ class TrainingData:
 
         Call :meth:`encode` first. Close the generator to end its workers.
         """
-        assert self._latents is not None
         flip = self.config.horizontal_flip
-        sampler = MicroBatchSampler(len(self._latents), partition, seed, flip, start_step)
+        images = None if self.split is None else self.split.training
+        sampler = MicroBatchSampler(len(self.latents), partition, seed, flip, start_step, images)
         device = self.accelerator.device
-        return load_micro_batches(self._latents, sampler, self.num_workers, device)
+        return load_micro_batches(self.latents, sampler, self.num_workers, device)
