@@ -1,4 +1,4 @@
-"""Write files so that a killed process leaves the previous version or a complete new one."""
+"""Write files so that a kill or a power cut leaves the previous version or a complete new one."""
 
 import os
 from collections.abc import Iterator
@@ -16,6 +16,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
         yield temporary
+        _sync(temporary)  # The content must be on disk before the name.
         temporary.replace(path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    if os.name != "posix":  # Windows opens no folders.
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

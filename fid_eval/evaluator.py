@@ -173,6 +173,9 @@ class Evaluator:
             features = self._features(opened, extractor, group, "samples")
             # The image size and labels of an iterable are known only now.
             check_reference(self.reference, opened, extractor, self.preprocess)
+            for part in (reference, features):
+                result.warnings += part.notes
+                part.notes.clear()  # The features of the reference are used again.
             count, computed = features.count, computed + features.computed
             seconds += features.seconds
             result.seconds[f"samples, {extractor_name}"] = features.seconds

@@ -1,12 +1,15 @@
 """Keep features in files, by the content hash of the images and the weights of the network."""
 
+import hashlib
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic_write import atomic_path
+from .errors import describe_error
 from .networks.extractors import Extractor
 from .sets.image_set import ImageSet
 
@@ -32,16 +35,53 @@ def _chunk_file(folder: Path, chunk: int) -> Path:
     return folder / f"chunk-{chunk:06d}.safetensors"
 
 
-def save_chunk(folder: Path, chunk: int, values: dict[str, Tensor]) -> None:
-    """Save the features of a chunk."""
+def save_chunk(folder: Path, chunk: int, layers: dict[str, Tensor]) -> None:
+    """Save the features of a chunk, with a checksum."""
+    layers = {key: value.cpu().contiguous() for key, value in layers.items()}
     with atomic_path(_chunk_file(folder, chunk)) as temporary:
-        save_file({key: value.cpu().contiguous() for key, value in values.items()}, temporary)
+        save_file(layers, temporary, {"sha256": _checksum(folder, chunk, layers)})
 
 
-def load_chunk(folder: Path, chunk: int, count: int) -> dict[str, Tensor] | None:
-    """Load a cached chunk; return None if it is missing, damaged or not of ``count`` images."""
+def load_chunk(
+    folder: Path, chunk: int, count: int, dimensions: dict[str, int]
+) -> tuple[dict[str, Tensor] | None, str | None]:
+    """Load the features of a chunk.
+
+    Args:
+        folder: the folder of the set, from ``cache_folder``.
+        chunk: index of the chunk.
+        count: number of images in the chunk.
+        dimensions: expected dimensions of the features by layer.
+
+    Returns:
+        The features by layer, or None, and why an existing file cannot be used, or None.
+    """
+    path = _chunk_file(folder, chunk)
     try:
-        values = load_file(_chunk_file(folder, chunk))
-    except (SafetensorError, OSError):
-        return None
-    return values if len(values.get("pool", ())) == count else None
+        with safe_open(path, framework="pt") as file:
+            layers = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            checksum = (file.metadata() or {}).get("sha256")
+        if checksum is None:
+            return None, f"{path.name} has no checksum, as files of fid-eval 0.1.0"
+        if checksum != _checksum(folder, chunk, layers):
+            return None, f"{path.name} has a wrong checksum"
+        for key, value in layers.items():
+            expected = (count, dimensions.get(key, value.shape[-1]))
+            if value.shape != expected or not value.is_floating_point():
+                return None, f"{path.name} holds {key} of shape {tuple(value.shape)}"
+            if not value.isfinite().all():
+                return None, f"{path.name} holds NaN or infinity"
+    except FileNotFoundError:
+        return None, None
+    except Exception as error:  # of any type, because the file may be damaged in any way
+        return None, f"{path.name} is damaged: {describe_error(error)}"
+    return (layers, None) if "pool" in layers else (None, f"{path.name} holds no features")
+
+
+def _checksum(folder: Path, chunk: int, layers: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of features and of the set, network and chunk to which they belong."""
+    digest = hashlib.sha256(f"{folder.parent.name}/{folder.name}/{chunk}".encode())
+    for key, value in sorted(layers.items()):
+        digest.update(f"\n{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .choices import NetworkPrecision
@@ -28,7 +29,7 @@ from .distributed import (
     run_on_all_ranks,
     run_on_rank0,
 )
-from .errors import EvaluationError
+from .errors import EvaluationError, describe_error
 from .feature_cache import cache_folder, load_chunk, save_chunk
 from .metrics.adm import Gaussian, covariance_factor, gaussian_of, mean_and_covariance
 from .metrics.moments import Moments
@@ -83,6 +84,7 @@ class Features:
         logits: class logits (n, classes), read from a file.
         seconds: duration of the pass over the images.
         computed: number of images that the network processed; the others were cached.
+        notes: what went wrong with the cache.
     """
 
     count: int
@@ -93,6 +95,7 @@ class Features:
     logits: Tensor | None = None
     seconds: float = 0.0
     computed: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def gaussian(self, layer: str, device: torch.device) -> Gaussian:
         """Return mean (d,) and covariance factor (d, k) of a layer on ``device``."""
@@ -179,6 +182,8 @@ class _RankFeatures:
     moments: dict[str, Moments]
     count: int = 0
     computed: int = 0
+    bad_chunks: list[str] = field(default_factory=list)  # reasons why cached chunks are not used
+    not_saved: str | None = None  # why chunks cannot be cached
 
 
 def _extract_on_this_rank(
@@ -228,9 +233,13 @@ def _extract_on_this_rank(
     if cache is not None and on_batch is None:
         for chunk in filter(is_own, range(reader.chunks)):
             count = min(CHUNK, (reader.count or 0) - chunk * CHUNK)
-            values = load_chunk(cache, chunk, count)
+            values, reason = load_chunk(cache, chunk, count, extractor.dimensions)
             if values is not None and wanted <= values.keys():
+                if reader.labels is not None:  # Equal images may have other labels in other sets.
+                    values["labels"] = torch.from_numpy(reader.labels[chunk * CHUNK :][:count])
                 cached[chunk] = values
+            if reason is not None:
+                part.bad_chunks.append(reason)
     with progress_bar(
         reader.count,
         desc=image_set.name,
@@ -248,11 +257,14 @@ def _extract_on_this_rank(
         )
         # Add chunks in order: rows are dropped in order.
         for chunk, values in heapq.merge(sorted(cached.items()), computed, key=itemgetter(0)):
+            add_chunk(chunk, {k: v for k, v in values.items() if k in wanted | {"pool", "labels"}})
             if chunk not in cached:
                 part.computed += len(values["pool"])
-                if cache is not None:
-                    save_chunk(cache, chunk, values)
-            add_chunk(chunk, {k: v for k, v in values.items() if k in wanted | {"pool", "labels"}})
+                if cache is not None and part.not_saved is None:
+                    try:
+                        save_chunk(cache, chunk, {k: v for k, v in values.items() if k in LAYERS})
+                    except (OSError, SafetensorError) as error:  # such as a full disk
+                        part.not_saved = describe_error(error)
     part.moments = {layer: value.cpu() for layer, value in part.moments.items()}
     return part
 
@@ -304,6 +316,10 @@ def _merge_ranks(
     chunks = {key: value for part in parts for key, value in part.chunks.items()}
     ordered = [chunks[key] for key in sorted(chunks)]
     features = Features(count, seconds=seconds, computed=sum(part.computed for part in parts))
+    if bad := [reason for part in parts for reason in part.bad_chunks]:
+        features.notes.append(f"{name}: computed {len(bad)} cached chunks again: {bad[0]}")
+    for reason in {part.not_saved for part in parts} - {None}:
+        features.notes.append(f"{name}: the cache could not be written: {reason}")
     for layer in keep | moments:
         if all(layer in chunk for chunk in ordered):
             features.rows[layer] = torch.cat([chunk[layer] for chunk in ordered])

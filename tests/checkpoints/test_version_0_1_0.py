@@ -397,7 +397,7 @@ def test_an_interrupted_set_is_finished(files):
 # -------------------------------------------------------------------------------------- fid_eval
 
 
-def test_an_evaluation_goes_on_and_uses_its_cache(files):
+def test_an_evaluation_goes_on_and_renews_its_cache(files):
     def features():
         return {path: path.stat().st_mtime_ns for path in Path("features").rglob("*.safetensors")}
 
@@ -410,4 +410,8 @@ def test_an_evaluation_goes_on_and_uses_its_cache(files):
     assert after["settings"] == before["settings"]
     for known, measured in zip(before["sets"], after["sets"], strict=True):
         assert measured["metrics"] == pytest.approx(known["metrics"], rel=1e-6, abs=1e-9)
-    assert features() == cached  # read, not computed again
+        assert "has no checksum, as files of fid-eval 0.1.0" in " ".join(measured["warnings"])
+    renewed = features()
+    assert renewed.keys() == cached.keys()
+    assert fid_eval(["jobs.yaml", "--quiet", "--overwrite"]) == 0
+    assert features() == renewed  # read, not computed again
