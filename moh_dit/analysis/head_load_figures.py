@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from ..sampling.grids import BACKGROUND, INK, draw_sheet
+from ..sampling.grids import BACKGROUND, INK
 from .head_load import HALVES, HeadLoad
 
 COLUMNS = 5
@@ -148,6 +148,12 @@ def head_colors(count: int) -> np.ndarray:
     return np.array([palette[i % len(palette)] for i in range(count)]) * 255
 
 
+def enlarge(image: np.ndarray) -> np.ndarray:
+    """Enlarge an image (H, W, 3) by an integer factor to at least ``MIN_MAP_SIZE`` pixels."""
+    zoom = max(1, -(-MIN_MAP_SIZE // len(image)))
+    return image.repeat(zoom, 0).repeat(zoom, 1)
+
+
 def overlay_heads(image: np.ndarray, heads: np.ndarray, count: int) -> np.ndarray:
     """Tint each patch of an image with the colour of its head.
 
@@ -157,10 +163,9 @@ def overlay_heads(image: np.ndarray, heads: np.ndarray, count: int) -> np.ndarra
         count: number E of routed heads of the layer.
 
     Returns:
-        uint8 (H', W', 3), enlarged by an integer factor to at least ``MIN_MAP_SIZE`` pixels.
+        uint8 (H', W', 3), enlarged as by :func:`enlarge`.
     """
-    zoom = max(1, -(-MIN_MAP_SIZE // len(image)))
-    enlarged = image.repeat(zoom, 0).repeat(zoom, 1)
+    enlarged = enlarge(image)
     grid = round(len(heads) ** 0.5)
     patch = len(enlarged) // grid
     colors = head_colors(count)[heads.reshape(grid, grid)].repeat(patch, 0).repeat(patch, 1)
@@ -168,36 +173,7 @@ def overlay_heads(image: np.ndarray, heads: np.ndarray, count: int) -> np.ndarra
     return ((1 - OPACITY) * gray + OPACITY * colors).round().astype(np.uint8)
 
 
-def draw_head_maps(
-    images: np.ndarray,
-    heads: np.ndarray,
-    final: np.ndarray,
-    count: int,
-    row_labels: Sequence[str],
-    column_labels: Sequence[str],
-    first_head: int = 0,
-) -> Image.Image:
-    """Draw a sheet with the head of each patch during the denoising, and the final images.
-
-    Args:
-        images: uint8 (rows, columns, H, W, 3), decoded latents after each step.
-        heads: int (rows, columns, N), the routed head of each patch.
-        final: uint8 (rows, H, W, 3), final images for the last column, without tint.
-        count: number E of routed heads of the layer.
-        row_labels, column_labels: labels at the left and above.
-        first_head: number of the layer's first routed head, for the legend.
-    """
-    zoom = max(1, -(-MIN_MAP_SIZE // final.shape[1]))
-    enlarged = final.repeat(zoom, 1).repeat(zoom, 2)
-    cells = [
-        [*(overlay_heads(i, h, count) for i, h in zip(states, row_heads, strict=True)), last]
-        for states, row_heads, last in zip(images, heads, enlarged, strict=True)
-    ]
-    sheet = draw_sheet(np.array(cells), row_labels, [*column_labels, "image"])
-    return _with_legend(sheet, [f"head {first_head + i}" for i in range(count)])
-
-
-def _with_legend(sheet: Image.Image, names: list[str]) -> Image.Image:
+def with_legend(sheet: Image.Image, names: list[str]) -> Image.Image:
     """Add a legend of colours and names below a sheet, in as many lines as needed."""
     font = ImageFont.load_default(13)
     corners, x, y = [], 8, 8

@@ -24,9 +24,8 @@ from ..common.atomic_write import atomic_output
 from ..common.cli import save_config
 from ..common.errors import UserError
 from ..pipeline.pipeline import MoHDiTPipeline
-from ..sampling.config import SamplingSettings
 from ..sampling.engine import count_steps, decode_noisy, generate, use_settings
-from ..sampling.grids import class_name
+from ..sampling.grids import class_name, draw_sheet
 from ..sampling.sample import load_for_sampling, parse_labels, pin_checkpoint, start_processes
 from ..sampling.sample_set import weights_digest
 from ..training.run_log import environment
@@ -105,9 +104,8 @@ def sample_and_count(
         ``(load, maps, finals)``: the load over all processes. On the main process also the maps by
         (image index, step), and the final images by image index.
     """
-    settings = SamplingSettings.from_config(config)
-    chosen, _ = use_settings(pipeline, settings)
-    steps = count_steps(chosen, settings)
+    chosen, _ = use_settings(pipeline, config)
+    steps = count_steps(chosen, config)
     per_class = config.images_per_class
     labels = np.repeat(classes, per_class)
     mine = np.arange(len(labels))[state.process_index :: state.num_processes]
@@ -125,7 +123,7 @@ def sample_and_count(
         for positions, images in generate(
             pipeline,
             labels[mine].tolist(),
-            settings,
+            config,
             indices=mine,
             batch_size=config.batch_size,
             on_step=recorder.on_step,
@@ -149,19 +147,22 @@ def draw_maps(
     layer: int,
     row_labels: Sequence[str],
 ) -> Image.Image:
-    """Draw the patch maps of one layer: a row for each image, a column for each step."""
+    """Draw the patch maps of one layer: a row for each image, a column for each step.
+
+    The last column shows the final images without tint.
+    """
     indices, steps = (sorted(set(part)) for part in zip(*maps, strict=True))
-    device = pipeline.transformer.device
-    images = [
-        [decode_noisy(pipeline, maps[i, step].latents[None].to(device))[0] for step in steps]
+    device, heads = pipeline.transformer.device, load.activated[layer].shape[-1]
+
+    def draw_patches(head_map: HeadMap) -> np.ndarray:
+        image = decode_noisy(pipeline, head_map.latents[None].to(device))[0]
+        return head_load_figures.overlay_heads(image, head_map.heads[layer], heads)
+
+    cells = [
+        [*(draw_patches(maps[i, step]) for step in steps), head_load_figures.enlarge(finals[i])]
         for i in indices
     ]
-    return head_load_figures.draw_head_maps(
-        np.array(images),
-        np.array([[maps[i, step].heads[layer] for step in steps] for i in indices]),
-        np.array([finals[i] for i in indices]),
-        load.activated[layer].shape[-1],
-        row_labels,
-        [f"t = {maps[indices[0], step].timestep:.4g}" for step in steps],
-        load.num_shared[layer],
-    )
+    timesteps = [f"t = {maps[indices[0], step].timestep:.4g}" for step in steps]
+    sheet = draw_sheet(np.array(cells), row_labels, [*timesteps, "image"])
+    names = [f"head {load.num_shared[layer] + i}" for i in range(heads)]
+    return head_load_figures.with_legend(sheet, names)

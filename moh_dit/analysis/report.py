@@ -15,6 +15,7 @@ from PIL import Image
 from ..common.atomic_write import atomic_write
 from ..common.errors import UserError
 from ..common.version import __version__
+from ..sampling.output_formats import encode_image
 from ..training.config import TrainConfig, flatten
 from .config import ReportConfig
 from .report_charts import COLORS, colored_series, head_load_chart, line_chart
@@ -269,10 +270,9 @@ def _embedded(step: int, path: Path) -> Grid:
     with Image.open(io.BytesIO(content)) as image:
         width, height = image.size
         if len(content) > MAX_PNG_BYTES:
-            smaller = io.BytesIO()
-            image.convert("RGB").save(smaller, format="WEBP", quality=WEBP_QUALITY)
-            if len(smaller.getvalue()) < len(content):
-                content, kind = smaller.getvalue(), "webp"
+            smaller = encode_image(image.convert("RGB"), "WEBP", quality=WEBP_QUALITY)
+            if len(smaller) < len(content):
+                content, kind = smaller, "webp"
     uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return Grid(step, uri, width, height)
 

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -114,19 +114,24 @@ def encode_pngs(images: Images) -> Iterator[bytes]:
 
 def to_png(image: np.ndarray) -> bytes:
     """Encode one uint8 (H, W, 3) image as PNG."""
+    return encode_image(Image.fromarray(np.ascontiguousarray(image)), "PNG")
+
+
+def encode_image(image: Image.Image, format: str, **options: Any) -> bytes:
+    """Encode an image in a format of Pillow, with the options of ``Image.save``."""
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, format="PNG")
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
 FORMATS: dict[str, Writer] = {".npz": write_npz, ".tar": write_tar, "": write_folder}
 
 
-def save_sheet(sheet: Image.Image, file: Path | BinaryIO, settings: str) -> None:
-    """Write a PNG with its settings in the text chunk ``settings``, which ``--config`` reads."""
+def encode_sheet(sheet: Image.Image, settings: str) -> bytes:
+    """Encode a PNG with its settings in the text chunk ``settings``, which ``--config`` reads."""
     text = PngInfo()
     text.add_itxt("settings", settings)
-    sheet.save(file, format="PNG", pnginfo=text)
+    return encode_image(sheet, "PNG", pnginfo=text)
 
 
 def check_animation(output: Path) -> None:

@@ -22,7 +22,7 @@ from ..common.version import __version__
 from ..pipeline.pipeline import MoHDiTPipeline
 from .config import SampleConfig
 from .grids import sample_animation, sample_grid, sample_strip
-from .output_formats import ANIMATIONS, save_animation, save_sheet, settings_path
+from .output_formats import ANIMATIONS, encode_sheet, save_animation, settings_path
 from .sample_set import image_bytes, sample_set, set_labels, weights_digest
 from .sweeps import Axis, parse_axis, sample_sweep
 
@@ -87,7 +87,7 @@ def sample_picture(
     labels: list[int],
     settings: str,
     options: dict[str, Any],
-) -> Callable[[Path], None]:
+) -> Callable[[Path], object]:
     """Sample a grid, animation, strip or sweep; return the function that writes it to a path."""
     per_class = config.images_per_class
     if Path(config.output).suffix in ANIMATIONS:
@@ -110,7 +110,7 @@ def sample_picture(
         sheet = sample_sweep(load_weights, config, rows, columns, **options)
     else:
         sheet = sample_grid(pipeline, config, labels, per_class, **options)
-    return lambda path: save_sheet(sheet, path, settings)
+    return lambda path: path.write_bytes(encode_sheet(sheet, settings))
 
 
 def load_for_sampling(

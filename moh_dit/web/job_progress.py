@@ -1,6 +1,5 @@
 """Publish the progress of a job and previews of its images while they are sampled."""
 
-import io
 import math
 import threading
 
@@ -13,6 +12,7 @@ from ..analysis.head_load import HeadLoadRecorder
 from ..pipeline.pipeline import MoHDiTPipeline
 from ..sampling.config import SampleConfig
 from ..sampling.engine import count_steps, decode_noisy
+from ..sampling.output_formats import encode_image
 from .job_queue import Job
 
 LARGEST_CELL = 128  # maximum side in pixels of one image in a preview
@@ -73,9 +73,8 @@ class JobProgress:
         self.cells[positions] = pictures
         sheet = Image.fromarray(tile(self.cells.reshape(*self.shape, *pictures.shape[1:])))
         sheet.thumbnail((self.shape[1] * LARGEST_CELL, self.shape[0] * LARGEST_CELL))
-        buffer = io.BytesIO()
-        sheet.save(buffer, format="JPEG", quality=85, subsampling=0)
-        self.job.files["preview.jpg"] = buffer.getvalue()
+        preview = encode_image(sheet, "JPEG", quality=85, subsampling=0)
+        self.job.files["preview.jpg"] = preview
         self.preview_count += 1
 
 

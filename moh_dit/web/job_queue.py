@@ -90,9 +90,8 @@ class JobQueue:
     def find(self, job_id: str) -> Job | None:
         """Return the job with this id, or ``None`` if it is unknown or was discarded."""
         with self._changed:
-            running = [self._running] if self._running else []
-            jobs = {job.id: job for job in (*self._finished, *running, *self._waiting)}
-        return jobs.get(job_id)
+            jobs = filter(None, (*self._finished, self._running, *self._waiting))
+            return next((job for job in jobs if job.id == job_id), None)
 
     def cancel(self, job: Job) -> None:
         """Remove a waiting job from the queue; stop a running job at its next step."""
@@ -101,7 +100,6 @@ class JobQueue:
             if job in self._waiting:
                 self._waiting.remove(job)
                 self._finish(job, "cancelled")
-                self._publish_positions()
 
     def close(self) -> None:
         """Cancel all jobs and wait up to ``SECONDS_TO_STOP`` for the running one to stop."""
@@ -123,7 +121,6 @@ class JobQueue:
             with self._changed:
                 self._running = None
                 self._finish(job, status, **details)
-                self._publish_positions()
 
     def _run_job(self, job: Job) -> tuple[str, dict[str, Any]]:
         try:
@@ -142,6 +139,7 @@ class JobQueue:
     def _finish(self, job: Job, status: str, **details: Any) -> None:
         self._finished.append(job)
         job.publish(status, **details)
+        self._publish_positions()
 
     def _publish_positions(self) -> None:
         for position, job in enumerate(self._waiting):

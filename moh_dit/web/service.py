@@ -1,6 +1,5 @@
 """Check requests of the page and sample their images."""
 
-import io
 import json
 import math
 import re
@@ -22,7 +21,7 @@ from ..pipeline.pipeline import MoHDiTPipeline
 from ..sampling.config import SampleConfig
 from ..sampling.engine import use_settings
 from ..sampling.grids import class_name, draw_sheet, sample_rows
-from ..sampling.output_formats import save_sheet, to_png
+from ..sampling.output_formats import encode_sheet, to_png
 from ..sampling.sample import parse_labels, provenance_comments, settings_yaml
 from .config import DemoConfig
 from .job_progress import JobProgress, tile
@@ -144,10 +143,9 @@ class ImageService:
         except torch.OutOfMemoryError:
             raise UserError("the GPU has not enough memory; request fewer images") from None
         job.raise_if_cancelled()
-        settings, sheet = settings_yaml(config, self.comments), io.BytesIO()
-        save_sheet(draw_sheet(images, names), sheet, settings)
+        settings = settings_yaml(config, self.comments)
         job.files = {
-            "grid.png": sheet.getvalue(),
+            "grid.png": encode_sheet(draw_sheet(images, names), settings),
             "cells.png": to_png(tile(images)),
             "settings.yaml": settings.encode(),
         }
