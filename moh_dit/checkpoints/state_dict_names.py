@@ -39,6 +39,17 @@ REPEATED = {
     LABELS: "norm1.emb.class_embedder.embedding_table",
 }
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+# Arguments of this model → names and defaults of diffusers' class.
+ARGUMENTS: dict[str, tuple[str, Any]] = {
+    "sample_size": ("sample_size", 32),
+    "patch_size": ("patch_size", 2),
+    "in_channels": ("in_channels", 4),
+    "out_channels": ("out_channels", None),
+    "num_heads": ("num_attention_heads", 16),
+    "head_dim": ("attention_head_dim", 72),
+    "depth": ("num_layers", 28),
+    "num_classes": ("num_embeds_ada_norm", 1000),
+}
 # Settings of diffusers' class for which this model supports one value only.
 DIFFUSERS_FIXED = dict(
     norm_type="ada_norm_zero",
@@ -62,19 +73,10 @@ def from_diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
     for key, expected in DIFFUSERS_FIXED.items():
         if (found := config.get(key, expected)) != expected:
             raise UserError(f"{key} is {found!r}, but a DiT requires {expected!r}")
-    heads, head_dim = config.get("num_attention_heads", 16), config.get("attention_head_dim", 72)
-    in_channels = config.get("in_channels", 4)
-    return dict(
-        sample_size=config.get("sample_size", 32),
-        patch_size=config.get("patch_size", 2),
-        in_channels=in_channels,
-        out_channels=config.get("out_channels") or in_channels,
-        hidden_size=heads * head_dim,
-        depth=config.get("num_layers", 28),
-        num_heads=heads,
-        num_classes=config.get("num_embeds_ada_norm", 1000),
-        timestep_freq_shift=config.get("timestep_freq_shift", 0),
-    )
+    own = {name: config.get(theirs, default) for name, (theirs, default) in ARGUMENTS.items()}
+    own["out_channels"] = own["out_channels"] or own["in_channels"]
+    own["hidden_size"] = own["num_heads"] * own.pop("head_dim")
+    return {**own, "timestep_freq_shift": config.get("timestep_freq_shift", 0)}
 
 
 def to_diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -103,19 +105,13 @@ def to_diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
             f"mlp_ratio of 4; this model has {heads} · {width}, {config['hidden_size']} and "
             f"{config['mlp_ratio']}"
         )
-    converted = dict(
-        _class_name="DiTTransformer2DModel",
-        sample_size=config["sample_size"],
-        patch_size=config["patch_size"],
-        in_channels=config["in_channels"],
-        out_channels=config["out_channels"],
-        num_attention_heads=heads,
-        attention_head_dim=width,
-        num_layers=config["depth"],
-        num_embeds_ada_norm=config["num_classes"],
-        norm_eps=1e-6,
+    own = {**config, "num_heads": heads, "head_dim": width}
+    converted = {
+        "_class_name": "DiTTransformer2DModel",
+        **{theirs: own[name] for name, (theirs, _) in ARGUMENTS.items()},
+        "norm_eps": 1e-6,
         **DIFFUSERS_FIXED,
-    )
+    }
     if config["timestep_freq_shift"]:  # ignored by diffusers; needed to convert back
         converted["timestep_freq_shift"] = config["timestep_freq_shift"]
     return converted

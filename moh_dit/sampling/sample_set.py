@@ -26,7 +26,7 @@ from torch import nn
 from fid_eval.progress import progress_bar
 
 from ..autoencoder import downsampling_factor
-from ..common.atomic_write import atomic_write
+from ..common.atomic_write import atomic_write, remove
 from ..common.disk_space import require_disk_space
 from ..common.errors import UserError
 from ..diffusion.noise import WORD, philox
@@ -251,8 +251,7 @@ def join_shards(
     assert [start for start, _, _ in shards] == [0, *(stop for _, stop, _ in shards[:-1])]
     arrays = (np.load(file) for _, _, file in shards)
     joined = partial / "joined"
-    if joined.is_dir():  # left by an interruption; a file is overwritten
-        shutil.rmtree(joined)
+    remove(joined)  # left by an interruption
     FORMATS[output.suffix](joined, arrays, labels, class_names)
     if settings_yaml is not None:
         atomic_write(settings_path(output), settings_yaml.encode())
