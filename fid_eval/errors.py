@@ -26,6 +26,11 @@ def describe_error(error: Exception, name: str | None = None) -> str:
     return (f"{name}: " if name else "") + (f"{text} ({kind})" if text else kind)
 
 
+def printable(name: str) -> str:
+    """Escape the bytes of a file name that are not UTF-8, which no report can hold."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """Return "did you mean …?" with the known name that is most like ``name``."""
     close = get_close_matches(name, list(known), n=1, cutoff=0.0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import EvaluationError, nearest_name
+from .errors import EvaluationError, nearest_name, printable
 
 
 @dataclass
@@ -23,6 +23,9 @@ class Job:
     name: str
     metrics: list[str] | None = None
     x: float | None = None
+
+    def __post_init__(self) -> None:
+        self.name = printable(self.name)
 
 
 SET_KEYS = [field.name for field in fields(Job)]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import EvaluationError, describe_error
+from ..errors import EvaluationError, describe_error, printable
 from .decoding import AS_IS, EXTENSIONS, MAX_BYTES, BadImage, Preprocess, check_file
 from .encoded import EncodedReader
 from .hashing import files_inside
@@ -60,7 +60,7 @@ def open_set(source: Any, preprocess: Preprocess = AS_IS, name: str | None = Non
 
 def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
     """Open a path, a glob pattern or a Hugging Face URL; see ``open_set``."""
-    name = name or path
+    name = printable(name or path)
     try:
         return _open_path(path, preprocess, name)
     except EvaluationError:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -89,6 +90,8 @@ def _not_a_covariance(matrix: np.ndarray) -> str | None:
 
 def open_safetensors(path: Path, name: str) -> ImageSet:
     """Open a .safetensors file of features or of statistics."""
+    if path.stat().st_size > psutil.virtual_memory().available:
+        raise EvaluationError(f"{name}: {path.stat().st_size >> 30} GiB do not fit into memory")
     try:
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())

@@ -149,6 +149,16 @@ def test_a_set_whose_evaluation_fails_leaves_no_worker_processes(tmp_path, monke
     assert not multiprocessing.active_children()
 
 
+def test_a_file_name_that_is_not_utf8_is_escaped_in_reports(good, tmp_path, capsys):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.npz"
+    with open(path, "wb") as file:
+        file.write(good.read_bytes())
+    outputs = ["--output", tmp_path / "a.json", "--csv", tmp_path / "a.csv"]
+    assert run(good, os.fsdecode(path), good, *outputs, "--plot", tmp_path / "a.png") == 0
+    assert r"caf\udce9.npz" in capsys.readouterr().out
+    assert r"caf\udce9.npz" in (tmp_path / "a.csv").read_text()
+
+
 def test_debug_shows_the_traceback(good, tmp_path, capsys):
     broken = KINDS["npz_with_unknown_compression"][0](tmp_path)
     assert run(good, broken, good, "--debug") == 1
