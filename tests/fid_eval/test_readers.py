@@ -194,6 +194,25 @@ def test_safetensors_of_features_with_nan_are_refused(tmp_path):
         open_set(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("dtype", [">f8", "<f4", ">f2", "f2", "longdouble"])
+def test_statistics_of_other_types_are_converted(dtype, tmp_path):
+    features = np.random.default_rng(0).standard_normal((9, 30))  # a singular covariance
+    sigma = np.cov(features.T).astype(dtype)
+    np.savez(tmp_path / "a.npz", mu=features.mean(0).astype(dtype), sigma=sigma)
+    read = open_set(tmp_path / "a.npz").statistics
+    assert read["mu"].dtype == read["sigma"].dtype == np.dtype("=f8")
+    np.testing.assert_array_equal(read["sigma"], sigma.astype(np.float64))
+
+
+def test_bfloat16_statistics_and_features_are_converted(tmp_path):
+    pool = torch.randn(20, 5).bfloat16()
+    tensors = {"pool": pool, "mu": pool.mean(0), "sigma": torch.eye(5).bfloat16()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    opened = open_set(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(opened.statistics["mu"], tensors["mu"].double().numpy())
+    assert torch.equal(opened.features["pool"], pool)
+
+
 def test_labels_of_the_wrong_number_are_refused(images):
     with pytest.raises(EvaluationError, match="11 images, but labels of shape"):
         open_set((images, np.zeros(3, np.int64)))
