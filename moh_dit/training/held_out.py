@@ -152,7 +152,6 @@ class HeldOutLoss:
         Raises:
             UserError: the held-out images in the run folder differ from the present ones.
         """
-        started = (run_dir / DATA_FILE).is_file()
         separate, latents, indices = self.separate, self.data.latents, self.held_out
         if separate is not None and not isinstance(separate, LatentStore):
             latents, indices = self._encode(separate, run_dir), np.arange(len(self.held_out))
@@ -164,8 +163,12 @@ class HeldOutLoss:
                 self.data.latents, self.training, np.arange(len(self.data.class_names))
             ),
         }
-        if not started:
-            run_on_main_process(self.accelerator, lambda: self._warn_of_overlap(latents, indices))
+
+        def compare() -> None:
+            if not (run_dir / DATA_FILE).is_file():  # only when the run starts
+                self._warn_of_overlap(latents, indices)
+
+        run_on_main_process(self.accelerator, compare)
 
     def _warn_of_overlap(self, latents: LatentSet, indices: np.ndarray) -> None:
         data = self.data
