@@ -13,6 +13,7 @@ from ..common.cli import load_config
 from ..common.errors import UserError
 from ..common.paths import choose_autoencoder
 from ..common.version import __version__
+from ..data.latents import open_latents
 from ..model.blocks import DiTBlock
 from ..model.flops import PEAKS, count_flops, peak_of, skipped_flops, skipped_heads
 from ..model.transformer import MoHDiTTransformer2DModel
@@ -156,7 +157,10 @@ def build_on_meta(
         data = replace(data, image_size=config.image_size)
     channels, factor = PUBLISHED_LATENTS
     if config.preset is None:
-        autoencoder = choose_autoencoder(data.autoencoder, data.source)
+        autoencoder = data.autoencoder
+        if autoencoder is None and data.latents is not None:
+            autoencoder = open_latents(data.latents).index["autoencoder"]["name"]
+        autoencoder = choose_autoencoder(autoencoder, data.source, "--data.autoencoder")
         if layout := latent_layout(autoencoder):
             channels, factor = layout
         else:
@@ -164,7 +168,11 @@ def build_on_meta(
                 f"autoencoder {autoencoder} is not on this machine; assuming {channels} latent "
                 f"channels and a downsampling factor of {factor}"
             )
-    classes = plan.num_classes or (DIGITS_CLASSES if data.source == "digits" else None)
+    classes = plan.num_classes
+    if classes is None and data.latents is not None:
+        classes = len(open_latents(data.latents).class_names)
+    elif classes is None and data.source == "digits":
+        classes = DIGITS_CLASSES
     if classes is None:
         raise UserError(
             f"model.num_classes is not set; set it, because {data.source} is not opened to count "

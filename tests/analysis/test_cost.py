@@ -10,7 +10,9 @@ from moh_dit.analysis.config import CostConfig
 from moh_dit.analysis.cost import estimate_cost
 from moh_dit.common.cli import load_config, save_config, shipped_configs
 from moh_dit.common.errors import UserError
-from moh_dit.training.config import ModelConfig, TrainConfig
+from moh_dit.data.config import EncodeConfig
+from moh_dit.data.encoding import encode_data
+from moh_dit.training.config import DataConfig, ModelConfig, TrainConfig
 
 
 def run(capsys, *arguments):
@@ -119,3 +121,16 @@ def test_every_shipped_configuration_has_an_estimate(name):
     found = estimate_cost(config)
     assert found["training"]["batch_size"] == config.batch_size
     assert found["memory_per_gpu"]["activations"] > 0
+
+
+def test_latents_name_their_autoencoder_and_classes(tmp_path):
+    encode_data(EncodeConfig(data="digits", output=str(tmp_path / "latents")))
+    config = CostConfig(
+        model=ModelConfig(hidden_size=32, depth=1, num_heads=2, patch_size=2),
+        data=DataConfig(latents=str(tmp_path / "latents")),
+    )
+    digits = CostConfig(model=config.model)
+    assert estimate_cost(config)["parameters"] == estimate_cost(digits)["parameters"]
+    config.data.latents = str(tmp_path / "missing")
+    with pytest.raises(UserError, match="missing"):
+        estimate_cost(config)
