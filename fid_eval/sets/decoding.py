@@ -22,6 +22,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_RGB = b"\x08\x02"  # 8 bits per channel, colour type RGB
 PNG_END = b"IEND\xaeB`\x82"
 MAX_BYTES = 1 << 30  # of one encoded image
+POLICY_VERSION = 2  # raise it when an image decodes to other pixels; features are then recomputed
 CONVERTED_MODES = {"L", "1", "P"}  # converted to RGB without loss
 
 
