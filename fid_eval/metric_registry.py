@@ -26,6 +26,7 @@ from .metrics.adm import (
 from .networks.extractors import Extractor
 
 INCEPTION_SCORE_SPLIT = 5000
+MIND_DIRECTIONS, MIND_SEED = 1000, 2020
 # A resampled Fréchet distance has a biased mean but an unbiased standard deviation. Intervals are
 # therefore this number of deviations around the distance of the whole set.
 BOOTSTRAP_SIGMAS = 1.96
@@ -126,6 +127,15 @@ def _fid_infinity(comparison: Comparison) -> float:
     return value
 
 
+def _mind(comparison: Comparison) -> float:
+    value, error = extras.mind(*comparison.rows, MIND_DIRECTIONS, MIND_SEED)
+    smaller = min(len(rows) for rows in comparison.rows)
+    comparison.details.update(
+        monte_carlo_error=error, directions=MIND_DIRECTIONS, seed=MIND_SEED, images=smaller
+    )
+    return value
+
+
 def _class_fid(comparison: Comparison) -> float:
     labels = comparison.reference.labels, comparison.samples.labels
     assert labels[0] is not None
@@ -200,6 +210,7 @@ METRICS = {
     "precision": Score("precision", lambda c: _precision_or_recall(c, 0), ROWS, ROWS),
     "recall": Score("recall", lambda c: _precision_or_recall(c, 1), ROWS, ROWS),
     "kid": Metric("kid", _kid, ROWS, ROWS, "kd"),
+    "mind": Metric("mind", _mind, ROWS, ROWS),
     "fid_infinity": Metric("fid_infinity", _fid_infinity, POOL, ROWS, "fd_infinity"),
     "density": Score("density", lambda c: c.density_coverage[0], ROWS, ROWS),
     "coverage": Score("coverage", lambda c: c.density_coverage[1], ROWS, ROWS),
@@ -207,5 +218,6 @@ METRICS = {
     "memorised": Metric("memorised", _memorised, ROWS, ROWS),
     "accuracy": Score("accuracy", _accuracy, (), LOGITS + LABELS),
     "fd_dinov2": Metric("fd_dinov2", lambda c: _frechet(c, "pool"), POOL, POOL, extractor="dinov2"),
+    "kd_dinov2": Metric("kd_dinov2", _kid, ROWS, ROWS, extractor="dinov2"),
     "cmmd": Metric("cmmd", lambda c: extras.cmmd(*c.rows), ROWS, ROWS, extractor="clip"),
 }

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch_fidelity.metric_kid import kernel_mmd
@@ -87,3 +88,41 @@ def test_bootstrap_deviation_of_a_mean_is_its_standard_error():
     values = normal(400, 1)[:, 0]
     deviation = extras.bootstrap_deviation(lambda i: float(values[i].mean()), 400, 800)
     assert deviation == pytest.approx(float(values.std()) / math.sqrt(400), rel=0.1)
+
+
+def test_mind_of_one_dimension_is_three_times_the_transport_cost():
+    a, b = normal(200, 1), normal(200, 1, 1, 0.4)
+    cost = (a.sort(0).values - b.sort(0).values).square().mean()  # one direction, up to its sign
+    value, error = extras.mind(a, b, directions=50)
+    assert value == pytest.approx(3 * float(cost), rel=1e-12)
+    assert error == pytest.approx(0, abs=1e-12)
+
+
+def test_mind_of_a_shift_and_of_a_scale_have_closed_forms():
+    x = normal(500, 8)
+    shift = torch.arange(8.0, dtype=torch.float64) / 8
+    # Projections of a shifted set keep their order: the cost is (u · shift)², whose mean over unit
+    # directions is ‖shift‖² / d.
+    value, error = extras.mind(x, x + shift, directions=4000)
+    assert abs(value - 3 * float(shift.square().sum())) < 4 * error
+    # A doubled set costs (u · x)² on average: 3 · tr(E[x xᵀ]).
+    value, error = extras.mind(x, 2 * x, directions=4000)
+    assert abs(value - 3 * float(x.square().sum(1).mean())) < 4 * error
+    assert extras.mind(x, x.flip(0)) == (0, 0)
+
+
+def test_mind_reduces_the_larger_set_by_the_seed():
+    a, b = normal(300, 6).float(), normal(90, 6, 1, 0.2).float()
+    generator = torch.Generator().manual_seed(7)
+    chosen = a[torch.randperm(300, generator=generator)[:90]].numpy()
+    unit = torch.randn(11, 6, generator=generator).numpy().astype(float)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    costs = [
+        np.mean((np.sort(chosen @ u) - np.sort(b.numpy() @ u)) ** 2) for u in unit
+    ]  # fmt: skip
+    value, error = extras.mind(a, b, directions=11, seed=7)
+    assert value == pytest.approx(18 * np.mean(costs), rel=1e-9)
+    assert error == pytest.approx(18 * np.std(costs, ddof=1) / 11**0.5, rel=1e-9)
+    assert extras.mind(b, a, directions=11, seed=7)[0] == pytest.approx(value, rel=1e-12)
+    with pytest.raises(EvaluationError, match="equal dimension"):
+        extras.mind(a, b[:, :3])
