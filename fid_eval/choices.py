@@ -11,8 +11,8 @@ ReferenceKind = Literal["auto", "statistics", "images"]
 
 DEFAULT_METRICS = ("fid", "sfid", "is", "precision", "recall")
 METRIC_NAMES = (  # keys of metric_registry.METRICS
-    *DEFAULT_METRICS, "kid", "mind", "fid_infinity", "density", "coverage", "class_fid", "memorised",
-    "accuracy", "fd_dinov2", "kd_dinov2", "cmmd",
+    *DEFAULT_METRICS, "kid", "mind", "fid_infinity", "density", "coverage", "class_fid",
+    "memorised", "accuracy", "fd_dinov2", "kd_dinov2", "cmmd",
 )  # fmt: skip
 EXTRACTOR_NAMES = (  # keys of networks.extractors.EXTRACTORS
     "inception", "digits", "classifier", "vgg16", "dinov2", "dinov2-vit-s-14", "dinov2-vit-b-14",
