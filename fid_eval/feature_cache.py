@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .atomic_write import atomic_path
+from .atomic_write import atomic_path, remove_leftovers
 from .errors import describe_error
 from .networks.extractors import Extractor
 from .sets.image_set import ImageSet
@@ -28,6 +28,7 @@ def cache_folder(
     run = f"{extractor.name}-{weights[:16]}-{precision}"
     folder = cache / run / f"{content[:32]}-{preprocess}"
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     return folder
 
 

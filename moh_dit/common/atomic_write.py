@@ -1,29 +1,22 @@
 """Atomic writes of files and folders: a kill leaves the old content or the new, never a part."""
 
+import errno
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import UserError
+from fid_eval.atomic_write import atomic_path, remove, remove_leftovers, sync, temporary_path
 
-PARTIAL_SUFFIX = ".partial"  # of the temporary file
+from .errors import UserError
 
 
 def atomic_write(path: Path, content: bytes | memoryview) -> None:
-    """Write a file atomically. A kill may leave the temporary file ``.NAME.PID.partial``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # Without it, a power loss could leave an empty file.
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a file atomically. The folder of the file must exist."""
+    with atomic_path(path, parents=False) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextmanager
@@ -37,28 +30,44 @@ def atomic_output(output: Path, advice: str = "") -> Iterator[Path]:
         advice: end of the error message.
 
     Raises:
-        UserError: no space or no permission to write.
+        UserError: ``output`` exists at the end, or there is no space or no permission to write.
     """
-    temporary = output.with_name(f".writing-{output.name}")
+    temporary = temporary_path(output)
     made = next((p for p in [*output.absolute().parents][::-1] if not p.exists()), None)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)  # left by a killed process
+        remove_leftovers(output.parent)
         yield temporary
-        for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        temporary.rename(output)
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        publish(temporary, output)
+        sync(output.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output} could not be written ({error}){advice}") from None
     finally:
-        remove(temporary)
-        if made is not None and not output.exists():
-            remove(made)
+        with suppress(OSError):  # keep the error that ended the block
+            remove(temporary)
+            if made is not None and not output.exists():
+                remove(made)
 
 
-def remove(path: Path) -> None:
-    """Delete a file or folder that may not exist."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+def publish(temporary: Path, output: Path) -> None:
+    """Rename a file or folder to ``output``, and overwrite nothing.
+
+    Raises:
+        FileExistsError: another process has created ``output``.
+        OSError: ``output`` is a folder with content, or the rename failed.
+    """
+    if temporary.is_dir():
+        temporary.rename(output)  # fails if a folder with content exists
+        return
+    try:
+        os.link(temporary, output)  # unlike a rename, fails if the file exists
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if output.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(output)) from None
+        temporary.rename(output)
+    else:
+        temporary.unlink()

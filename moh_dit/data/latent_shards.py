@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.atomic_write import PARTIAL_SUFFIX, atomic_write
+from ..common.atomic_write import atomic_write, remove_leftovers
 from ..common.errors import UserError
 from ..common.paths import require_new_output
 
@@ -51,13 +51,12 @@ def prepare_folder(folder: Path, plan: dict[str, Any]) -> None:
     """
     if (folder / PLAN_FILE).is_file():
         _check_same_plan(folder, plan)
-    elif folder.exists() and any(not p.name.endswith(PARTIAL_SUFFIX) for p in folder.iterdir()):
+    elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise UserError(f"output folder {folder} contains other files: give another name")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / PLAN_FILE, json.dumps(plan, indent=2).encode() + b"\n")
-    for leftover in folder.glob(f".*{PARTIAL_SUFFIX}"):  # of a killed process
-        leftover.unlink()
+    remove_leftovers(folder, owned=True)
 
 
 def _check_same_plan(folder: Path, plan: dict[str, Any]) -> None:

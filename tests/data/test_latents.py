@@ -219,7 +219,7 @@ def test_resume_after_a_kill(config, tmp_path, monkeypatch, small_shards):
 
     def die_in_second_shard(path, data):
         if path.name == "moments-00001-of-00002.npy":
-            (path.parent / ".half.partial").write_bytes(bytes(data[:100]))
+            (path.parent / ".partial-host-1-0-half").write_bytes(bytes(data[:100]))
             raise KeyboardInterrupt
         write(path, data)
 
