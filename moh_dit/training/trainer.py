@@ -42,6 +42,7 @@ from .setup import (
     trainable_parameters,
 )
 from .sharding import free_gathered_weights, shard_model
+from .start_up import StartUp
 from .step_inputs import BatchPartition, MicroBatch, StepRandomNumbers
 from .training_data import TrainingData
 from .training_state import TrainingState, newest_intact_checkpoint
@@ -56,12 +57,15 @@ class Trainer:
 
     Args:
         config: settings of the run.
+        start_up: measures the start-up of the program; by default a new one.
 
     Raises:
         UserError: input is missing, unreadable, or contradicts other input.
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, start_up: StartUp | None = None):
+        self.start_up = start_up or StartUp()
+        self.start_up.begin("data")
         self.preemption = Preemption()
         self.run_dir = Path(config.run_dir)
         check_run_dir(self.run_dir, config.resume)
@@ -78,6 +82,7 @@ class Trainer:
         self.checkpoint = run_on_main_process(
             self.accelerator, lambda: newest_intact_checkpoint(self.run_dir, config)
         )
+        self.start_up.begin("model")
         torch.manual_seed(config.seed)
         self.objective = config.objective.build(self.accelerator.device)
         num_classes = len(self.data.class_names)
@@ -92,6 +97,7 @@ class Trainer:
         self.evaluator = SampleEvaluator(
             config, self.accelerator, pipeline, self.objective, self.data, self.preemption
         )
+        self.start_up.begin("data")
         self.evaluator.encode(self.run_dir)
 
     def _prepare(self) -> None:
@@ -187,7 +193,8 @@ class Trainer:
                 stop = not self._evaluate(step, missing)
             while step < config.num_steps and not stop:
                 step += 1
-                statistics.add(*self._step(step, batches))
+                with self.start_up.first_step(accelerator.print):
+                    statistics.add(*self._step(step, batches))
                 bar.update()
                 last = step == config.num_steps
                 stop = self.preemption.should_stop(accelerator, step)
@@ -230,7 +237,8 @@ class Trainer:
         self._check_finite()
         self.averages[0].gather()
         try:
-            metrics = self.evaluator.make(due, step, self.run_dir)
+            with self.start_up.phase("samples"):
+                metrics = self.evaluator.make(due, step, self.run_dir)
         except Interrupted:
             return False
         if metrics:
@@ -256,7 +264,7 @@ class Trainer:
             config.label_dropout,
             accelerator.device,
         )
-        with self.statistics.count_data_wait():
+        with self.statistics.count_data_wait(), self.start_up.phase("data"):
             data = [next(batches) for _ in range(num_micro_batches)]
         micro_batches = [
             (*batch, random.rows(self.partition.rows(number))) for number, batch in enumerate(data)
