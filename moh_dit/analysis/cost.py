@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..autoencoder import EMBEDDED
+from ..autoencoder import EMBEDDED, PIXELS, layout_of_config
 from ..checkpoints.runs import resolve_checkpoint
 from ..common.cli import load_config
 from ..common.errors import UserError
@@ -192,11 +192,13 @@ def latent_layout(autoencoder: str) -> tuple[int, int] | None:
 
     Returns ``None`` if the configuration of the autoencoder is not on this machine.
     """
+    if autoencoder == PIXELS:
+        return 3, 1
     folder = EMBEDDED.get(autoencoder, Path(autoencoder))
     for file in (folder / "config.json", folder / "vae" / "config.json"):
         if file.is_file():
             found = json.loads(file.read_text())
-            return found["latent_channels"], 2 ** (len(found["block_out_channels"]) - 1)
+            return layout_of_config(found["_class_name"], found)[:2]
     return None
 
 

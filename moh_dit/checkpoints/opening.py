@@ -12,10 +12,10 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from safetensors import SafetensorError
 
-from ..autoencoder import load_autoencoder
+from ..autoencoder import load_autoencoder, stored_class
 from ..common.errors import UserError
 from ..common.hub import local_path
 from ..common.paths import is_weight_file
@@ -249,7 +249,7 @@ def load_pipeline(
 
 def load_vae_and_scheduler(
     opened: OpenedCheckpoint, config: Mapping[str, Any], autoencoder: str | None = None
-) -> tuple[AutoencoderKL, SchedulerMixin]:
+) -> tuple[ModelMixin, SchedulerMixin]:
     """Load the autoencoder and the scheduler that belong to a model.
 
     Args:
@@ -276,11 +276,13 @@ def load_vae_and_scheduler(
     return vae, make_scheduler(config["out_channels"] == 2 * config["in_channels"])
 
 
-def _load_stored_vae(folder: Path) -> AutoencoderKL:
+def _load_stored_vae(folder: Path) -> ModelMixin:
     try:
         tensors = open_weights(find_weights(folder)).values()
-        dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
-        return AutoencoderKL.from_pretrained(folder, local_files_only=True, dtype=dtype)
+        dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+        dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+        kind = stored_class(folder, str(folder))
+        return kind.from_pretrained(folder, local_files_only=True, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be opened: {' '.join(str(error).split())}") from None
 

@@ -55,7 +55,8 @@ def open_weights(file: Path, entry: str = "averaged") -> State:
         known = ", ".join(PICKLES)
         raise UserError(f"{file} is not a weight file; give a .safetensors file or one of {known}")
     for name, tensor in state.items():
-        if tensor.dtype not in DTYPES:
+        # Batch norms count their batches in an int64 buffer.
+        if tensor.dtype not in DTYPES and not name.endswith("num_batches_tracked"):
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise UserError(f"{file}: {name} is {tensor.dtype}; weights must be one of {known}")
     return state

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers import __version__ as diffusers_version
+from torch import Tensor
 
+from ..autoencoder import latent_scaling
 from ..common.errors import UserError
 from ..diffusion.samplers import named_scheduler, prediction_type
 from ..model.architecture import find_preset
@@ -107,6 +110,12 @@ def plan_diffusers_pipeline(opened: OpenedCheckpoint, settings: ConvertConfig) -
         raise UserError(
             "this model predicts a flow, but diffusers' DiTPipeline requires a model that predicts "
             "noise; convert to pipeline instead"
+        )
+    scaling = latent_scaling(vae)
+    if type(vae) is not AutoencoderKL or isinstance(scaling.factor, Tensor) or scaling.shift:
+        raise UserError(
+            "diffusers' DiTPipeline requires an AutoencoderKL that has a scaling factor and no "
+            "other statistics of its latents; convert to pipeline instead"
         )
     if scheduler.config.get("variance_type") == "learned_range":
         scheduler = named_scheduler("ddim", scheduler)  # DiTPipeline drops the variance channels

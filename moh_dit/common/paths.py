@@ -32,9 +32,13 @@ def require_autoencoder(name: str | Path) -> None:
     path = Path(name)
     if path.is_file():
         raise UserError(f"autoencoder {name} is a file: give the folder that contains it")
-    if str(name) != "digits" and not path.is_dir() and not HUB_ID.fullmatch(str(name)):
+    if (
+        str(name) not in ("digits", "none")
+        and not path.is_dir()
+        and not HUB_ID.fullmatch(str(name))
+    ):
         raise UserError(
-            f'autoencoder {name} does not exist: give "digits", a folder with config.json '
+            f'autoencoder {name} does not exist: give "digits", "none", a folder with config.json '
             "and diffusion_pytorch_model.safetensors, or a Hub id (owner/name)"
         )
 

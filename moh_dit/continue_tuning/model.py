@@ -167,7 +167,7 @@ def noisy_batches(
     batches = []
     for start in range(0, len(rows), batch_size):
         moments, labels = latents.__getitems__([(i, False) for i in rows[start:][:batch_size]])
-        shape = len(labels), moments.shape[1] // 2, *moments.shape[2:]
+        shape = len(labels), model.config.in_channels, *moments.shape[2:]
         posterior_noise, noise = torch.randn(2, *shape, generator=generator)
         clean = sample_posterior(moments, posterior_noise, latent_scaling(vae))
         times = objective.draw_times(len(labels), generator)

@@ -23,7 +23,8 @@ class EncodeConfig:
     image_size: int = 32
     """Side of the images in pixels."""
     autoencoder: str | None = None
-    """"digits", a folder or a Hub id. Required for any data except the digits."""
+    """"digits", "none" (pixels), a folder or a Hub id. Required for any data except the digits.
+    Supported classes: docs/autoencoder.md."""
     horizontal_flip: bool = True
     """Encode the mirrored images as well."""
     dtype: Literal["float32", "float16"] = "float32"

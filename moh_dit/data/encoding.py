@@ -7,6 +7,7 @@ latents are therefore the same, bit for bit.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 
 from fid_eval.progress import progress_bar
 
-from ..autoencoder import autoencoder_identity, latent_scaling, latent_shape, load_autoencoder
+from ..autoencoder import autoencoder_identity, latent_scaling, load_autoencoder, moments_shape
 from ..common.disk_space import require_disk_space
 from ..common.distributed import run_on_main_process
 from ..common.errors import UserError
@@ -101,14 +102,14 @@ def encode_data(config: EncodeConfig, images: ImageSet | None = None) -> None:
 
 
 def _prepare(
-    config: EncodeConfig, vae: AutoencoderKL, images: ImageSet | None
+    config: EncodeConfig, vae: ModelMixin, images: ImageSet | None
 ) -> tuple[ImageSet | HubStream, dict[str, Any]]:
     """Check all settings, create the folder, and return the image source and the plan."""
     folder = Path(config.output)
     if config.batch_size < 1:
         raise UserError(f"batch_size is {config.batch_size}: it must be at least 1")
     config.check_paths()
-    shape = latent_shape(vae, config.image_size)
+    shape = moments_shape(vae, config.image_size)
     options = dict(skip_unreadable=config.skip_unreadable)
     source: ImageSet | HubStream
     if is_stream(config.data):
@@ -116,15 +117,14 @@ def _prepare(
     else:
         source = images or open_images(config.data, config.image_size, **options)
     flipped = config.horizontal_flip
-    moments_shape = (2 * shape[0], *shape[1:])
-    image_bytes = int(np.prod(moments_shape)) * (1 + flipped) * np.dtype(config.dtype).itemsize
+    image_bytes = math.prod(shape) * (1 + flipped) * np.dtype(config.dtype).itemsize
     images_per_shard = min(MAX_IMAGES_PER_SHARD, MAX_BYTES_PER_SHARD // image_bytes)
     num_images = source.num_images if isinstance(source, HubStream) else len(source)
     plan = {
         "format": FORMAT,
         "num_images": num_images,
         "image_size": config.image_size,
-        "moments_shape": list(moments_shape),
+        "moments_shape": list(shape),
         "flipped": flipped,
         "dtype": config.dtype,
         "tf32": config.tf32,
@@ -132,7 +132,7 @@ def _prepare(
         "autoencoder": {
             "identity": autoencoder_identity(vae),
             "name": choose_autoencoder(config.autoencoder, config.data),
-            **latent_scaling(vae)._asdict(),
+            **latent_scaling(vae).statistics(),
         },
         "data": {"source": config.data, "fingerprint": source.fingerprint()},
         "class_names": source.class_names,
@@ -159,7 +159,7 @@ def _whole_passes(count: int) -> int:
 
 
 def _encode(
-    pixels: np.ndarray, vae: AutoencoderKL, plan: dict[str, Any], pool: ThreadPoolExecutor
+    pixels: np.ndarray, vae: ModelMixin, plan: dict[str, Any], pool: ThreadPoolExecutor
 ) -> Iterator[np.ndarray]:
     """Yield the moments of a batch in order, (1 or 2, at most IMAGES_PER_PASS, 2C, h, w) each."""
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fid_eval.progress import progress_bar
 
-from ..autoencoder import autoencoder_identity, encode_moments, latent_shape
+from ..autoencoder import autoencoder_identity, encode_moments, moments_shape
 from ..common.errors import UserError
 from .images import ImageSet, index_batches, read_batches
 from .latent_shards import FORMAT, INDEX_FILE, LABELS_FILE, PLAN_FILE, content_hash
@@ -66,7 +66,7 @@ class LatentMoments(LatentSet):
 
 def encode_images(
     images: ImageSet,
-    vae: AutoencoderKL,
+    vae: ModelMixin,
     *,
     flip: bool = False,
     batch_size: int = 64,
@@ -87,8 +87,7 @@ def encode_images(
     Raises:
         UserError: the image size is not divisible by the autoencoder's downsampling factor.
     """
-    channels, height, width = latent_shape(vae, images.image_size)
-    moments = torch.empty(1 + flip, len(images), 2 * channels, height, width)
+    moments = torch.empty(1 + flip, len(images), *moments_shape(vae, images.image_size))
     batches = index_batches(range(len(images)), batch_size)
     with progress_bar(len(images), desc="encoding", unit="img", enabled=progress) as bar:
         start = 0
@@ -100,7 +99,7 @@ def encode_images(
     return LatentMoments(moments, images.labels, images.class_names)
 
 
-def encode_views(vae: AutoencoderKL, pixels: np.ndarray, flip: bool) -> Tensor:
+def encode_views(vae: ModelMixin, pixels: np.ndarray, flip: bool) -> Tensor:
     """Encode images, uint8 (B, S, S, 3), as they are and, with ``flip``, mirrored.
 
     Returns:
@@ -112,7 +111,7 @@ def encode_views(vae: AutoencoderKL, pixels: np.ndarray, flip: bool) -> Tensor:
 
 
 def open_latents(
-    folder: str | Path, vae: AutoencoderKL | None = None, *, flip: bool = False
+    folder: str | Path, vae: ModelMixin | None = None, *, flip: bool = False
 ) -> "LatentStore":
     """Open latents that ``moh-dit encode`` wrote. Only the index is read.
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..autoencoder import decode_latents
+from ..autoencoder import decode_latents, latent_layout
 from ..common.compat import UploadHook, execution_device, reset_cache
 from ..common.errors import UserError
 from ..common.hub import snapshot
@@ -54,7 +54,7 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
     def __init__(
         self,
         transformer: MoHDiTTransformer2DModel,
-        vae: AutoencoderKL,
+        vae: ModelMixin,
         scheduler: KarrasDiffusionSchedulers,
         class_names: list[str] | None = None,
         prediction_type: str | None = None,
@@ -219,7 +219,7 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
         check_scheduler(self.scheduler, self.config.prediction_type)
         check_steps(self.scheduler, num_inference_steps)
         guidance.check(self.transformer)
-        latent, expected = self.vae.config.latent_channels, self.transformer.config.in_channels
+        latent, expected = latent_layout(self.vae).channels, self.transformer.config.in_channels
         if latent != expected:
             raise UserError(
                 f"the autoencoder has {latent} latent channels, the transformer {expected}; use "

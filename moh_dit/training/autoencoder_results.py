@@ -51,7 +51,8 @@ def measure(
 
     moments = moments_of(training[:4096])
     latents = sample_posterior(moments, normal(moments.chunk(2, 1)[0]), LatentScaling(1.0))
-    vae.register_to_config(scaling_factor=1.0 / float(latents.std()), shift_factor=None)
+    factor = 1.0 / float(latents.std())
+    vae.register_to_config(scaling_factor=factor, shift_factor=None)
 
     pixels = to_float(load_batch(images, held_out)[0])
     moments = moments_of(held_out)
@@ -69,9 +70,9 @@ def measure(
         "psnr": psnr(mean),
         "psnr_posterior_sample": psnr(sample_posterior(moments, noise, scaling)),
         "psnr_noise_0.1": psnr(mean + 0.1 * noise),
-        "posterior_std": float(torch.exp(0.5 * moments.chunk(2, 1)[1]).mean()) * scaling.factor,
-        "scaling_factor": scaling.factor,
-        "latent_mean": float(latents.mean()) * scaling.factor,
+        "posterior_std": float(torch.exp(0.5 * moments.chunk(2, 1)[1]).mean()) * factor,
+        "scaling_factor": factor,
+        "latent_mean": float(latents.mean()) * factor,
         "latent_kurtosis": float((latents - latents.mean()).pow(4).mean() / latents.var() ** 2),
     }
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fid_eval.progress import progress_bar
 
-from ..autoencoder import latent_shape, load_autoencoder
+from ..autoencoder import latent_scaling, latent_shape, load_autoencoder
 from ..common.atomic_write import remove
 from ..common.distributed import run_on_main_process
 from ..common.errors import UserError
@@ -72,7 +72,7 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
     preemption = Preemption()
     config.check_paths()
     set_seed(config.seed)  # gives every process the same initial weights
-    vae = load_autoencoder(config.initial) if config.initial else _new_autoencoder(config)
+    vae = _load_initial(config.initial) if config.initial else _new_autoencoder(config)
     vae = vae.train().requires_grad_(True)
     accelerator = _make_accelerator(config)
     config.check_values(accelerator.num_processes)
@@ -243,6 +243,16 @@ def _finish(
     remove(config.partial)
     print(f"wrote {output}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return metrics
+
+
+def _load_initial(name: str) -> AutoencoderKL:
+    vae = load_autoencoder(name)
+    if type(vae) is not AutoencoderKL or isinstance(latent_scaling(vae).factor, Tensor):
+        raise UserError(
+            f"initial {name} is an {type(vae).__name__} whose training is not supported: give an "
+            "AutoencoderKL without latents_mean and latents_std"
+        )
+    return vae
 
 
 def _new_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:

@@ -85,8 +85,8 @@ class DataConfig:
     image_size: int = 32
     """Side of the square training images in pixels."""
     autoencoder: str | None = None
-    """"digits" (embedded), a folder, or a hub id of an AutoencoderKL. Required unless source is
-    "digits" or latents is set; latents name their own autoencoder."""
+    """"digits" (embedded), "none" (pixels), a folder, or a Hub id. Required unless source is
+    "digits" or latents is set; latents name their own autoencoder. Classes: docs/autoencoder.md."""
     horizontal_flip: bool = False
     """Mirror each image with probability 0.5, drawn anew in each epoch."""
     skip_unreadable: bool = False

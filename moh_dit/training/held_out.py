@@ -277,8 +277,7 @@ class HeldOutLoss:
         The numbers of an entry depend only on the seed of the run and on the entry. They are drawn
         on the CPU, so that they are the same on a GPU.
         """
-        channels, height, width = self.data.moments_shape
-        noise = np.empty((2, len(entries), channels // 2, height, width), np.float32)
+        noise = np.empty((2, len(entries), *self.data.latent_shape), np.float32)
         quantiles = np.empty(len(entries))
         for row, (entry, time_range) in enumerate(
             zip(entries.tolist(), self._time_ranges(entries).tolist(), strict=True)

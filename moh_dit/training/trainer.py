@@ -91,6 +91,7 @@ class Trainer:
         )
         self._prepare()
         self.vae.to(self.accelerator.device)
+        self.scaling = latent_scaling(self.vae)
         pipeline = MoHDiTPipeline(
             self.averages[0].model, self.vae, self.objective.scheduler, self.data.class_names
         )
@@ -304,7 +305,7 @@ class Trainer:
         self, moments: Tensor, labels: Tensor, random: StepRandomNumbers
     ) -> tuple[MoHDiTOutput, Tensor]:
         """Return the model output for one micro-batch, and its latents (b, C, h, w)."""
-        latents = sample_posterior(moments, random.posterior_noise, latent_scaling(self.vae))
+        latents = sample_posterior(moments, random.posterior_noise, self.scaling)
         labels = torch.where(random.drop_label, self.raw_model.null_class, labels)
         noisy = self.objective.add_noise(latents, random.noise, random.times)
         with self.accelerator.autocast():

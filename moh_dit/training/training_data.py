@@ -6,10 +6,10 @@ from pathlib import Path
 
 import psutil
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from torch import Tensor
 
-from ..autoencoder import autoencoder_identity
+from ..autoencoder import autoencoder_identity, moments_shape
 from ..common.disk_space import format_bytes
 from ..common.distributed import run_on_main_process
 from ..common.errors import UserError
@@ -36,7 +36,8 @@ class TrainingData:
         images: the images; ``None`` for latents encoded earlier.
         class_names: name of each class.
         labels: class of each image, int64 (N,).
-        moments_shape: shape (2C, h, w) of the moments of an image.
+        latent_shape: shape (C, h, w) of the latents of an image.
+        moments_shape: shape of its moments, (2C, h, w), or (C, h, w) without a posterior.
         split: training images and held-out images; ``None`` if the run trains on all images.
         identity: kind, number and content hash of the data, the hash of the autoencoder, and of
             the held-out images. It does not depend on paths.
@@ -49,7 +50,7 @@ class TrainingData:
     def __init__(
         self,
         run_config: TrainConfig,
-        vae: AutoencoderKL,
+        vae: ModelMixin,
         latent_shape: tuple[int, int, int],
         accelerator: Accelerator,
     ):
@@ -58,13 +59,14 @@ class TrainingData:
         self.num_workers = config.num_workers
         self.images: ImageSet | None = None
         self._latents: LatentSet | None = None
-        self.moments_shape = moments_shape = (2 * latent_shape[0], *latent_shape[1:])
+        self.latent_shape = latent_shape
+        self.moments_shape = shape = moments_shape(vae, config.image_size)
         if config.latents is not None:
             store = open_latents(config.latents, vae, flip=config.horizontal_flip)
-            if store.moments_shape != moments_shape:
+            if store.moments_shape != shape:
                 raise UserError(
                     f"latents {config.latents} have moments of shape {store.moments_shape}, but "
-                    f"data.image_size {config.image_size} needs {moments_shape}"
+                    f"data.image_size {config.image_size} needs {shape}"
                 )
             self._latents = store
             self.class_names, self.labels = store.class_names, store.labels
@@ -79,7 +81,7 @@ class TrainingData:
             self.class_names, self.labels = images.class_names, images.labels
             kind, content_hash = "images", images.fingerprint
             if accelerator.num_processes == 1:
-                self._check_memory(len(images) * math.prod(moments_shape) * 4)
+                self._check_memory(len(images) * math.prod(shape) * 4)
         self.identity = run_on_main_process(
             accelerator,
             lambda: {

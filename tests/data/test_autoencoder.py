@@ -154,7 +154,9 @@ def test_bad_autoencoders_are_named(tmp_path):
     (tmp_path / "other" / "config.json").write_text(
         json.dumps({**config, "_class_name": "VQModel"})
     )
-    with pytest.raises(UserError, match="VQModel, not an AutoencoderKL"):
+    with pytest.raises(
+        UserError, match="VQModel, which is not supported: use one of AutoencoderKL, Auto"
+    ):
         load_autoencoder(tmp_path / "other")
     vae.save_pretrained(tmp_path / "cut")
     weights = tmp_path / "cut" / "diffusion_pytorch_model.safetensors"
@@ -167,9 +169,15 @@ def test_bad_autoencoders_are_named(tmp_path):
     save_file({k: v for k, v in state.items() if k != "encoder.conv_in.bias"}, weights)
     with pytest.raises(UserError, match=r"encoder\.conv_in\.bias"):
         load_autoencoder(tmp_path / "lacking")
-    tiny_vae(latents_mean=(0.0, 0.0), latents_std=(1.0, 1.0)).save_pretrained(tmp_path / "channel")
-    with pytest.raises(UserError, match="per channel"):
-        load_autoencoder(tmp_path / "channel")
+    tiny_vae(latents_mean=(0.0,) * 3, latents_std=(1.0,) * 3).save_pretrained(tmp_path / "three")
+    with pytest.raises(UserError, match=r"has 2 latent channels, but statistics .* of 3"):
+        load_autoencoder(tmp_path / "three")
+    tiny_vae(latents_mean=(0.0, 0.0)).save_pretrained(tmp_path / "half")
+    with pytest.raises(UserError, match="only one of latents_mean and latents_std"):
+        load_autoencoder(tmp_path / "half")
+    tiny_vae(in_channels=1).save_pretrained(tmp_path / "grey")
+    with pytest.raises(UserError, match="does not encode RGB images"):
+        load_autoencoder(tmp_path / "grey")
 
 
 def fake_hub(monkeypatch, folder=None):
@@ -298,6 +306,7 @@ def test_training_can_start_from_another(tmp_path):
         (dict(batch_size=64), "too few"),
         (dict(num_steps=0), "num_steps"),
         (dict(initial="no/such/place"), "no/such/place"),
+        (dict(initial="none"), "PixelAutoencoder whose training is not supported"),
     ],
 )
 def test_mistakes_stop_before_training(tmp_path, changes, words):
