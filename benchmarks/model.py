@@ -2,10 +2,9 @@
 
     python benchmarks/model.py [--models ...] [--sizes 256 512 1024] [--json model.json]
 
-Prints images/s and milliseconds (medians of CUDA-graph replays, in turns), as with
-`sample_dit.py --cuda_graphs true`. "no graph" are milliseconds of launches from Python, which may
-take longer than the pass itself. Weights are bf16 and blocks compiled; all models use the fastest
-dense attention backend of torch.
+Prints images/s and milliseconds (medians of CUDA-graph replays, in turns), as in sampling. "no
+graph" are milliseconds of launches from Python, which may take longer than the pass itself. Weights
+are bf16 and blocks compiled; all models use the fastest dense attention backend of torch.
 """
 
 import argparse

@@ -164,3 +164,48 @@ class UploadHook:
     def _upload_folder(self, working_dir: str | os.PathLike, *args: Any, **options: Any) -> Any:
         self.before_upload(Path(working_dir))
         return super()._upload_folder(working_dir, *args, **options)  # type: ignore[misc]
+
+
+# Attributes that hooks of accelerate and diffusers set, see `is_plain_linear`.
+REPLACED_BY_HOOKS = ("forward", "_diffusers_hook", "_hf_hook", "_old_forward")
+
+
+def forward_state(module: nn.Module, calls_forward: bool = True) -> tuple[list[int], str | None]:
+    """Return what the forward pass of ``module`` depends on, besides the values of its tensors.
+
+    torch has no public function for this. Modules keep their parameters, buffers, children and
+    hooks in dictionaries with these names since torch 1.0. ``_has_any_global_hook`` reports hooks
+    of all modules since torch 1.9.
+
+    Args:
+        module: the module; its children are included.
+        calls_forward: whether hooks and a replaced ``forward`` of ``module`` itself matter.
+
+    Returns:
+        ``(state, obstacle)``. The state holds the address of each parameter and buffer, and the
+        identity of each module and attribute, so it differs after one of them was replaced. The
+        obstacle describes a module whose forward pass may run Python code of others: a module with
+        hooks, with a replaced ``forward``, with weights of a special type, or with a class of
+        another package. It is ``None`` if there is none.
+    """
+    own = (__name__.partition(".")[0], "torch")
+    state: list[int] = []
+    obstacle = "all modules have hooks" if nn.modules.module._has_any_global_hook() else None
+    waiting = [("the model", module)]
+    while waiting:
+        name, part = waiting.pop()
+        attributes = vars(part)
+        if part is module and not calls_forward:
+            attributes = {k: v for k, v in attributes.items() if k not in REPLACED_BY_HOOKS}
+        state += (id(part), *map(id, attributes.values()))
+        for tensor in (*part._parameters.values(), *part._buffers.values()):
+            if tensor is not None:
+                state.append(tensor.data_ptr())
+                if type(tensor) not in (Tensor, nn.Parameter):
+                    obstacle = f"{name} has weights of type {type(tensor).__name__}"
+        if type(part).__module__.partition(".")[0] not in own:
+            obstacle = f"{name} is a {type(part).__qualname__} of another package"
+        elif part._forward_hooks or part._forward_pre_hooks or "forward" in attributes:
+            obstacle = f"{name} has a hook or a replaced forward method"
+        waiting += ((f"{name}.{key}", child) for key, child in part._modules.items() if child)
+    return state, obstacle and obstacle.replace("the model.", "")

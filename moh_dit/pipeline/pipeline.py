@@ -26,6 +26,7 @@ from ..kernels.backends import check_choice
 from ..model.transformer import MoHDiTTransformer2DModel
 from .bundled_code import is_bundled, use_installed_classes, write_code
 from .class_labels import Labels, class_ids
+from .forward_graphs import ForwardGraphs
 from .guidance import Guidance
 from .model_card import copy_or_write_card
 
@@ -46,6 +47,10 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
         prediction_type: what the transformer predicts, in diffusers' terms (``"epsilon"``,
             ``"v_prediction"``, ``"sample"``, ``"flow_prediction"``); ``None`` for what the
             scheduler expects. It is saved, and every other scheduler must match it.
+
+    Attributes:
+        graphs: replays forward passes as CUDA graphs. ``graphs.mode`` is ``"auto"``, True or False;
+            ``graphs.release()`` frees their memory.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -63,6 +68,7 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         prediction_type = prediction_type or predicted_by(scheduler)
         self.register_to_config(class_names=class_names, prediction_type=prediction_type)
+        self.graphs = ForwardGraphs()
 
     @classmethod
     def load_config(cls, *args: Any, **options: Any) -> Any:
@@ -215,7 +221,10 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def check(self, guidance: Guidance, num_inference_steps: int) -> None:
-        """Raise ``UserError`` if scheduler, steps, guidance or autoencoder do not fit the model."""
+        """Raise ``UserError`` if scheduler, steps, guidance or autoencoder do not fit the model.
+
+        This includes models that cannot be captured into CUDA graphs if ``graphs.mode`` is True.
+        """
         check_scheduler(self.scheduler, self.config.prediction_type)
         check_steps(self.scheduler, num_inference_steps)
         guidance.check(self.transformer)
@@ -225,6 +234,8 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
                 f"the autoencoder has {latent} latent channels, the transformer {expected}; use "
                 "the autoencoder that the transformer was trained with"
             )
+        for model in filter(None, (self.transformer, guidance.model)):
+            self.graphs.obstacle(model)
 
     def prepare_latents(
         self, batch_size: int, generator: Noise = None, latents: Tensor | None = None
@@ -320,13 +331,14 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
         self, model: MoHDiTTransformer2DModel, latents: Tensor, timestep: Tensor, labels: Tensor
     ) -> Tensor:
         """Return the output of a model at one timestep, in the dtype of the latents."""
-        # Guided and unguided steps differ in batch size, so each size has its own cache.
-        caching: Any = contextlib.nullcontext()
+        inputs = latents.to(model.dtype), timestep.expand(len(latents)), labels
         if model.is_cache_enabled:
-            caching = model.cache_context(f"batch of {len(latents)}")
-        with caching:
-            output = model(latents.to(model.dtype), timestep.expand(len(latents)), labels).sample
-        # Copy the output, because a CUDA graph overwrites it in the next call.
+            # Guided and unguided steps differ in batch size, so each size has its own cache.
+            with model.cache_context(f"batch of {len(latents)}"):
+                output = model(*inputs).sample
+        else:
+            output = self.graphs(model, *inputs)
+        # Copied, because CUDA graphs of torch.compile overwrite it in the next call.
         return output.to(latents.dtype, copy=True)
 
     def decode(self, latents: Tensor, batch_size: int | None = None) -> Tensor:

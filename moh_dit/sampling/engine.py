@@ -55,6 +55,7 @@ def use_settings(
     chosen = MoHDiTPipeline(
         pipeline.transformer, pipeline.vae, scheduler, config.class_names, config.prediction_type
     )
+    chosen.graphs.mode = pipeline.graphs.mode
     guidance = Guidance(
         settings.guidance_scale,
         settings.guidance_channels,
@@ -131,16 +132,19 @@ def generate(
     )
 
     def sample_batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start, stop in batches:
-            batch = requests[start:stop]
-            with evaluation_mode(chosen.transformer, guidance_model), torch.no_grad():
-                if on_cpu:
-                    images = run_in_units(chosen.transformer, images_of, batch)
-                else:
-                    padding = np.zeros(batch_size - len(batch) if pad else 0, REQUEST)
-                    padding["position"] = -1
-                    images = images_of(np.concatenate([batch, padding]))[: len(batch)]
-            yield np.arange(start, stop), images
+        try:
+            for start, stop in batches:
+                batch = requests[start:stop]
+                with evaluation_mode(chosen.transformer, guidance_model), torch.no_grad():
+                    if on_cpu:
+                        images = run_in_units(chosen.transformer, images_of, batch)
+                    else:
+                        padding = np.zeros(batch_size - len(batch) if pad else 0, REQUEST)
+                        padding["position"] = -1
+                        images = images_of(np.concatenate([batch, padding]))[: len(batch)]
+                yield np.arange(start, stop), images
+        finally:
+            chosen.graphs.release()
 
     return sample_batches()
 

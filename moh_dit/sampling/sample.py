@@ -19,6 +19,7 @@ from ..common.atomic_write import atomic_output
 from ..common.disk_space import require_disk_space
 from ..common.errors import UserError
 from ..common.version import __version__
+from ..pipeline.forward_graphs import device_obstacle
 from ..pipeline.pipeline import MoHDiTPipeline
 from .config import SampleConfig
 from .grids import sample_animation, sample_grid, sample_strip
@@ -37,6 +38,9 @@ def sample(config: SampleConfig) -> None:
     state = start_processes(config.device)
     load = partial(load_for_sampling, config, state.device)
     pipeline = load(config.checkpoint, config.weights)
+    if state.is_main_process and state.device.type == "cuda":
+        obstacle = pipeline.graphs.obstacle(pipeline.transformer)
+        print(f"no CUDA graphs: {obstacle}" if obstacle else "forward passes run as CUDA graphs")
     options: dict[str, Any] = dict(
         batch_size=config.batch_size,
         decode_batch_size=config.decode_batch_size or config.batch_size,
@@ -119,6 +123,8 @@ def load_for_sampling(
     """Load a pipeline with the precision and compilation of ``config``, on ``device``."""
     if config.compile and device.type != "cuda":
         raise UserError(f"compile needs a GPU, but the device is {device.type}; leave out compile")
+    if config.cuda_graphs is True and (obstacle := device_obstacle(device)):
+        raise UserError(f"cuda_graphs is true, but {obstacle}; set it to auto or false")
     pipeline = load_pipeline(checkpoint, weights, config.autoencoder)
     dtypes = {pipeline.transformer: config.dtype, pipeline.vae: config.decode_dtype}
     for module, dtype in dtypes.items():
@@ -130,11 +136,10 @@ def load_for_sampling(
     pipeline.to(device)
     pipeline.transformer.fuse_qkv_projections()  # after the last change of the weights
     if config.compile:
-        # All batches have one size, so static shapes need two compilations: guided and unguided.
-        if config.cuda_graphs:
-            pipeline.transformer.compile(mode="reduce-overhead", dynamic=False)
-        else:  # blocks with the same numbers of heads share one compilation
-            pipeline.transformer.compile_repeated_blocks(dynamic=False)
+        # Blocks with the same numbers of heads share one compilation. All batches have one size, so
+        # static shapes need two compilations: guided and unguided.
+        pipeline.transformer.compile_repeated_blocks(dynamic=False)
+    pipeline.graphs.mode = config.cuda_graphs
     return pipeline
 
 

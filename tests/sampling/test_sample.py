@@ -115,6 +115,11 @@ def test_other_weights_strips_and_sweeps(run, tmp_path, monkeypatch):
         (["--num_samples", "5", "--interpolate", "3"], "cannot be combined"),
         (["--rows", "seed=1", "--columns", "seed=2"], "both vary seed"),
         (["--compile", "true"], "compile needs a GPU"),
+        (["--cuda_graphs", "true"], "cuda_graphs is true, but the device is cpu"),
+        (
+            ["--cuda_graphs", "maybe"],
+            "cuda_graphs is maybe; it must be true or false or one of auto",
+        ),
         (["--guidance_checkpoint", "nowhere"], "nowhere does not exist"),
         (["--guidance_scal", "2"], "did you mean guidance_scale"),
     ],
