@@ -10,11 +10,13 @@ NetworkPrecision = Literal["float32", "tf32", "bf16"]
 ReferenceKind = Literal["auto", "statistics", "images"]
 
 DEFAULT_METRICS = ("fid", "sfid", "is", "precision", "recall")
-METRIC_NAMES = (  # keys of metric_registry.METRICS
+METRIC_NAMES = (  # keys of metric_registry.METRICS, and fdr6
     *DEFAULT_METRICS, "kid", "mind", "fid_infinity", "density", "coverage", "class_fid",
-    "memorised", "accuracy", "fd_dinov2", "kd_dinov2", "cmmd",
+    "memorised", "accuracy", "fd_dinov2", "kd_dinov2", "cmmd", "fdr6", "fd_inception",
+    "fd_r6_convnext", "fd_r6_dinov2", "fd_r6_mae", "fd_r6_siglip", "fd_r6_clip",
 )  # fmt: skip
 EXTRACTOR_NAMES = (  # keys of networks.extractors.EXTRACTORS
     "inception", "digits", "classifier", "vgg16", "dinov2", "dinov2-vit-s-14", "dinov2-vit-b-14",
     "dinov2-vit-l-14", "dinov2-vit-g-14", "clip", "clip-vit-b-32", "clip-vit-l-14",
+    "r6-convnext", "r6-dinov2", "r6-mae", "r6-siglip", "r6-clip",
 )  # fmt: skip

@@ -70,10 +70,19 @@ def _parse_evaluation(argv: list[str], parser: Parser) -> argparse.Namespace:
         options = parser.parse_intermixed_args([reference, *_as_arguments(settings), *given])
         options.jobs = jobs
         return options
+    options.samples = [sample for sample in options.samples if not _is_sidecar(sample)]
     if not options.samples:
         raise EvaluationError(f"no sample sets to compare with {options.reference}")
     options.jobs = [Job(sample, sample) for sample in options.samples]
     return options
+
+
+def _is_sidecar(path: str) -> bool:
+    """Return whether ``path`` is OUTPUT.yaml, the settings that a sampler wrote beside OUTPUT.
+
+    Shell patterns such as ``samples*`` match both.
+    """
+    return path.endswith(".yaml") and Path(path).expanduser().with_suffix("").exists()
 
 
 def _as_arguments(settings: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from .choices import EXTRACTOR_NAMES
 from .distributed import destroy_process_group, rank_and_world_size, run_on_all_ranks, run_on_rank0
 from .errors import EvaluationError
 from .evaluator import Evaluator
+from .fdr6 import FDR6, PARTS
 from .features import Runtime
 from .jobs import run_jobs
 from .networks.extractors import get_extractor
@@ -72,14 +73,18 @@ def _write_outputs(document: Document, failed: list[dict], options: argparse.Nam
 
 def _stats(options: argparse.Namespace) -> int:
     rank, _ = rank_and_world_size()
-    weights = _by_extractor(options.weights, options.extractor).get(options.extractor)
-    sha256 = _by_extractor(options.weights_sha256, options.extractor).get(options.extractor)
-    extractor = get_extractor(options.extractor, weights, sha256)
+    listed = options.extractor.split(",")
+    names = [name for each in listed for name in (PARTS.values() if each == FDR6 else (each,))]
+    weights = _by_extractor(options.weights, names[0])
+    sha256 = _by_extractor(options.weights_sha256, names[0])
+    extractor, *others = [
+        get_extractor(name, weights.get(name), sha256.get(name)) for name in dict.fromkeys(names)
+    ]
     runtime = Runtime(**_arguments_of(Runtime, options))
     preprocess = Preprocess(options.resize, options.crop)
     images, seed = options.images, options.seed
     written = save_reference(
-        options.source, options.output, extractor, runtime, preprocess, images, seed
+        options.source, options.output, extractor, runtime, preprocess, images, seed, others
     )
     if rank == 0:
         print(f"wrote {written}" + (f"; use it as {options.name!r}" if options.name else ""))

@@ -32,6 +32,7 @@ def printable(name: str) -> str:
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """Return "did you mean …?" with the known name that is most like ``name``."""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return f"did you mean {close[0]!r}?" if close else "no name is known"
+    """Return "did you mean …?" with the known name that is most like ``name``, in any case."""
+    folded = {each.casefold(): each for each in known}
+    close = get_close_matches(name.casefold(), list(folded), n=1, cutoff=0.0)
+    return f"did you mean {folded[close[0]]!r}?" if close else "no name is known"

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from . import metric_checks
+from . import conditions, metric_checks
 from .choices import DEFAULT_METRICS, DistancePrecision, ReferenceKind
 from .distributed import rank_and_world_size, run_on_rank0
 from .errors import EvaluationError
+from .fdr6 import FDR6, PARTS, combine, load_divisors
 from .features import Features, Runtime, extract, read_ahead
 from .metric_registry import METRICS, Comparison
 from .networks.extractors import Extractor, get_extractor, wrap_extractor
@@ -41,6 +42,7 @@ class Evaluator:
         bootstrap: number of resamples for 95 % intervals; 0 for none.
         reference_kind: compute the Fréchet distance from stored "statistics" or from "images" of
             the reference; "auto" prefers statistics.
+        divisors: of FDr6: "imagenet256", or a results file of a held-out set; None for no mean.
         resize: resize images to this number of pixels, square; None keeps them.
         crop: crop the centre when resizing, instead of stretching.
         runtime: how the network runs; the arguments of ``Runtime``: device, batch_size, workers,
@@ -61,6 +63,7 @@ class Evaluator:
         k: int = 3,
         bootstrap: int = 0,
         reference_kind: ReferenceKind = "auto",
+        divisors: str | Path | None = None,
         resize: int | None = None,
         crop: bool = False,
         **runtime: Any,
@@ -72,6 +75,7 @@ class Evaluator:
         self.runtime = Runtime(**runtime)
         self.distances, self.k, self.bootstrap = distances, k, bootstrap
         self.reference_kind = reference_kind
+        self.prefer_statistics = reference_kind != "images"
         name = extractor if isinstance(extractor, str) else None
         self.weights: dict[Any, Any] = weights if isinstance(weights, dict) else {name: weights}
         hashes = weights_sha256
@@ -79,6 +83,9 @@ class Evaluator:
         self.default = wrap_extractor(extractor) if name is None else self._get_extractor(name)
         self.extractors: dict[str, Extractor] = {self.default.name: self.default}
         self.reference = open_reference(reference, self.preprocess)
+        self.divisors = load_divisors(divisors) if divisors is not None else None
+        if self.divisors is not None and set(PARTS) <= set(self.names):
+            self.divisors.check(*self._fdr6_keys())
         # By extractor: the inputs of metrics that the features provide, and the features.
         self._reference_features: dict[str, tuple[frozenset[str], Features]] = {}
 
@@ -93,6 +100,12 @@ class Evaluator:
         if name not in self.extractors:
             self.extractors[name] = self._get_extractor(name)
         return self.extractors[name]
+
+    def _fdr6_keys(self) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+        """Return the result keys of FDr6's distances, and the identities of their extractors."""
+        used = {part: self.extractor_of(part) for part in PARTS}
+        keys = {name: METRICS[part].key(used[part]) for part, name in PARTS.items()}
+        return keys, {name: used[part].identity() for part, name in PARTS.items()}
 
     def load(self) -> None:
         """Download the weights and build the networks now, instead of at the first set."""
@@ -122,15 +135,16 @@ class Evaluator:
         """
         possible, missing = [], []
         names = list(names)
-        k = self.k if {"precision", "recall"} & set(names) else None
         for opened in (self.reference, samples):
-            metric_checks.check_count(opened, k)
+            metric_checks.check_count(opened)
         if not explicit and self.default.knows_labels:
             names.append("accuracy")
         for name in names:
             extractor = self.extractor_of(name)
-            check_reference(self.reference, samples, extractor, self.preprocess)
-            reason = metric_checks.missing_metric_input(name, extractor, self.reference, samples)
+            base = self.reference.for_extractor(extractor.name)
+            own = samples.for_extractor(extractor.name)
+            check_reference(base, own, extractor, self.preprocess)
+            reason = metric_checks.missing_metric_input(name, extractor, base, own, self.k)
             if reason is None:
                 possible.append(name)
             elif explicit:
@@ -161,7 +175,8 @@ class Evaluator:
         groups: dict[str, list[str]] = {}
         for metric in names:
             groups.setdefault(self.extractor_of(metric).name, []).append(metric)
-        count = computed = 0
+        described = Features(None)
+        computed = 0
         seconds = 0.0
         for extractor_name, group in groups.items():
             extractor = self.extractors[extractor_name]
@@ -170,13 +185,16 @@ class Evaluator:
             with read_ahead(opened, self.runtime):
                 reference = self._features_of_reference(extractor, group)
             result.seconds[f"reference, {extractor_name}"] = time.monotonic() - begun
-            features = self._features(opened, extractor, group, "samples")
+            own = opened.for_extractor(extractor_name)
+            features = self._features(own, extractor, group, "samples")
             # The image size and labels of an iterable are known only now.
-            check_reference(self.reference, opened, extractor, self.preprocess)
+            base = self.reference.for_extractor(extractor_name)
+            check_reference(base, own, extractor, self.preprocess)
             for part in (reference, features):
                 result.warnings += part.notes
                 part.notes.clear()  # The features of the reference are used again.
-            count, computed = features.count, computed + features.computed
+            described = described if features.count is None else features
+            computed += features.computed
             seconds += features.seconds
             result.seconds[f"samples, {extractor_name}"] = features.seconds
             if run_on_rank0(lambda: features.labels is None):  # noqa: B023
@@ -196,27 +214,28 @@ class Evaluator:
                 self.bootstrap,
             )
             run_on_rank0(partial(self._compute_metrics, result, group, comparison))
-        result = run_on_rank0(lambda: self._describe(result, opened, groups, count))
-        keys = [METRICS[metric].key(self.extractor_of(metric)) for metric in names]
+        result = run_on_rank0(lambda: self._describe(result, opened, names, described))
+        keys = [METRICS[metric].key(self.extractor_of(metric)) for metric in names] + [FDR6]
         result.metrics = {key: result.metrics[key] for key in keys if key in result.metrics}
         result.seconds["all"] = time.monotonic() - started
         result.samples["images_per_second"] = computed / seconds if computed else None
         return result
 
     def _features_of_reference(self, extractor: Extractor, group: Iterable[str]) -> Features:
+        base = self.reference.for_extractor(extractor.name)
         wanted = [
             name
             for name in dict.fromkeys([*self.names, *group])
             if self.extractor_of(name) is extractor
             and all(
-                metric_checks.missing_input(self.reference, n, extractor) is None
+                metric_checks.missing_input(base, n, extractor) is None
                 for n in METRICS[name].reference
             )
         ]
         needs = frozenset().union(*(METRICS[name].reference for name in wanted))
         available, features = self._reference_features.get(extractor.name, (frozenset(), None))
         if features is None or not needs <= available:
-            features = self._features(self.reference, extractor, wanted, "reference")
+            features = self._features(base, extractor, wanted, "reference")
             self._reference_features[extractor.name] = needs, features
         return features
 
@@ -225,8 +244,7 @@ class Evaluator:
     ) -> Features:
         """Return the inputs of metrics from stored features or a pass over the images."""
         needs = frozenset().union(*(getattr(METRICS[name], side) for name in names))
-        is_reference = side == "reference"
-        use_statistics = self.reference_kind != "images" if is_reference else opened.images is None
+        use_statistics = conditions.frechet_source(opened, self.prefer_statistics) == "statistics"
         arrays = opened.statistics if use_statistics else {}
         tensors = {key: torch.from_numpy(value).double() for key, value in arrays.items()}
         stored = {
@@ -244,7 +262,7 @@ class Evaluator:
         if self.bootstrap:
             keep |= moments
         if not keep and not moments:
-            features = Features(int(opened.metadata.get("count", 0)))
+            features = Features(opened.metadata.get("count"))
         else:
             features = extract(opened, extractor, keep, moments, self.runtime)
         return replace(features, stored=stored)
@@ -254,11 +272,12 @@ class Evaluator:
         for name in group:
             metric = METRICS[name]
             key = metric.key(extractor)
-            comparison.details, comparison.interval = {}, None
+            comparison.details, comparison.warnings, comparison.interval = {}, [], None
             started = time.monotonic()
             result.metrics[key] = metric.compute(comparison)
             result.seconds[key] = time.monotonic() - started
             result.higher_is_better[key] = metric.higher_is_better
+            result.warnings += comparison.warnings
             if comparison.details:
                 result.details[key] = comparison.details
             if comparison.interval is not None:
@@ -271,32 +290,32 @@ class Evaluator:
         }
 
     def _describe(
-        self, result: Result, opened: ImageSet, groups: dict[str, list[str]], count: int
+        self, result: Result, opened: ImageSet, names: Sequence[str], features: Features
     ) -> Result:
-        names = [name for group in groups.values() for name in group]
+        """Add the combined metric, the conditions of the measurement and warnings to a result."""
+        if set(PARTS) <= set(names):
+            keys, _ = self._fdr6_keys()
+            value, result.details[FDR6], warning = combine(
+                self.divisors, keys, result.metrics, self.reference.content_hash()
+            )
+            result.warnings += [warning] if warning else []
+            if value is not None:
+                result.metrics[FDR6], result.higher_is_better[FDR6] = value, False
         result.samples.update(
-            name=opened.name,
-            kind=opened.kind,
-            count=count,
-            image_size=opened.image_size,
-            sha256=opened.content_hash(),
+            conditions.describe_samples(opened, features, self.prefer_statistics),
             resize=str(self.preprocess),
         )
-        ref = self.reference
-        used = "statistics" if ref.statistics and self.reference_kind != "images" else "images"
-        if used == "images" and ref.features:
-            used = "features"
         result.reference.update(
-            name=ref.name,
-            kind=ref.kind,
-            frechet_from=used,
-            sha256=ref.content_hash(),
-            statistics_count=ref.metadata.get("count"),
-            image_count=ref.count,
+            conditions.describe_reference(self.reference, self.prefer_statistics)
         )
-        if self.default.label is None:
-            result.warnings += metric_checks.convention_warnings(names, count, used, ref.count)
-        result.warnings += metric_checks.identity_warnings(ref, opened, self.runtime.precision)
+        published = self.default.label is None
+        if published:
+            result.warnings += conditions.convention_warnings(
+                names, result.samples, result.reference
+            )
+        result.warnings += conditions.identity_warnings(
+            self.reference, opened, self.runtime.precision, published
+        )
         return result
 
 

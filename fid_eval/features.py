@@ -76,7 +76,7 @@ class Features:
     """Features of one set, from which the metrics are computed.
 
     Attributes:
-        count: number of images.
+        count: number of images; None if only stored statistics of an unknown number are known.
         rows: features (n, d) by layer, float32 on the CPU, in file order.
         moments: streamed sums by layer.
         stored: mean (d,) and covariance (d, d) by layer, read from a file.
@@ -87,7 +87,7 @@ class Features:
         notes: what went wrong with the cache.
     """
 
-    count: int
+    count: int | None
     rows: dict[str, Tensor] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
     stored: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)

@@ -127,6 +127,7 @@ def fingerprint(evaluator: Evaluator) -> dict[str, Any]:
         "distances": evaluator.distances,
         "k": evaluator.k,
         "bootstrap": evaluator.bootstrap,
+        "divisors": evaluator.divisors and evaluator.divisors.values,
         "resize": str(evaluator.preprocess),
         "precision": evaluator.runtime.precision,
     }

@@ -1,40 +1,36 @@
-"""Check which metrics can be computed for given sets, and warn about departures from papers."""
+"""Check which metrics can be computed for given sets."""
 
 from collections.abc import Sequence
 
 from .errors import EvaluationError, nearest_name
+from .fdr6 import FDR6, PARTS
 from .metric_registry import METRICS
 from .networks.extractors import Extractor
 from .sets.image_set import STATISTICS_OF_LAYER, ImageSet
 
-# Numbers of images in published results that use ADM's evaluator.
-PUBLISHED_SAMPLES, PUBLISHED_REFERENCE = 50_000, 10_000
-
 
 def check_metrics(names: Sequence[str]) -> list[str]:
-    """Return ``names`` without duplicates; raise for an unknown metric."""
+    """Return ``names`` without duplicates, ``fdr6`` replaced by its six distances.
+
+    Raises:
+        EvaluationError: a metric is unknown.
+    """
+    known = (*METRICS, FDR6)
     for name in names:
-        if name not in METRICS:
+        if name not in known:
             raise EvaluationError(
-                f"metric {name!r} is unknown; {nearest_name(name, METRICS)} Metrics: "
-                + ", ".join(METRICS)
+                f"metric {name!r} is unknown; {nearest_name(name, known)} Metrics: "
+                + ", ".join(known)
             )
-    return list(dict.fromkeys(names))
+    expanded = [part for name in names for part in (PARTS if name == FDR6 else (name,))]
+    return list(dict.fromkeys(expanded))
 
 
-def check_count(opened: ImageSet, k: int | None) -> None:
-    """Raise if a set has fewer than 2 images, or too few for k nearest neighbours each."""
-    count = opened.count
-    if (opened.statistics and opened.images is None) or count is None:
-        return
-    if count < 2:
+def check_count(opened: ImageSet) -> None:
+    """Raise if a set has fewer than 2 images and no statistics."""
+    if opened.count is not None and opened.count < 2 and not opened.statistics:
         raise EvaluationError(
-            f"{opened.name}: holds {count} image; at least 2 are needed, papers use 50,000"
-        )
-    if k is not None and count < k + 1:
-        raise EvaluationError(
-            f"{opened.name}: holds {count} images, but precision and recall use the {k} nearest "
-            f"neighbours of each image; at least {k + 1} images are needed"
+            f"{opened.name}: holds {opened.count} image; at least 2 are needed, papers use 50,000"
         )
 
 
@@ -69,9 +65,17 @@ def missing_input(opened: ImageSet, need: str, extractor: Extractor) -> str | No
 
 
 def missing_metric_input(
-    name: str, extractor: Extractor, reference: ImageSet, samples: ImageSet
+    name: str, extractor: Extractor, reference: ImageSet, samples: ImageSet, k: int
 ) -> str | None:
-    """Return why a metric cannot be computed for two sets, or None if it can."""
+    """Return why a metric cannot be computed for two sets, or None if it can.
+
+    Args:
+        name: the metric.
+        extractor: its extractor.
+        reference: the reference.
+        samples: the sample set.
+        k: nearest neighbours that precision and recall use.
+    """
     if name == "accuracy" and not extractor.knows_labels:
         return f"the classes of the extractor {extractor.name} are not the labels of the data"
     metric = METRICS[name]
@@ -79,47 +83,9 @@ def missing_metric_input(
         for need in sorted(getattr(metric, side)):
             if reason := missing_input(opened, need, extractor):
                 return f"{side} {opened.name}: {reason}"
+        if metric.neighbours and opened.count is not None and opened.count <= k:
+            return (
+                f"{side} {opened.name}: holds {opened.count} images; at least {k + 1} are needed "
+                f"for the {k} nearest neighbours of each image"
+            )
     return None
-
-
-def convention_warnings(
-    names: Sequence[str], count: int, used: str, reference_images: int | None
-) -> list[str]:
-    """Return warnings about settings that differ from those of published results."""
-    warnings = []
-    if count != PUBLISHED_SAMPLES:
-        warnings.append(
-            f"{count:,} samples; papers use {PUBLISHED_SAMPLES:,}. Fewer samples give a higher FID"
-        )
-    if used != "statistics" and {"fid", "sfid"} & set(names):
-        warnings.append(
-            "FID and sFID use the reference's images; papers use statistics of the training set"
-        )
-    if {"precision", "recall"} & set(names) and reference_images != PUBLISHED_REFERENCE:
-        warnings.append(
-            f"precision and recall use {reference_images:,} reference images; papers use "
-            f"{PUBLISHED_REFERENCE:,}"
-        )
-    return warnings
-
-
-def identity_warnings(reference: ImageSet, samples: ImageSet, precision: str) -> list[str]:
-    """Return warnings about features of unknown origin or precision, and about swapped sets."""
-    warnings = []
-    for opened in (reference, samples):
-        stored = bool(opened.features) or bool(opened.statistics)
-        if stored and opened.kind == "safetensors" and "extractor" not in opened.metadata:
-            warnings.append(
-                f"{opened.name} does not name the extractor of its features, so it was not checked"
-            )
-        made = opened.metadata.get("network_precision", precision)
-        if stored and made != precision:
-            warnings.append(
-                f"{opened.name} was computed with --precision {made}, this run uses {precision}"
-            )
-    if samples.statistics and not reference.statistics and reference.images is not None:
-        warnings.append(
-            f"are the sets swapped? {samples.name} holds statistics, as references do, and "
-            f"{reference.name} does not; the reference comes first"
-        )
-    return warnings

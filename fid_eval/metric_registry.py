@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .choices import DistancePrecision
 from .errors import EvaluationError
+from .fdr6 import PARTS
 from .features import Features
 from .metrics import extras
 from .metrics.adm import (
@@ -23,9 +24,11 @@ from .metrics.adm import (
     inception_score,
     precision_recall_flags,
 )
-from .networks.extractors import Extractor
+from .networks.extractors import Extractor, label_of
 
 INCEPTION_SCORE_SPLIT = 5000
+SORTED_TOLERANCE = 0.05  # relative effect of shuffling on the Inception Score of a sorted set
+NAMED_CLASSES = 10  # classes named in a warning
 MIND_DIRECTIONS, MIND_SEED = 1000, 2020
 # A resampled Fréchet distance has a biased mean but an unbiased standard deviation. Intervals are
 # therefore this number of deviations around the distance of the whole set.
@@ -36,7 +39,7 @@ BOOTSTRAP_SIGMAS = 1.96
 class Comparison:
     """Features of a reference and of samples, with intermediate results that metrics share.
 
-    ``details`` and ``interval`` belong to the metric that is being computed.
+    ``details``, ``warnings`` and ``interval`` belong to the metric that is being computed.
     """
 
     reference: Features
@@ -47,6 +50,7 @@ class Comparison:
     k: int = 3
     bootstrap: int = 0
     details: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     interval: tuple[float, float] | None = None
 
     @cached_property
@@ -98,12 +102,25 @@ def _frechet(comparison: Comparison, layer: str) -> float:
 
 
 def _inception_score(comparison: Comparison) -> float:
-    logits = comparison.logits
-    comparison.details["split_size"] = INCEPTION_SCORE_SPLIT
+    logits, count = comparison.logits, len(comparison.logits)
+    value = inception_score(logits, INCEPTION_SCORE_SPLIT)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    shuffled = inception_score(logits[order], INCEPTION_SCORE_SPLIT)
+    comparison.details.update(split_size=INCEPTION_SCORE_SPLIT, shuffled=shuffled)
+    if abs(value - shuffled) > SORTED_TOLERANCE * shuffled:
+        comparison.warnings.append(
+            f"the Inception Score of consecutive chunks is {value:.4g}, but {shuffled:.4g} after "
+            "shuffling: the set is sorted, as by class. Papers use unsorted samples"
+        )
+    if count > INCEPTION_SCORE_SPLIT and (rest := count % INCEPTION_SCORE_SPLIT):
+        comparison.warnings.append(
+            f"the last chunk of the Inception Score has only {rest:,} images, but the weight of "
+            f"one of {INCEPTION_SCORE_SPLIT:,}; papers use multiples of {INCEPTION_SCORE_SPLIT:,}"
+        )
     return comparison.add_interval(
-        inception_score(logits, INCEPTION_SCORE_SPLIT),
+        value,
         lambda i: inception_score(logits[i], INCEPTION_SCORE_SPLIT),
-        len(logits),
+        count,
     )
 
 
@@ -144,6 +161,14 @@ def _class_fid(comparison: Comparison) -> float:
         comparison.rows[0], labels[0].numpy(), comparison.rows[1], labels[1].numpy()
     )
     comparison.details["classes"] = {str(label): value for label, value in distances.items()}
+    every = sorted(set(labels[0].tolist()) | set(labels[1].tolist()))
+    if missing := [str(label) for label in every if label not in distances]:
+        listed = ", ".join(missing[:NAMED_CLASSES]) + ", …" * (len(missing) > NAMED_CLASSES)
+        comparison.details["missing"] = missing
+        comparison.warnings.append(
+            f"class_fid is the mean over {len(distances)} of {len(every)} classes; fewer than 2 "
+            f"images in the samples or in the reference: {listed}"
+        )
     return sum(distances.values()) / len(distances)
 
 
@@ -183,6 +208,7 @@ class Metric:
         other_name: prefix of the key with another extractor, if it is not ``name``.
         extractor: the extractor that the metric is defined with; None if it can be chosen.
         higher_is_better: whether larger values are better.
+        neighbours: whether it needs more than k images in each set.
     """
 
     name: str
@@ -192,10 +218,11 @@ class Metric:
     other_name: str | None = None
     extractor: str | None = None
     higher_is_better: bool = False
+    neighbours: bool = False
 
     def key(self, extractor: Extractor) -> str:
         """Return the key in results for an extractor."""
-        if extractor.label is None or self.extractor == extractor.label:
+        if extractor.label is None or extractor.label == label_of(self.extractor or ""):
             return self.name
         return f"{self.other_name or self.name}_{extractor.label}"
 
@@ -203,12 +230,13 @@ class Metric:
 POOL, SPATIAL, ROWS = ("gaussian:pool",), ("gaussian:spatial",), ("pool",)
 LABELS, LOGITS = ("labels",), ("logits",)
 Score = partial(Metric, higher_is_better=True)  # a metric whose larger values are better
+Neighbours = partial(Score, neighbours=True)
 METRICS = {
     "fid": Metric("fid", lambda c: _frechet(c, "pool"), POOL, POOL, "fd"),
     "sfid": Metric("sfid", lambda c: _frechet(c, "spatial"), SPATIAL, SPATIAL, "sfd"),
     "is": Score("inception_score", _inception_score, (), LOGITS, "class_score"),
-    "precision": Score("precision", lambda c: _precision_or_recall(c, 0), ROWS, ROWS),
-    "recall": Score("recall", lambda c: _precision_or_recall(c, 1), ROWS, ROWS),
+    "precision": Neighbours("precision", lambda c: _precision_or_recall(c, 0), ROWS, ROWS),
+    "recall": Neighbours("recall", lambda c: _precision_or_recall(c, 1), ROWS, ROWS),
     "kid": Metric("kid", _kid, ROWS, ROWS, "kd"),
     "mind": Metric("mind", _mind, ROWS, ROWS),
     "fid_infinity": Metric("fid_infinity", _fid_infinity, POOL, ROWS, "fd_infinity"),
@@ -220,4 +248,15 @@ METRICS = {
     "fd_dinov2": Metric("fd_dinov2", lambda c: _frechet(c, "pool"), POOL, POOL, extractor="dinov2"),
     "kd_dinov2": Metric("kd_dinov2", _kid, ROWS, ROWS, extractor="dinov2"),
     "cmmd": Metric("cmmd", lambda c: extras.cmmd(*c.rows), ROWS, ROWS, extractor="clip"),
+    **{
+        name: Metric(
+            "fid" if extractor == "inception" else name,
+            lambda c: _frechet(c, "pool"),
+            POOL,
+            POOL,
+            "fd",
+            extractor,
+        )
+        for name, extractor in PARTS.items()
+    },
 }

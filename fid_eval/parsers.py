@@ -76,7 +76,8 @@ def _positive_number(text: str) -> float:
 def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("extractor and images").add_argument
     add("--extractor", default="inception",
-        help=f"{', '.join(EXTRACTOR_NAMES)}, or package.module:factory (default: inception)")
+        help=f"{', '.join(EXTRACTOR_NAMES)}, or package.module:factory (default: inception); "
+        "stats takes several: A,B or fdr6")
     add("--weights", action="append", default=[], metavar="[NAME=]PATH",
         help="local weights of the extractor, or of the extractor NAME (default: download)")
     add("--weights_sha256", action="append", default=[], metavar="[NAME=]HASH",
@@ -122,6 +123,8 @@ def evaluation_parser(prog: str) -> Parser:
     add("--reference_kind", choices=get_args(ReferenceKind), default="auto",
         help="what gives the Fréchet distance: statistics or images of the reference "
         "(default: auto, statistics if the reference has them)")
+    add("--divisors", metavar="imagenet256|FILE.json",
+        help="of fdr6: the published ones, or the results of a held-out set (default: no mean)")
     _add_runtime_options(parser)
     parser.add_argument("--time_limit", type=_positive_number, metavar="SECONDS",
         help="report a set as an error if opening it, or evaluating it, takes longer "

@@ -2,6 +2,7 @@
 
 import heapq
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ def open_reference(source: Any, preprocess: Preprocess) -> ImageSet:
 def check_reference(
     reference: ImageSet, samples: ImageSet, extractor: Extractor, preprocess: Preprocess
 ) -> None:
-    """Raise unless reference, samples and extractor fit each other."""
+    """Raise unless reference and samples fit each other, the extractor and the preprocessing.
+
+    Both sets are those for this extractor (``ImageSet.for_extractor``).
+    """
     for opened in (reference, samples):
         check_identity(opened, extractor)
         check_image_size(opened, extractor)
@@ -63,17 +67,16 @@ def check_identity(opened: ImageSet, extractor: Extractor) -> None:
     stored = opened.metadata.get("extractor")
     # ADM's files hold Inception features and do not say so.
     if stored is None and opened.kind == "npz" and extractor.name != "inception":
-        if opened.images is None:
-            raise EvaluationError(
-                f"{opened.name}: holds statistics of Inception features, but the extractor is "
-                f"{extractor.name}; make a reference with: fid-eval stats … --extractor "
-                f"{extractor.name}"
-            )
-        opened.statistics = {}
-    elif stored is not None and stored != extractor.identity():
+        raise EvaluationError(
+            f"{opened.name}: holds statistics of Inception features, but the extractor is "
+            f"{extractor.name}; make a reference with: fid-eval stats … --extractor "
+            f"{extractor.name}"
+        )
+    if stored is not None and stored != extractor.identity():
         raise EvaluationError(
             f"{opened.name}: made with the extractor {_describe(stored)}, but this run uses "
-            f"{_describe(extractor.identity())}; use the same extractor, or make the file again"
+            f"{_describe(extractor.identity())}; use the same extractor, or make the file again "
+            "with several: fid-eval stats … --extractor A,B"
         )
     for layer, (mean, _) in STATISTICS_OF_LAYER.items():
         expected = extractor.dimensions.get(layer)
@@ -129,6 +132,7 @@ def save_reference(
     preprocess: Preprocess = AS_IS,
     images: int = 10_000,
     seed: int = 0,
+    others: Sequence[Extractor] = (),
 ) -> Path:
     """Write a reference file in ADM's layout from all images of ``source``.
 
@@ -144,6 +148,7 @@ def save_reference(
         preprocess: resizing and cropping of the images.
         images: number of random images to store.
         seed: seed of their choice.
+        others: further extractors, whose statistics mu.NAME, sigma.NAME are stored, too.
 
     Returns:
         The path that was written.
@@ -160,11 +165,15 @@ def save_reference(
     opened = open_set(source, preprocess)
     if opened.images is None:
         raise EvaluationError(f"{opened.name}: holds no images to make a reference from")
-    check_image_size(opened, extractor)
+    for each in (extractor, *others):
+        check_image_size(opened, each)
+    if others and opened.kind == "iterable":
+        raise EvaluationError(f"{opened.name}: can be read once, for one extractor only")
     layers = {"pool", "spatial"} if extractor.has_spatial else {"pool"}
     subset = _RandomSubset(images, seed)
     features = extract(opened, extractor, set(), layers, runtime, subset.add)
     parts = gather_on_rank0(subset.heap)
+    more = {each.name: extract(opened, each, set(), {"pool"}, runtime) for each in others}
 
     def write() -> None:
         kept = sorted((item for part in parts or [] for item in part), key=lambda i: (-i[0], i[1]))
@@ -173,6 +182,7 @@ def save_reference(
         metadata = {
             "count": features.count,
             "extractor": extractor.identity(),
+            "others": {each.name: each.identity() for each in others},
             "network_precision": runtime.precision,
             "resize": str(preprocess),
             "image_size": list(arrays["arr_0"].shape[1:3]),
@@ -180,6 +190,9 @@ def save_reference(
             "source_sha256": opened.content_hash(),
             "fid_eval": __version__,
         }
+        for name, found in more.items():
+            mean, covariance = found.mean_and_covariance("pool")
+            arrays |= {f"mu.{name}": mean.numpy(), f"sigma.{name}": covariance.numpy()}
         arrays["fid_eval"] = np.array(json.dumps(metadata))
         with atomic_path(output) as temporary:
             np.savez(temporary, **arrays)  # type: ignore[arg-type]

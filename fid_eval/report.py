@@ -67,7 +67,8 @@ def table(document: Document) -> str:
             continue
         intervals = entry.get("intervals", {})
         values = [format_value(entry["metrics"].get(key), intervals.get(key)) for key in keys]
-        rows.append([entry["name"], f"{entry['samples']['count']:,}", *values])
+        count = entry["samples"]["count"]
+        rows.append([entry["name"], "–" if count is None else f"{count:,}", *values])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -93,6 +94,9 @@ def _notes(document: Document) -> list[str]:
     for name, extractor in document["extractors"].items():
         digits = (extractor.get("sha256") or "unknown")[:12]
         lines.append(f"extractor: {name}, weights {digits}, {extractor['network_precision']}")
+    described = {entry["samples"].get("labels") for entry in document["sets"] if "samples" in entry}
+    if known := sorted(described - {None}):
+        lines.append(f"labels of the samples: {', '.join(known)}")
     distances = {mode for entry in document["sets"] for mode in _distances(entry)}
     lines += [f"precision and recall: {mode} distances" for mode in sorted(distances)]
     found: dict[str, list[str]] = {}

@@ -257,6 +257,21 @@ def _dinov2(name: str, weights: Path | None, given: str | None) -> Extractor:
     return Extractor(name, label_of(name), sha256, IMAGENET_224, build)
 
 
+def _timm(name: str, weights: Path | None, given: str | None) -> Extractor:
+    from .timm_models import MODELS, TimmFeatures, import_timm, published_weights
+
+    import_timm()
+    model = MODELS[name]
+    path = weights or published_weights(model)
+    sha256, _ = identify_weights(path, None, given)
+    preprocessing = f"antialiased bicubic to {model.size}, mean and deviation of {model.name}"
+
+    def build() -> nn.Module:
+        return TimmFeatures(model, load_state(path))
+
+    return Extractor(name, label_of(name), sha256, preprocessing, build)
+
+
 def _imported(name: str, weights: Path | None, given: str | None) -> Extractor:
     module_name, _, attribute = name.partition(":")
     try:
@@ -309,4 +324,5 @@ EXTRACTORS: dict[str, Callable[[str, Path | None, str | None], Extractor]] = {
     "vgg16": _vgg16,
     **dict.fromkeys(DINOV2, _dinov2),
     **dict.fromkeys(CLIP, _clip),
+    **dict.fromkeys(("r6-convnext", "r6-dinov2", "r6-mae", "r6-siglip", "r6-clip"), _timm),
 }

@@ -5,7 +5,7 @@ several of these: an ADM reference file has both images and statistics.
 """
 
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -31,6 +31,8 @@ class ImageSet:
     statistics: dict[str, np.ndarray] = field(default_factory=dict)  # mu, sigma, mu_s, sigma_s
     features: dict[str, Tensor] = field(default_factory=dict)  # pool, spatial, labels, logits
     metadata: dict[str, Any] = field(default_factory=dict)  # written by fid-eval
+    # Statistics of further extractors, by name; metadata["others"] has their identities.
+    others: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     path: Path | None = None
     _hash: "Future[str | None] | None" = field(default=None, repr=False)
 
@@ -45,6 +47,20 @@ class ImageSet:
     def image_size(self) -> tuple[int, int] | None:
         """Return (height, width) of the images; None if there are none or it is unknown."""
         return self.images.size if self.images is not None else None
+
+    def for_extractor(self, name: str) -> "ImageSet":
+        """Return this set with the stored statistics of the extractor called ``name``.
+
+        ADM's files do not name their extractor. Their statistics are those of "inception", and
+        other extractors use their images.
+        """
+        if name in self.others:
+            metadata = {**self.metadata, "extractor": self.metadata["others"][name]}
+            return replace(self, statistics=self.others[name], metadata=metadata)
+        is_adm = self.kind == "npz" and "extractor" not in self.metadata
+        if is_adm and self.images is not None and name != "inception":
+            return replace(self, statistics={})
+        return self
 
     def hash_ahead(self) -> None:
         """Hash the set in a background thread, unless its images are hashed as they are decoded.

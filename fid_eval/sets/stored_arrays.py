@@ -28,6 +28,10 @@ def open_npz(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
     check_statistics(opened.statistics, name)
     if "fid_eval" in file:
         opened.metadata = _metadata(str(file["fid_eval"].read()), name)
+        for other in opened.metadata.get("others", {}):
+            keys = {key: f"{key}.{other}" for key in STATISTICS if f"{key}.{other}" in file}
+            opened.others[other] = {key: file[stored].read() for key, stored in keys.items()}
+            check_statistics(opened.others[other], f"{name}: {other}")
     if "arr_0" in file:
         labels = None
         if "arr_1" in file:

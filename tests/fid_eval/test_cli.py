@@ -8,6 +8,9 @@ import pytest
 import fid_eval
 from fid_eval.choices import EXTRACTOR_NAMES, METRIC_NAMES
 from fid_eval.cli import parse
+from fid_eval.errors import EvaluationError
+from fid_eval.fdr6 import FDR6
+from fid_eval.metric_checks import check_metrics
 from fid_eval.metric_registry import METRICS
 from fid_eval.networks.extractors import EXTRACTORS
 
@@ -83,8 +86,23 @@ def test_options_are_spelled_with_underscores_or_hyphens():
     assert (one.samples, one.batch_size, one.weights_sha256) == (["b-c"], 8, ["a-b"])
 
 
+def test_patterns_pass_over_the_settings_beside_a_sample_set(tmp_path):
+    for name in ("a.npz", "a.npz.yaml", "b.npz"):
+        (tmp_path / name).touch()
+    paths = [str(tmp_path / name) for name in ("a.npz", "a.npz.yaml", "b.npz")]
+    options = parse(["ref.npz", *paths])
+    assert [job.path for job in options.jobs] == [paths[0], paths[2]]
+    assert parse(["ref.npz", "other.yaml"]).samples == ["other.yaml"]  # reported as missing
+
+
+@pytest.mark.parametrize(("given", "meant"), [("FID", "fid"), ("KDD", "kid"), ("Recal", "recall")])
+def test_a_misspelt_metric_suggests_the_right_one(given, meant):
+    with pytest.raises(EvaluationError, match=f"did you mean '{meant}'"):
+        check_metrics([given])
+
+
 def test_names_on_the_command_line_are_those_of_the_registries():
-    assert set(METRIC_NAMES) == set(METRICS)
+    assert set(METRIC_NAMES) == {*METRICS, FDR6}
     assert set(EXTRACTOR_NAMES) == set(EXTRACTORS)
 
 
