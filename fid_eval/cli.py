@@ -117,7 +117,10 @@ def check_files(options: argparse.Namespace) -> None:
     elif options.command == "stats":
         check_samples_exist([options.source])
     elif options.command == "classifier":
-        check_samples_exist([str(options.data)])
+        check_samples_exist([options.data])
+        if isinstance(options.held_out, str):
+            check_samples_exist([options.held_out])
+        _check_writable(options.output)
 
 
 def _check_writable(output: str) -> None:

@@ -92,7 +92,9 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _classifier(options: argparse.Namespace) -> int:
-    from .networks.classifier import train_classifier
+    from .networks.classifier_training import train_classifier
 
-    train_classifier(**_arguments_of(train_classifier, options))
+    runtime = Runtime(**_arguments_of(Runtime, options))
+    settings = _arguments_of(train_classifier, options)
+    train_classifier(**settings | {"device": runtime.device, "workers": runtime.workers})
     return 0

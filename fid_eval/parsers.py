@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -24,7 +25,7 @@ commands:
   {prog} JOBS.yaml                 the same, with sets and options from a file
   {prog} stats SOURCE --name NAME  make a reference and save it under a name
   {prog} references                list saved references
-  {prog} classifier DATA.npz       train a small classifier whose features replace Inception's
+  {prog} classifier DATA           train a small classifier whose features replace Inception's
 
 REF and SAMPLES may be .npz, a folder, .zip, WebDataset .tar, .safetensors, or
 hf://OWNER/NAME[/CONFIG][?split=train]. REF may also be the name of a saved reference.
@@ -71,8 +72,31 @@ def _positive_number(text: str) -> float:
     return value
 
 
+def _share_or_path(text: str) -> float | str:
+    try:
+        share = float(text)
+    except ValueError:
+        return text
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
+    return share
+
+
 # The table of options is easier to read with two lines per option than as ruff formats it.
 # fmt: off
+def _add_size_options(add: Callable) -> None:
+    add("--resize", type=_positive_integer, metavar="SIZE",
+        help="resize images to SIZE × SIZE pixels, stretched (default: keep their size)")
+    add("--crop", action="store_true",
+        help="with --resize: crop the centre instead of stretching, as ADM does")
+
+
+def _add_machine_options(add: Callable) -> None:
+    add("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    add("--workers", type=_positive_integer, metavar="N",
+        help="workers that load images (default: one per core, at most 16)")
+
+
 def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("extractor and images").add_argument
     add("--extractor", default="inception",
@@ -82,20 +106,15 @@ def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
         help="local weights of the extractor, or of the extractor NAME (default: download)")
     add("--weights_sha256", action="append", default=[], metavar="[NAME=]HASH",
         help="SHA-256 of the weights; required for weights other than the published ones")
-    add("--resize", type=_positive_integer, metavar="SIZE",
-        help="resize images to SIZE × SIZE pixels, stretched (default: keep their size)")
-    add("--crop", action="store_true",
-        help="with --resize: crop the centre instead of stretching, as ADM does")
+    _add_size_options(add)
     add = parser.add_argument_group("execution").add_argument
     add("--precision", choices=get_args(NetworkPrecision), default="float32",
         help="precision of the network; tf32 and bf16 are faster and change FID slightly "
         "(default: float32)")
     add("--compile", action="store_true", help="compile the network with torch.compile")
-    add("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     add("--batch_size", type=_positive_integer, metavar="N",
         help="images per batch (default: 128 on a GPU, 64 on a CPU)")
-    add("--workers", type=_positive_integer, metavar="N",
-        help="workers that load images (default: one per core, at most 16)")
+    _add_machine_options(add)
     add("--cache", metavar="DIR",
         help="keep features in this folder, by content hash (default: no cache)")
     add("--quiet", action="store_true", help="show no progress")
@@ -165,21 +184,32 @@ def _stats_parser(prog: str) -> Parser:
 
 def _classifier_parser(prog: str) -> Parser:
     parser = Parser(
-        prog, "DATA.npz --output FILE.safetensors [--OPTION VALUE ...]",
+        prog, "DATA --output FILE.safetensors [--OPTION VALUE ...]",
         "Train a small classifier of your own images, whose features replace Inception's.\n"
-        "A random fifth of the images is held out; the accuracy on it is printed.",
-        "data.npz --output data.safetensors",
+        "Prints the accuracy on held-out images.",
+        "my_images/ --held_out 0.1 --flip --epochs 12 --output mine.safetensors",
     )
     add = parser.add_argument
-    add("data", metavar="DATA.npz", type=Path, help="uint8 images arr_0 (N, H, W, 3), labels arr_1")
+    add("data", metavar="DATA", help="labelled images: a folder with one sub-folder per class, "
+        ".zip, .tar, hf://OWNER/NAME, or .npz with arr_0 (N, H, W, 3) and labels arr_1")
     add("--output", metavar="FILE.safetensors", type=Path, required=True,
         help="weights to write; an existing file is not overwritten")
-    add("--name", help="suffix of metric names (default: the name of DATA.npz)")
+    add("--held_out", type=_share_or_path, default=0.2, metavar="SHARE|LIST.txt|DATA",
+        help="images for the accuracy: a share of DATA, a text file with a file name or number of "
+        "DATA in each line, or another set (default: 0.2)")
+    add("--name", help="suffix of metric names (default: the name of DATA)")
     add("--epochs", type=_positive_integer, default=40, metavar="N",
         help="passes over the images (default: 40)")
     add("--seed", type=int, default=0,
-        help="seed of held-out images, initial weights and augmentation (default: 0)")
-    add("--width", type=_positive_integer, default=64, help="number of features (default: 64)")
+        help="seed of the held-out share, initial weights and augmentation (default: 0)")
+    add("--batch_size", type=_positive_integer, default=128, metavar="N",
+        help="images per step (default: 128)")
+    add("--width", type=_positive_integer,
+        help="number of features (default: 256, or 64 for images below 64 px)")
+    add("--flip", action="store_true",
+        help="mirror half of the training images; not for text and digits")
+    _add_size_options(add)
+    _add_machine_options(add)
     return parser
 # fmt: on
 

@@ -182,7 +182,7 @@ def _inception(name: str, weights: Path | None, given: str | None) -> Extractor:
 
 
 def _classifier(name: str, weights: Path | None, given: str | None) -> Extractor:
-    from .classifier import SPATIAL_CHANNELS, load_classifier
+    from .classifier import load_classifier
 
     if name == "digits":
         if weights is not None:
@@ -198,7 +198,6 @@ def _classifier(name: str, weights: Path | None, given: str | None) -> Extractor
     sha256, _ = identify_weights(weights, None, given)
     model, metadata = load_classifier(weights)
     height, width = metadata["height_width"]
-    quarter = -(-height // 4) * -(-width // 4)
     return Extractor(
         name=metadata["name"],
         label=label_of(metadata["name"]),
@@ -209,7 +208,7 @@ def _classifier(name: str, weights: Path | None, given: str | None) -> Extractor
         has_spatial=True,
         has_logits=True,
         knows_labels=True,
-        dimensions={"pool": metadata["width"], "spatial": SPATIAL_CHANNELS * quarter},
+        dimensions=model.dimensions(height, width),
     )
 
 
