@@ -25,6 +25,7 @@ from .config import TrainConfig
 from .held_out import HeldOutLoss
 from .preemption import Interrupted, Preemption
 from .run_log import LOG_FILE, read_log
+from .trackers import track_image
 from .training_data import TrainingData
 
 MAX_GRID_CLASSES = 10
@@ -138,7 +139,7 @@ class SampleEvaluator:
             Interrupted: a process received SIGTERM; raised on all ranks.
         """
         if due.grid:
-            self._draw_grid(grid_path(run_dir, step))
+            self._draw_grid(grid_path(run_dir, step), step)
         held_out: dict[str, Any] = {}
         if due.held_out_loss and self.held_out is not None:
             held_out = self.held_out.measure()
@@ -152,7 +153,7 @@ class SampleEvaluator:
             atomic_write(path, content.encode())
         return {**result.metrics, **held_out}
 
-    def _draw_grid(self, path: Path) -> None:
+    def _draw_grid(self, path: Path, step: int) -> None:
         num_classes = self.pipeline.transformer.config.num_classes
         classes = np.linspace(0, num_classes - 1, min(num_classes, MAX_GRID_CLASSES)).astype(int)
 
@@ -170,6 +171,7 @@ class SampleEvaluator:
             sheet.save(content, "png")
             path.parent.mkdir(exist_ok=True)
             atomic_write(path, content.getvalue())
+            track_image(self.accelerator, "samples", sheet, step)
             return True
 
         if not run_on_main_process(self.accelerator, draw):

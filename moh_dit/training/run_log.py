@@ -23,6 +23,14 @@ from ..model.flops import flops_per_image
 from ..model.transformer import MoHDiTTransformer2DModel
 
 LOG_FILE = "log.jsonl"
+# Values on the progress bar: key of a log entry, displayed name and format.
+DISPLAYED = {
+    "loss": ("loss", "{:.4f}"),
+    "held_out_loss": ("held-out", "{:.4f}"),
+    "images_per_second": ("img/s", "{:.4g}"),
+    "mfu": ("MFU", "{:.1%}"),
+    "peak_memory_gib": ("GPU memory", "{:.1f} GiB"),
+}
 PACKAGES = ("moh-dit", "torch", "diffusers", "accelerate", "safetensors", "numpy", "torch-fidelity")
 
 
@@ -129,20 +137,22 @@ def plot_curves(log: Path, output: Path) -> None:
 
 
 def dead_heads(entry: dict[str, Any]) -> list[str]:
-    """Return the routed heads that no token chose during the steps of a log entry."""
+    """Return the routed heads that no token chose during the steps of a log entry.
+
+    Heads are numbered as in the layer: the shared heads come first.
+    """
     return [
-        f"layer {layer} routed head {i}"
+        f"layer {layer} head {head}"
         for layer, load in entry.get("head_load", {}).items()
-        for i, fraction in enumerate(load)
+        for head, fraction in enumerate(load, entry["shared_heads"][layer])
         if fraction == 0
     ]
 
 
 def progress_postfix(entry: dict[str, Any]) -> dict[str, str]:
     """Return the values of a log entry that the progress bar displays."""
-    values = {"loss": f"{entry['loss']:.4f}"} if "loss" in entry else {}
-    values |= {"img/s": f"{entry['images_per_second']:.4g}"}
-    return values | ({"MFU": f"{entry['mfu']:.1%}"} if "mfu" in entry else {})
+    shown = ((name, text, entry.get(key)) for key, (name, text) in DISPLAYED.items())
+    return {name: text.format(value) for name, text, value in shown if value is not None}
 
 
 class StepStatistics:
@@ -176,7 +186,7 @@ class StepStatistics:
         self.steps = 0
         self.sums: Tensor | None = None
         self.load: Tensor | None = None
-        self.data_wait_seconds = 0.0
+        self.data_wait_seconds = self.paused_seconds = 0.0
         self.start = time.perf_counter()
 
     def add(self, terms: Tensor, grad_norm: Tensor, load: Tensor | None) -> None:
@@ -202,7 +212,9 @@ class StepStatistics:
         """Leave the time of this block out of images/s."""
         start = time.perf_counter()
         yield
-        self.start += time.perf_counter() - start
+        paused = time.perf_counter() - start
+        self.start += paused
+        self.paused_seconds += paused
 
     @contextmanager
     def count_data_wait(self) -> Iterator[None]:
@@ -218,10 +230,12 @@ class StepStatistics:
         elapsed = time.perf_counter() - self.start  # measured after tolist() has synchronised
         entry: dict[str, Any] = {
             "step": step,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "images": step * self.images_per_step,
             "learning_rate": learning_rate,
             "images_per_second": self.steps * self.images_per_step / elapsed,
             "data_wait": self.data_wait_seconds / elapsed,
+            "paused_seconds": round(self.paused_seconds, 3),
         }
         if counted:
             mse, vlb, balance, grad_norm = (total / counted for total in totals)
@@ -238,6 +252,10 @@ class StepStatistics:
             entry["head_load"] = {
                 str(layer): [round(fraction, 5) for fraction in load.tolist()]
                 for layer, load in zip(self.layers, loads, strict=True)
+            }
+            entry["shared_heads"] = {
+                str(layer): attention.num_shared_heads or 0
+                for layer, attention in self.layers.items()
             }
         self._reset()
         return entry

@@ -3,13 +3,11 @@
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-
-from fid_eval.progress import progress_bar
 
 from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample_posterior
 from ..checkpoints.runs import list_checkpoints
@@ -25,6 +23,7 @@ from .ema import Ema, PowerEma, WeightAverage
 from .evaluation import DueOutputs, SampleEvaluator
 from .nonfinite import NonFiniteGuard, first_nonfinite_module
 from .preemption import PREEMPTED, Interrupted, Preemption
+from .progress import RunProgress
 from .run_folder import (
     CONFIG_FILE,
     check_resumable,
@@ -33,7 +32,7 @@ from .run_folder import (
     prepare_run_folder,
     resolve_autoencoder,
 )
-from .run_log import LOG_FILE, RunLog, StepStatistics, dead_heads, plot_curves, progress_postfix
+from .run_log import StepStatistics
 from .setup import (
     create_model,
     create_optimizer,
@@ -176,7 +175,6 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         if accelerator.is_main_process:
             prepare_run_folder(config, step, self.data, self.objective.scheduler)
-            self.run_log = RunLog(self.run_dir / LOG_FILE, step)
             self.state.warn_if_disk_is_full(self.run_dir)
         accelerator.wait_for_everyone()
         init_trackers(accelerator, config)
@@ -184,23 +182,23 @@ class Trainer:
         peak = given or peak_flops(config.mixed_precision, config.allow_tf32)
         statistics = StepStatistics(accelerator, self.raw_model, config.batch_size, peak)
         self.statistics = statistics
-        is_main = accelerator.is_main_process
-        bar = progress_bar(
-            config.num_steps, desc="training", unit="step", initial=step, enabled=is_main
-        )
+        self.progress = progress = RunProgress(accelerator, self.run_dir, step, config.num_steps)
         # Closing the generator ends the data-loader workers, which ignore SIGTERM.
-        with closing(self.data.micro_batches(self.partition, config.seed, step)) as batches, bar:
+        batches = self.data.micro_batches(self.partition, config.seed, step)
+        with closing(batches), progress:
             with statistics.exclude_time():
                 stop = not self._evaluate(step, missing)
             while step < config.num_steps and not stop:
                 step += 1
-                with self.start_up.first_step(accelerator.print):
+                first = step == self.start_step + 1
+                doing = progress.doing("first step") if first else nullcontext()
+                with doing, self.start_up.first_step(accelerator.print):
                     statistics.add(*self._step(step, batches))
-                bar.update()
+                progress.update()
                 last = step == config.num_steps
                 stop = self.preemption.should_stop(accelerator, step)
                 if step % config.log_every == 0 or last or stop:
-                    bar.set_postfix(progress_postfix(self._log_statistics(step)))
+                    self._log_statistics(step)
                 with statistics.exclude_time():
                     if step % (config.ema_snapshot_every or config.checkpoint_every) == 0 or last:
                         self._check_finite()
@@ -217,19 +215,15 @@ class Trainer:
         accelerator.end_training()
         return stop
 
-    def _log_statistics(self, step: int) -> dict[str, Any]:
-        entry = self.statistics.make_entry(step, self.optimizer.param_groups[0]["lr"])
-        self._log(entry)
-        return entry
+    def _log_statistics(self, step: int) -> None:
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.progress.log(self.statistics.make_entry(step, learning_rate))
 
     def _save(self, step: int) -> None:
         self._check_finite()
-        self.state.save(self.run_dir, step, self.config.keep_checkpoints)
-        self._plot_curves()
-
-    def _plot_curves(self) -> None:
-        if self.accelerator.is_main_process:
-            plot_curves(self.run_dir / LOG_FILE, self.run_dir / "curves.png")
+        with self.progress.doing("saving"):
+            self.state.save(self.run_dir, step, self.config.keep_checkpoints)
+            self.progress.plot()
 
     def _evaluate(self, step: int, due: DueOutputs) -> bool:
         """Write the samples and metrics that are due; return False if SIGTERM interrupted this."""
@@ -238,13 +232,14 @@ class Trainer:
         self._check_finite()
         self.averages[0].gather()
         try:
-            with self.start_up.phase("samples"):
+            doing = self.progress.doing("sampling and measuring")
+            with doing, self.start_up.phase("samples"):
                 metrics = self.evaluator.make(due, step, self.run_dir)
         except Interrupted:
             return False
         if metrics:
-            self._log({"step": step, **metrics})
-            self._plot_curves()
+            self.progress.log({"step": step, **metrics})
+            self.progress.plot()
         return True
 
     def _step(
@@ -347,12 +342,3 @@ class Trainer:
             f"{report}. The update was skipped; {saved}. Lower optimizer.learning_rate, set "
             "optimizer.max_grad_norm, or set on_nonfinite to skip"
         )
-
-    def _log(self, entry: dict) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        self.run_log.write(entry)
-        numbers = {key: value for key, value in entry.items() if isinstance(value, float)}
-        self.accelerator.log(numbers, step=entry["step"])
-        if dead := dead_heads(entry):
-            self.accelerator.print(f"step {entry['step']}: no token chose {', '.join(dead)}")

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers.training_runs import command, tiny_config, write_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,6 +22,7 @@ from moh_dit.data.config import EncodeConfig
 from moh_dit.data.encoding import encode_data
 from moh_dit.model.flops import flops_per_image
 from moh_dit.training.config import EvaluationConfig, ObjectiveConfig, OptimizerConfig
+from moh_dit.training.progress import RunProgress
 from moh_dit.training.run_log import progress_postfix, read_log
 from moh_dit.training.setup import learning_rate_factor, weight_decay_groups
 from moh_dit.training.trainer import Trainer
@@ -293,6 +295,25 @@ def test_trackers_receive_the_values_of_the_log(tmp_path):
         (event,) = events.Scalars(key)
         assert event.step == 2
         assert event.value == pytest.approx(entry[key])
+    assert events.Histograms("head_load/layer_1")[0].histogram_value.num == 3
+    assert events.Images("samples")[0].step == 2
+
+
+def test_the_status_names_the_activity(tmp_path):
+    progress = RunProgress(Accelerator(cpu=True), tmp_path, 4, 5)
+
+    def activity():
+        return json.loads((tmp_path / "status.json").read_text())["activity"]
+
+    with progress:
+        with progress.doing("saving"):
+            assert activity() == "saving"
+        assert activity() == "training"
+        progress.update()
+    assert activity() == "finished"
+    with pytest.raises(ValueError, match="broken"), RunProgress(Accelerator(), tmp_path, 4, 5):
+        raise ValueError("broken")
+    assert activity() == "failed"
 
 
 def test_unused_routed_heads_are_reported(tmp_path, capsys):
@@ -304,8 +325,8 @@ def test_unused_routed_heads_are_reported(tmp_path, capsys):
     trainer.config.optimizer.learning_rate = 0.0
     trainer.train()
     printed = capsys.readouterr().out
-    assert "step 2: no token chose layer 1 routed head 2" in printed
-    assert "routed head 0" not in printed
+    assert "step 2: no token chose layer 1 head 3" in printed
+    assert "head 1" not in printed
 
 
 def test_a_nearly_full_disk_is_reported(finished_run, tmp_path, monkeypatch, capsys):
