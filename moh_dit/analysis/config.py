@@ -49,6 +49,8 @@ class HeadLoadConfig(SamplingSettings, ModelSettings):
             UserError: a value is invalid.
         """
         require_at_least(self, timestep_ranges=1, map_images=0, map_steps=1)
+        if self.cache is not None:
+            raise UserError("cache skips layers, whose head load cannot be counted; leave it out")
         config = SampleConfig.from_config(self, output="grid.png")
         config.check()
         return config

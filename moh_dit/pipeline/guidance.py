@@ -1,4 +1,4 @@
-"""Combine predictions by classifier-free guidance or autoguidance."""
+"""Predict noise, combined by classifier-free guidance or autoguidance."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..common.errors import UserError
 from ..model.transformer import MoHDiTTransformer2DModel
+from .forward_graphs import ForwardGraphs
 
 
 @dataclass
@@ -53,6 +54,11 @@ class Guidance:
                         "equal"
                     )
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether some steps may be guided and others not."""
+        return self.scale != 1.0 and self.interval != (0.0, 1.0)
+
     def active_at(self, timestep: Tensor, num_train_timesteps: int) -> bool:
         """Return whether a step at this timestep is guided."""
         low, high = self.interval
@@ -63,3 +69,52 @@ class Guidance:
         guided = self.num_channels or latent_channels
         epsilon = weak[:, :guided] + self.scale * (conditional[:, :guided] - weak[:, :guided])
         return torch.cat([epsilon, conditional[:, guided:]], dim=1)
+
+
+def predict(
+    model: MoHDiTTransformer2DModel,
+    latents: Tensor,
+    timestep: Tensor,
+    labels: Tensor,
+    guidance: Guidance | None,
+    graphs: ForwardGraphs,
+) -> Tensor:
+    """Return the prediction (B, out_channels, h, w), guided unless ``guidance`` is ``None``.
+
+    Args:
+        model: the model to evaluate.
+        latents: (B, in_channels, h, w).
+        timestep: a scalar, the same for all images.
+        labels: int64 (B,).
+        guidance: how to guide this step.
+        graphs: replays the forward passes.
+    """
+    if guidance is None:
+        return _evaluate(model, latents, timestep, labels, graphs)
+    if guidance.model is not None:
+        conditional = _evaluate(model, latents, timestep, labels, graphs)
+        weak = _evaluate(guidance.model, latents, timestep, labels, graphs)
+    else:
+        null = torch.full_like(labels, model.config.num_classes)
+        both = torch.cat([latents] * 2), timestep, torch.cat([labels, null])
+        conditional, weak = _evaluate(model, *both, graphs).chunk(2)
+    return guidance(conditional, weak, model.config.in_channels)
+
+
+def _evaluate(
+    model: MoHDiTTransformer2DModel,
+    latents: Tensor,
+    timestep: Tensor,
+    labels: Tensor,
+    graphs: ForwardGraphs,
+) -> Tensor:
+    """Return the output of a model at one timestep, in the dtype of the latents."""
+    inputs = latents.to(model.dtype), timestep.expand(len(latents)), labels
+    if model.is_cache_enabled:
+        # Guided and unguided steps differ in batch size, so each size has its own cache.
+        with model.cache_context(f"batch of {len(latents)}"):
+            output = model(*inputs).sample
+    else:
+        output = graphs(model, *inputs)
+    # Copied, because CUDA graphs of torch.compile overwrite it in the next call.
+    return output.to(latents.dtype, copy=True)

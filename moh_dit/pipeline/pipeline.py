@@ -27,8 +27,9 @@ from ..model.transformer import MoHDiTTransformer2DModel
 from .bundled_code import is_bundled, use_installed_classes, write_code
 from .class_labels import Labels, class_ids
 from .forward_graphs import ForwardGraphs
-from .guidance import Guidance
+from .guidance import Guidance, predict
 from .model_card import copy_or_write_card
+from .step_cache import StepCache, caching
 
 Noise: TypeAlias = torch.Generator | list[torch.Generator] | ImageNoise | None
 StepCallback: TypeAlias = Callable[[Any, int, Tensor, dict], dict | None]
@@ -154,6 +155,7 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_prompt: int = 1,
+        cache: StepCache | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
@@ -180,6 +182,7 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
                 tensors)``; may return a dictionary with new ``latents``.
             callback_on_step_end_tensor_inputs: names in ``tensors``: ``["latents"]`` or ``[]``.
             num_images_per_prompt: images per label; those of one label follow each other.
+            cache: skip transformer blocks in some steps; ``None`` for the exact result.
 
         Raises:
             UserError: labels, steps, guidance, scheduler or output type do not fit the model.
@@ -195,11 +198,12 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
         labels = torch.tensor(self.label_ids(class_labels), device=device)
         labels = labels.repeat_interleave(num_images_per_prompt)
         guidance = Guidance(guidance_scale, guidance_channels, guidance_interval, guidance_model)
-        self.check(guidance, num_inference_steps)
+        self.check(guidance, num_inference_steps, cache)
         latents = self.prepare_latents(len(labels), generator, latents)
         self._guidance_scale, self._interrupt = guidance_scale, False
         self._num_timesteps = len(prepare_scheduler(self.scheduler, num_inference_steps).timesteps)
-        with self.progress_bar(total=num_inference_steps) as bar:
+        cached = caching(self, cache, guidance, num_inference_steps)
+        with self.progress_bar(total=num_inference_steps) as bar, cached:
 
             def on_step(pipeline: Any, step: int, timestep: Tensor, tensors: dict) -> dict:
                 bar.update(min(step + 1, num_inference_steps) - bar.n)  # Heun evaluates twice
@@ -220,8 +224,10 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def check(self, guidance: Guidance, num_inference_steps: int) -> None:
-        """Raise ``UserError`` if scheduler, steps, guidance or autoencoder do not fit the model.
+    def check(
+        self, guidance: Guidance, num_inference_steps: int, cache: StepCache | None = None
+    ) -> None:
+        """Raise ``UserError`` if a setting, the scheduler or the autoencoder do not fit the model.
 
         This includes models that cannot be captured into CUDA graphs if ``graphs.mode`` is True.
         """
@@ -236,6 +242,8 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
             )
         for model in filter(None, (self.transformer, guidance.model)):
             self.graphs.obstacle(model)
+            if cache is not None:
+                cache.check(model, guidance)
 
     def prepare_latents(
         self, batch_size: int, generator: Noise = None, latents: Tensor | None = None
@@ -297,7 +305,10 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
             if hasattr(scheduler, "scale_model_input"):
                 scaled = scheduler.scale_model_input(latents, timestep)
             active = guidance.active_at(timestep, scheduler.config.num_train_timesteps)
-            prediction = self.predict(scaled, on_device[step], labels, guidance if active else None)
+            prediction = predict(
+                self.transformer, scaled, on_device[step], labels, guidance if active else None,
+                self.graphs,
+            )  # fmt: skip
             if not learned_variance:
                 prediction = prediction[:, :channels]
             with noise:
@@ -308,38 +319,6 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
                 if changed.get("stop"):
                     break
         return latents
-
-    def predict(
-        self, latents: Tensor, timestep: Tensor, labels: Tensor, guidance: Guidance | None
-    ) -> Tensor:
-        """Return the prediction (B, out_channels, h, w), guided unless ``guidance`` is ``None``."""
-        channels = self.transformer.config.in_channels
-        if guidance is None:
-            return self.run_model(self.transformer, latents, timestep, labels)
-        if guidance.model is not None:
-            conditional = self.run_model(self.transformer, latents, timestep, labels)
-            weaker = self.run_model(guidance.model, latents, timestep, labels)
-            return guidance(conditional, weaker, channels)
-        null = torch.full_like(labels, self.transformer.config.num_classes)
-        both = self.run_model(
-            self.transformer, torch.cat([latents] * 2), timestep, torch.cat([labels, null])
-        )
-        conditional, unconditional = both.chunk(2)
-        return guidance(conditional, unconditional, channels)
-
-    def run_model(
-        self, model: MoHDiTTransformer2DModel, latents: Tensor, timestep: Tensor, labels: Tensor
-    ) -> Tensor:
-        """Return the output of a model at one timestep, in the dtype of the latents."""
-        inputs = latents.to(model.dtype), timestep.expand(len(latents)), labels
-        if model.is_cache_enabled:
-            # Guided and unguided steps differ in batch size, so each size has its own cache.
-            with model.cache_context(f"batch of {len(latents)}"):
-                output = model(*inputs).sample
-        else:
-            output = self.graphs(model, *inputs)
-        # Copied, because CUDA graphs of torch.compile overwrite it in the next call.
-        return output.to(latents.dtype, copy=True)
 
     def decode(self, latents: Tensor, batch_size: int | None = None) -> Tensor:
         """Decode latents (B, C, h, w) to images (B, 3, H, W) in -1 … 1, ``batch_size`` at once."""

@@ -27,6 +27,12 @@ class SamplingSettings:
     """Sampler, e.g. ddpm, ddim, dpmsolver++ (default: the one saved with the model)."""
     seed: int = 0
     """Seed of all noise. The noise of an image depends only on the seed and the image's index."""
+    cache: Literal["first-block", "taylorseer", "magcache"] | None = None
+    """Skip transformer blocks in some steps: faster, but approximate (docs/sampling.md)."""
+    cache_threshold: float | None = None
+    """Error up to which first-block (default: 0.05) and magcache (default: 0.06) skip blocks."""
+    cache_interval: int | None = None
+    """Compute one of N steps with taylorseer, and extrapolate the others (default: 5)."""
 
     @classmethod
     def from_config(cls, config: Any, **settings: Any) -> Self:
@@ -72,7 +78,8 @@ class SampleConfig(SamplingSettings, ModelSettings):  # --help lists the last ba
     """Columns of a grid."""
     rows: str | None = None
     """Setting to vary from row to row of a contact sheet, e.g. "guidance_scale=1,2,4". Also
-    class_labels, seed, num_inference_steps, scheduler, weights. All cells share one image index."""
+    class_labels, seed, num_inference_steps, scheduler, weights, cache_threshold, cache_interval.
+    All cells share one image index."""
     columns: str | None = None
     """Setting to vary from column to column, as in rows (default: images_per_class images)."""
     interpolate: int | None = None

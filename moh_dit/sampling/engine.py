@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.errors import UserError
 from ..diffusion.noise import BlendedNoise, ImageNoise
 from ..diffusion.samplers import named_scheduler, prepare_scheduler
 from ..model.attention import MoHAttention
 from ..model.transformer import MoHDiTTransformer2DModel
 from ..pipeline.guidance import Guidance
 from ..pipeline.pipeline import MoHDiTPipeline
+from ..pipeline.step_cache import StepCache, caching
 from .config import SamplingSettings
 
 # With fewer tokens per unit, Python overhead dominates for small models. With more, sampling a
@@ -62,8 +64,22 @@ def use_settings(
         tuple(settings.guidance_interval),  # type: ignore[arg-type]
         guidance_model,
     )
-    chosen.check(guidance, settings.num_inference_steps)
+    chosen.check(guidance, settings.num_inference_steps, step_cache(settings))
     return chosen, guidance
+
+
+def step_cache(settings: SamplingSettings) -> StepCache | None:
+    """Return the cache of ``settings``, ``None`` for none.
+
+    Raises:
+        UserError: a setting of a cache is given without a cache.
+    """
+    if settings.cache is not None:
+        return StepCache(settings.cache, settings.cache_threshold, settings.cache_interval)
+    for name in ("cache_threshold", "cache_interval"):
+        if (value := getattr(settings, name)) is not None:
+            raise UserError(f"{name} is {value}, but cache is not set; give cache as well")
+    return None
 
 
 def generate(
@@ -84,8 +100,8 @@ def generate(
     """Sample one image per class label, batch by batch.
 
     Args:
-        pipeline: model, autoencoder and noise process. It is not changed; the model may be in
-            training mode.
+        pipeline: model, autoencoder and noise process. The model may be in training mode. Its mode
+            is restored after each batch; a cache of ``settings`` stays enabled until the last one.
         class_labels: N class ids or names.
         settings: steps, guidance, scheduler and seed.
         indices: index of each image (N,); default ``0 … N-1``.
@@ -132,10 +148,14 @@ def generate(
     )
 
     def sample_batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        models, cached = (chosen.transformer, guidance_model), ExitStack()
         try:
+            with evaluation_mode(*models), torch.no_grad():  # a cache may measure the model
+                steps = settings.num_inference_steps
+                cached.enter_context(caching(chosen, step_cache(settings), guidance, steps))
             for start, stop in batches:
                 batch = requests[start:stop]
-                with evaluation_mode(chosen.transformer, guidance_model), torch.no_grad():
+                with evaluation_mode(*models), torch.no_grad():
                     if on_cpu:
                         images = run_in_units(chosen.transformer, images_of, batch)
                     else:
@@ -144,6 +164,7 @@ def generate(
                         images = images_of(np.concatenate([batch, padding]))[: len(batch)]
                 yield np.arange(start, stop), images
         finally:
+            cached.close()
             chosen.graphs.release()
 
     return sample_batches()

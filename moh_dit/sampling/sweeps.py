@@ -1,4 +1,4 @@
-"""Draw contact sheets over any two of class, seed, guidance scale, steps, scheduler and weights."""
+"""Draw contact sheets over one or two settings, such as seed, guidance scale and weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,11 +21,16 @@ AXES: dict[str, tuple[Callable[[str], Any], str]] = {
     "guidance_scale": (float, "guidance {:g}"),
     "num_inference_steps": (int, "{} steps"),
     "scheduler": (str, "{}"),
+    "cache_threshold": (float, "threshold {:g}"),
+    "cache_interval": (int, "interval {}"),
     "weights": (str, "{}"),
     "index": (int, "{}"),
 }
 # Names in AXES that are fields of SamplingSettings.
-SETTINGS = ("seed", "guidance_scale", "num_inference_steps", "scheduler")
+SETTINGS = (
+    "seed", "guidance_scale", "num_inference_steps", "scheduler", "cache_threshold",
+    "cache_interval",
+)  # fmt: skip
 
 
 @dataclass

@@ -100,6 +100,20 @@ def test_other_weights_strips_and_sweeps(run, tmp_path, monkeypatch):
     assert sizes["d.png"][0] >= 3 * 64
 
 
+@pytest.mark.parametrize("cache", ["taylorseer", "magcache"])
+def test_caches_of_grids_sweeps_and_sets(run, tmp_path, monkeypatch, cache):
+    setting, none = ("interval", 1) if cache == "taylorseer" else ("threshold", 0)
+    exact = ("--num_inference_steps", 8, "--class_labels", 0, "--images_per_class", 1)
+    options = (*exact, "--cache", cache)
+    command(monkeypatch, run, tmp_path / "a.png", *exact)
+    command(monkeypatch, run, tmp_path / "b.png", *options, f"--cache_{setting}", none)
+    images = [np.asarray(Image.open(tmp_path / f)) for f in ("a.png", "b.png")]
+    assert np.array_equal(*images)
+    command(monkeypatch, run, tmp_path / "c.png", *options, "--rows", f"cache_{setting}=1,4")
+    command(monkeypatch, run, tmp_path / "s.npz", *options, "--num_samples", 3)
+    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (3, 16, 16, 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -120,6 +134,9 @@ def test_other_weights_strips_and_sweeps(run, tmp_path, monkeypatch):
             ["--cuda_graphs", "maybe"],
             "cuda_graphs is maybe; it must be true or false or one of auto",
         ),
+        (["--cache", "tea"], "cache is tea; it must be one of first-block, taylorseer, magcache"),
+        (["--cache_interval", "3"], "cache_interval is 3, but cache is not set"),
+        (["--cache", "taylorseer", "--cache_threshold", "1"], "taylorseer has no threshold"),
         (["--guidance_checkpoint", "nowhere"], "nowhere does not exist"),
         (["--guidance_scal", "2"], "did you mean guidance_scale"),
     ],
