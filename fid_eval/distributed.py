@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .errors import EvaluationError, describe_error
 from .time_limit import interruptible
@@ -66,6 +67,16 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
     return torch.device("cpu")
+
+
+def move_if_small(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to the GPU if it takes at most a quarter of the GPU's free memory.
+
+    Otherwise, and for other devices, return it unchanged.
+    """
+    if device.type != "cuda" or tensor.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+        return tensor
+    return tensor.to(device)
 
 
 def gather_on_rank0(item: T) -> list[T] | None:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..atomic_write import atomic_path
+from ..distributed import move_if_small
 from ..errors import EvaluationError
 from ..progress import progress_bar
 from ..sets.decoding import Preprocess
@@ -241,10 +242,3 @@ def _command(data: str, **options: Any) -> str:
         if value is not None and value is not False:
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return shlex.join(words)
-
-
-def move_if_small(images: Tensor, device: torch.device) -> Tensor:
-    """Move images to the GPU if they take at most half of its free memory."""
-    if device.type != "cuda" or images.numel() > torch.cuda.mem_get_info(device)[0] / 2:
-        return images
-    return images.to(device)

@@ -6,7 +6,7 @@ import sys
 MODULES = {"moh_dit.transformer": "moh_dit.model.transformer"}
 # Settings in YAML files and on the command line, by program.
 SETTINGS: dict[str, dict[str, str]] = {
-    "AutoencoderTrainingConfig": {"random_flip": "horizontal_flip"},
+    "AutoencoderTrainingConfig": {"random_flip": "horizontal_flip", "initial": "init_from"},
     "EncodeConfig": {"flip": "horizontal_flip"},
 }
 

@@ -44,8 +44,9 @@ class AutoencoderTrainingConfig:
     """Side of the training images in pixels."""
     skip_unreadable: bool = False
     """Skip images that cannot be read instead of stopping."""
-    initial: str | None = None
-    """Autoencoder to start from: a folder, a Hub id or "digits". It replaces `autoencoder`."""
+    init_from: str | None = None
+    """Autoencoder to continue: a folder, a Hub id or "digits". It replaces `autoencoder`. Give a
+    small `learning_rate`, such as 1e-5."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """Architecture of a new autoencoder."""
     reconstruction: Literal["l1", "mse"] = "mse"
@@ -69,13 +70,14 @@ class AutoencoderTrainingConfig:
     num_held_out: int = 64
     """Images kept out of training for the measurements; 0 measures on training images."""
     num_workers: int = 0
-    """Data-loader workers per process. Once all images are kept in memory, the workers end."""
+    """Data-loader workers per process, which decode images."""
     cache_images_gib: float = 4.0
-    """Keep decoded images in memory if all of them fit into this many GiB per process; 0 reads
-    every image again in each epoch."""
+    """Decode all images at the start and keep them in memory, if they fit into this many GiB per
+    process; on a GPU, in its memory if they take at most a quarter of it. 0 reads every image again
+    in each epoch."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Precision of the network. bf16 uses autocast, channels-last memory and a fused AdamW; the
-    weights, the posterior and the loss stay float32. Use it on GPUs."""
+    """Precision of the network. bf16 uses autocast and channels-last memory; the weights, the
+    posterior and the loss stay float32. Use it on GPUs."""
     allow_tf32: bool | None = None
     """Allow TF32 in float32 matrix products and convolutions on CUDA; null allows it in
     convolutions only, the default of torch."""
@@ -99,8 +101,8 @@ class AutoencoderTrainingConfig:
         Checkpoints of an unfinished training are an error without ``resume``.
         """
         require_data(self.data)
-        if self.initial is not None:
-            require_autoencoder(self.initial)
+        if self.init_from is not None:
+            require_autoencoder(self.init_from)
         output = Path(self.output)
         if self.resume and output.exists():
             raise UserError(f"output {output} is already finished: give another name")

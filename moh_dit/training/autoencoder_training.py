@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from ..data.pixels import to_float
 from .autoencoder_checkpoint import AutoencoderCheckpoint
 from .autoencoder_config import AutoencoderTrainingConfig
 from .autoencoder_results import measure, write_results
-from .image_cache import CachedImages, decoded_gib, read_training_batches
+from .image_cache import CachedImages, decoded_gib, pixel_batches
 from .preemption import PREEMPTED, Preemption
 
 
@@ -72,7 +73,7 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
     preemption = Preemption()
     config.check_paths()
     set_seed(config.seed)  # gives every process the same initial weights
-    vae = _load_initial(config.initial) if config.initial else _new_autoencoder(config)
+    vae = _load_initial(config.init_from) if config.init_from else _new_autoencoder(config)
     vae = vae.train().requires_grad_(True)
     accelerator = _make_accelerator(config)
     config.check_values(accelerator.num_processes)
@@ -90,7 +91,8 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
             f"data {config.data} has {len(images)} images, too few for num_held_out "
             f"{config.num_held_out} and batch_size {config.batch_size}"
         )
-    images = _cache_if_small(images, config, accelerator)
+    with Preemption.blocked():  # data-loader workers inherit the blocked SIGTERM
+        images = _cache_if_small(images, config, accelerator)
     with preemption.deferred():
         stopped = _train(vae, images, training, config, accelerator, preemption)
         metrics = None
@@ -106,7 +108,8 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
 
 
 def _make_accelerator(config: AutoencoderTrainingConfig) -> Accelerator:
-    """Join the process group, if there is one, and set the precision."""
+    """Join the process group, if there is one, and set precision and algorithms."""
+    torch.backends.cudnn.benchmark = True  # all batches have the same shape
     if config.allow_tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         torch.backends.cudnn.allow_tf32 = config.allow_tf32
@@ -118,7 +121,7 @@ def _make_accelerator(config: AutoencoderTrainingConfig) -> Accelerator:
 def _cache_if_small(
     images: ImageSet, config: AutoencoderTrainingConfig, accelerator: Accelerator
 ) -> ImageSet:
-    """Keep decoded images in memory if they fit into ``cache_images_gib``; print the decision."""
+    """Decode all images now if they fit into ``cache_images_gib``; print the decision."""
     size = decoded_gib(images)
     fits = size <= config.cache_images_gib
     accelerator.print(
@@ -126,7 +129,9 @@ def _cache_if_small(
         + ("kept in memory" if fits else "read again in each epoch")
         + f" (cache_images_gib {config.cache_images_gib:g})"
     )
-    return CachedImages(images) if fits else images
+    if not fits:
+        return images
+    return CachedImages(images, config.num_workers, progress=accelerator.is_main_process)
 
 
 def _train(
@@ -139,9 +144,11 @@ def _train(
 ) -> bool:
     """Train up to ``num_steps`` and save checkpoints; return whether SIGTERM stopped it."""
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    in_bf16 = config.mixed_precision == "bf16"
+    device, in_bf16 = accelerator.device, config.mixed_precision == "bf16"
     module = _Autoencode(vae, config.latent_noise)
-    memory_format = torch.channels_last if in_bf16 else torch.preserve_format
+    # Eager group normalization on GPUs copies channels-last memory; compiled code does not.
+    channels_last = in_bf16 or (config.compile and device.type == "cuda")
+    memory_format = torch.channels_last if channels_last else torch.preserve_format
     module.to(memory_format=memory_format)
     if config.compile:
         vae.encoder.compile()
@@ -150,7 +157,7 @@ def _train(
         module.parameters(),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
-        fused=True if in_bf16 else None,
+        fused=True if in_bf16 or device.type == "cuda" else None,
     )
     model, optimizer = accelerator.prepare(module, adamw)
     checkpoint = AutoencoderCheckpoint(config, accelerator, images, vae, adamw)
@@ -159,17 +166,13 @@ def _train(
         return False
     lr_factor = _warmup_cosine(config.num_steps)
     distance = F.l1_loss if config.reconstruction == "l1" else F.mse_loss
-    generator = torch.Generator().manual_seed(config.seed + rank)
+    generator = torch.Generator(device)
     noise_shape = (config.batch_size // world_size, *latent_shape(vae, config.image_size))
-    for _ in range(start):  # repeat the draws of the completed steps
-        _draw(config, noise_shape, generator)
-    # bf16 converts pixels on the GPU. In float32 the CPU does, because a GPU rounds differently.
-    pixels_device = accelerator.device if in_bf16 else torch.device("cpu")
-    batches = read_training_batches(
+    batches = pixel_batches(
         images,
         _batch_indices(training, config, rank, world_size, start),
         config.num_workers,
-        num_uncached=len(images) - len(training) // config.batch_size * config.batch_size,
+        device,
     )
     progress = progress_bar(
         config.num_steps, desc="training", unit="step", initial=start,
@@ -179,13 +182,12 @@ def _train(
         with Preemption.blocked():  # data-loader workers inherit the blocked SIGTERM
             first = next(batches)
         for step, batch in enumerate(chain([first], batches), start):
-            mirrored, noise = _draw(config, noise_shape, generator)
-            pixels = to_float(torch.as_tensor(batch).to(pixels_device))
+            mirrored, noise = _draw(config, noise_shape, step, rank, generator)
+            pixels = to_float(batch)
             if mirrored is not None:
-                mask = mirrored[:, None, None, None].to(pixels_device)
-                pixels = torch.where(mask, pixels.flip(-1), pixels)
-            pixels = pixels.to(accelerator.device, memory_format=memory_format)
-            decoded, kl = model(pixels, noise.to(accelerator.device))
+                pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+            pixels = pixels.to(memory_format=memory_format)
+            decoded, kl = model(pixels, noise)
             error, kl = distance(decoded, pixels), kl.mean()
             accelerator.backward(error + config.kl_weight * kl)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -198,7 +200,7 @@ def _train(
             last = step == config.num_steps - 1
             save = stop or last or (step + 1) % config.checkpoint_every == 0
             if step % 50 == 0 or save:
-                values = [error.item(), kl.item()]
+                values = [error.item(), kl.item()]  # the only wait for the GPU
                 if not all(map(math.isfinite, values)):
                     raise UserError(
                         f"the loss is not finite at step {step}: use a learning_rate below "
@@ -218,13 +220,26 @@ def _train(
 
 
 def _draw(
-    config: AutoencoderTrainingConfig, noise_shape: tuple[int, ...], generator: torch.Generator
+    config: AutoencoderTrainingConfig,
+    noise_shape: tuple[int, ...],
+    step: int,
+    rank: int,
+    generator: torch.Generator,
 ) -> tuple[Tensor | None, Tensor]:
-    """Draw the random numbers of a step: which images to mirror, bool (B,), and the noise."""
+    """Draw the random numbers of a step on the device of ``generator``.
+
+    They depend only on the seed, the step and the rank, so a resumed training repeats no draws.
+
+    Returns:
+        Which images to mirror, bool (B,), and the noise.
+    """
+    state = np.random.SeedSequence((config.seed, step, rank)).generate_state(1, np.uint64)
+    generator.manual_seed(int(state[0]))
+    options: dict[str, Any] = dict(generator=generator, device=generator.device)
     mirrored = None
     if config.horizontal_flip:
-        mirrored = torch.rand(noise_shape[0], generator=generator) < 0.5
-    return mirrored, torch.randn(noise_shape, generator=generator)
+        mirrored = torch.rand(noise_shape[0], **options) < 0.5
+    return mirrored, torch.randn(noise_shape, **options)
 
 
 def _finish(
@@ -249,7 +264,7 @@ def _load_initial(name: str) -> AutoencoderKL:
     vae = load_autoencoder(name)
     if type(vae) is not AutoencoderKL or isinstance(latent_scaling(vae).factor, Tensor):
         raise UserError(
-            f"initial {name} is an {type(vae).__name__} whose training is not supported: give an "
+            f"init_from {name} is an {type(vae).__name__} whose training is not supported: give an "
             "AutoencoderKL without latents_mean and latents_std"
         )
     return vae

@@ -289,7 +289,7 @@ def test_written_scaling_gives_unit_latents(tmp_path):
 def test_training_can_start_from_another(tmp_path):
     tiny_vae().save_pretrained(tmp_path / "first")
     config = training(
-        tmp_path, initial=str(tmp_path / "first"), learning_rate=1e-9, num_steps=1, image_size=16
+        tmp_path, init_from=str(tmp_path / "first"), learning_rate=1e-9, num_steps=1, image_size=16
     )
     train_autoencoder(config)
     first, second = load_autoencoder(tmp_path / "first"), load_autoencoder(config.output)
@@ -305,8 +305,8 @@ def test_training_can_start_from_another(tmp_path):
         (dict(autoencoder=AutoencoderConfig([8, 9], norm_num_groups=4)), r"\[8, 9\]"),
         (dict(batch_size=64), "too few"),
         (dict(num_steps=0), "num_steps"),
-        (dict(initial="no/such/place"), "no/such/place"),
-        (dict(initial="none"), "PixelAutoencoder whose training is not supported"),
+        (dict(init_from="no/such/place"), "no/such/place"),
+        (dict(init_from="none"), "PixelAutoencoder whose training is not supported"),
     ],
 )
 def test_mistakes_stop_before_training(tmp_path, changes, words):

@@ -63,7 +63,7 @@ def test_encoding_accepts(settings):
         (ExportConfig("nowhere", "x.npz"), "data nowhere does not exist"),
         (ExportConfig("digits", "there"), r"output there must end in \.npz"),
         (AutoencoderTrainingConfig("new", data="nowhere"), "data nowhere does not exist"),
-        (AutoencoderTrainingConfig("new", initial="a/b/c"), "autoencoder a/b/c does not exist"),
+        (AutoencoderTrainingConfig("new", init_from="a/b/c"), "autoencoder a/b/c does not exist"),
         (AutoencoderTrainingConfig("there"), "output there exists"),
     ],
 )
@@ -92,3 +92,9 @@ def test_old_names_of_horizontal_flip(config_class, old, tmp_path):
     (tmp_path / "old.yaml").write_text(f"output: x\n{old}: false\n")
     found.append(cli.load_config(config_class, tmp_path / "old.yaml"))
     assert [config.horizontal_flip for config in found] == [False, False]
+
+
+def test_the_old_name_of_init_from(tmp_path):
+    (tmp_path / "old.yaml").write_text("output: x\ninitial: digits\n")
+    config = cli.load_config(AutoencoderTrainingConfig, tmp_path / "old.yaml")
+    assert config.init_from == "digits"

@@ -23,7 +23,7 @@ from moh_dit.training import autoencoder_training
 from moh_dit.training.autoencoder_checkpoint import AutoencoderCheckpoint
 from moh_dit.training.autoencoder_config import AutoencoderConfig, AutoencoderTrainingConfig
 from moh_dit.training.autoencoder_training import train_autoencoder
-from moh_dit.training.image_cache import CachedImages, read_training_batches
+from moh_dit.training.image_cache import CachedImages, pixel_batches
 from moh_dit.training.preemption import PREEMPTED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -199,22 +199,14 @@ def test_caching_and_workers_do_not_change_the_result(finished, images, tmp_path
     assert ("kept in memory" if cached else "read again") in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_cached_images_are_decoded_once(images, num_workers, monkeypatch):
-    plain = open_images(images, 16)
-    order = np.random.default_rng(0)
-    batches = [order.permutation(20)[:8].tolist() for _ in range(30)]
-    cache = CachedImages(plain)
-    reads = []
-    read = type(plain).__getitem__
-    monkeypatch.setattr(
-        type(plain), "__getitem__", lambda self, i: (reads.append(i), read(self, i))[1]
-    )
-    with closing(read_training_batches(cache, batches, num_workers, num_uncached=6)) as pixels:
-        for indices, batch in zip(batches, pixels, strict=True):
-            assert all((batch[k] == read(plain, i)[0]).all() for k, i in enumerate(indices))
-    assert len(reads) == len(set(reads))  # of this process
-    assert cache.num_cached() == 20
+def test_batches_of_cached_images_are_those_of_the_images(images):
+    plain, device = open_images(images, 16), torch.device("cpu")
+    batches = np.random.default_rng(0).permutation(26).reshape(2, 13).tolist()
+    expected = [torch.from_numpy(np.stack([plain[i][0] for i in batch])) for batch in batches]
+    for source in (plain, CachedImages(plain), CachedImages(plain, num_workers=1)):
+        with closing(pixel_batches(source, batches, 0, device)) as pixels:
+            assert all(map(torch.equal, pixels, expected))
+        assert source[3][1] == plain[3][1]
 
 
 @pytest.fixture
