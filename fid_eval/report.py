@@ -166,6 +166,14 @@ def plot_positions(document: Document) -> tuple[list[float], bool]:
 
 def write_plot(document: Document, path: Path, metrics: list[str] | None = None) -> None:
     """Plot metrics over the sets as PNG, for example over checkpoints or guidance scales."""
+    from .fonts import plain_text
+
+    names = [str(each.get("name", "")) for each in (*document["sets"], document["reference"])]
+    with plain_text(names):
+        _write_plot(document, path, metrics)
+
+
+def _write_plot(document: Document, path: Path, metrics: list[str] | None) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")

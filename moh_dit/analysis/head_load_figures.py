@@ -7,9 +7,12 @@ from itertools import pairwise
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from fid_eval.fonts import plain_text
 
 from ..sampling.grids import BACKGROUND, INK
+from ..sampling.lettering import Lettering
 from .head_load import HALVES, HeadLoad
 
 COLUMNS = 5
@@ -26,6 +29,11 @@ def class_bars(load: HeadLoad, class_names: Sequence[str], layer: int) -> Figure
     Only evaluations with the class are counted, because the null class hides differences between
     classes. The figure shows the first ``MAX_BAR_CHARTS`` classes; :func:`class_map` shows all.
     """
+    with plain_text(class_names):
+        return _class_bars(load, class_names, layer)
+
+
+def _class_bars(load: HeadLoad, class_names: Sequence[str], layer: int) -> Figure:
     shares = load.share(layer, "class", "half")[:MAX_BAR_CHARTS, 0]
     heads = _head_numbers(load, layer)
     columns = min(COLUMNS, len(shares))
@@ -51,28 +59,26 @@ def class_bars(load: HeadLoad, class_names: Sequence[str], layer: int) -> Figure
 
 def class_map(load: HeadLoad, class_names: Sequence[str], layer: int) -> Figure:
     """Draw classes × routed heads of one layer, counting evaluations with the class."""
-    return _heat_maps(
-        f"layer {layer}, by class",
-        [("", load.share(layer, "class", "half")[:, 0])],
-        list(class_names),
-        _head_numbers(load, layer),
-        "class",
-    )
+    panels = [("", load.share(layer, "class", "half")[:, 0])]
+    heads = _head_numbers(load, layer)
+    with plain_text(class_names):
+        return _heat_maps(f"layer {layer}, by class", panels, list(class_names), heads, "class")
 
 
 def layer_map(load: HeadLoad) -> Figure:
-    """Draw layers × routed heads for each half of guidance; missing heads are blank."""
-    widest = max(counts.shape[-1] for counts in load.activated.values())
-    shares = np.full((len(HALVES), len(load.layers), widest), np.nan)
+    """Draw layers × heads for each half of guidance; shared and missing heads are blank."""
+    first = min(load.num_shared.values())
+    end = max(load.num_shared[i] + load.activated[i].shape[-1] for i in load.layers)
+    shares = np.full((len(HALVES), len(load.layers), end - first), np.nan)
     for row, layer in enumerate(load.layers):
-        found = load.share(layer, "half")
-        shares[:, row, : found.shape[1]] = found
-    heads = [str(head) for head in range(widest)]
+        found, start = load.share(layer, "half"), load.num_shared[layer] - first
+        shares[:, row, start : start + found.shape[1]] = found
+    heads = [str(head) for head in range(first, end)]
     rows = [
         f"layer {i}: {load.num_active[i]} of {load.activated[i].shape[-1]}" for i in load.layers
     ]
     title = "by layer (active routed heads per token of all routed heads)"
-    return _heat_maps(title, _halves(shares), rows, heads, "", "routed head")
+    return _heat_maps(title, _halves(shares), rows, heads, "")
 
 
 def timestep_map(load: HeadLoad, layer: int) -> Figure:
@@ -175,10 +181,10 @@ def overlay_heads(image: np.ndarray, heads: np.ndarray, count: int) -> np.ndarra
 
 def with_legend(sheet: Image.Image, names: list[str]) -> Image.Image:
     """Add a legend of colours and names below a sheet, in as many lines as needed."""
-    font = ImageFont.load_default(13)
+    letters = Lettering(names, 13)
     corners, x, y = [], 8, 8
     for name in names:
-        width = LEGEND_SWATCH + 6 + int(font.getlength(name)) + 14
+        width = LEGEND_SWATCH + 6 + letters.width(name) + 14
         if x + width > sheet.width and x > 8:
             x, y = 8, y + LEGEND_SWATCH + 8
         corners.append((x, y))
@@ -190,5 +196,5 @@ def with_legend(sheet: Image.Image, names: list[str]) -> Image.Image:
         y += sheet.height
         fill = tuple(color.round().astype(int).tolist())
         draw.rectangle((x, y, x + LEGEND_SWATCH, y + LEGEND_SWATCH), fill=fill)
-        draw.text((x + LEGEND_SWATCH + 6, y - 1), name, fill=INK, font=font)
+        letters.draw(draw, x + LEGEND_SWATCH + 6, y + LEGEND_SWATCH / 2, name, INK)
     return extended

@@ -1,17 +1,24 @@
 """Draw labelled sheets of images: a grid of classes, an interpolation strip, the denoising."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from ..autoencoder import downsampling_factor
+from ..common.errors import UserError
 from ..pipeline.pipeline import MoHDiTPipeline
 from .config import SamplingSettings
 from .engine import generate
+from .lettering import Lettering
 
 SMALLEST_CELL = 64  # pixels; smaller images are enlarged by an integer factor
 GAP = 2
+MAX_PIXELS = 89_000_000  # Pillow warns when it opens a larger picture
+ROWS_PER_BLOCK = 20  # sheets with more rows are divided into blocks side by side
+ASPECT = 4 / 3  # approximate width / height of a sheet of several blocks
 BACKGROUND, INK = "white", "black"
 
 
@@ -72,12 +79,28 @@ def sample_strip(
     """
     if class_labels is None:
         class_labels = range(pipeline.transformer.config.num_classes)
+    return draw_sheet(*sample_blends(pipeline, settings, class_labels, steps, **options))
+
+
+def sample_blends(
+    pipeline: MoHDiTPipeline,
+    settings: SamplingSettings,
+    class_labels: Sequence[int | str],
+    steps: int,
+    **options: Any,
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """Sample the images of :func:`sample_strip`.
+
+    Returns:
+        ``(images, names, columns)``: uint8 (rows, steps, H, W, 3), the class name of each row and
+        the label of each column.
+    """
     rows = pipeline.label_ids(class_labels)
     fractions = np.linspace(0, 1, steps)
     first = np.zeros(len(rows) * steps, np.int64)
     blend = dict(indices=first, towards=(first + 1, np.tile(fractions, len(rows))))
     images, names = sample_rows(pipeline, settings, rows, steps, **blend, **options)
-    return draw_sheet(images, names, [f"{100 * fraction:.0f} %" for fraction in fractions])
+    return images, names, [f"{100 * fraction:.0f} %" for fraction in fractions]
 
 
 def sample_rows(
@@ -92,10 +115,14 @@ def sample_rows(
     Returns:
         ``(images, names)``: uint8 (rows, columns, H, W, 3), or (rows, columns, frames, H, W, 3),
         and the class name of each row.
+
+    Raises:
+        UserError: before any work, if a sheet of these images would be too large.
     """
     if class_labels is None:
         class_labels = range(pipeline.transformer.config.num_classes)
     rows = pipeline.label_ids(class_labels)
+    check_sheet_size(pipeline, len(rows), columns)
     batches = generate(pipeline, np.repeat(rows, columns).tolist(), settings, **options)
     images = np.concatenate([images for _, images in batches])
     names = [class_name(pipeline, label) for label in rows]
@@ -108,33 +135,76 @@ def class_name(pipeline: MoHDiTPipeline, label: int) -> str:
     return names[label] if names and label < len(names) else str(label)
 
 
+def check_sheet_size(pipeline: MoHDiTPipeline, rows: int, columns: int) -> None:
+    """Raise ``UserError`` if a sheet of so many images has more than ``MAX_PIXELS`` pixels."""
+    side = pipeline.transformer.config.sample_size * downsampling_factor(pipeline.vae)
+    cell = side * _zoom(side)
+    if (pixels := rows * columns * cell**2) > MAX_PIXELS:
+        raise UserError(
+            f"{rows} rows of {columns} images would be {pixels / 1e6:,.0f} megapixels; "
+            f"a picture has at most {MAX_PIXELS / 1e6:.0f}. Give fewer class_labels or columns, or "
+            "give num_samples to write a set"
+        )
+
+
+def _zoom(side: int) -> int:
+    """Return the factor that enlarges images of this side to at least ``SMALLEST_CELL``."""
+    return max(1, -(-SMALLEST_CELL // side))
+
+
 def draw_sheet(
     images: np.ndarray, row_labels: Sequence[str], column_labels: Sequence[str] = ()
 ) -> Image.Image:
-    """Draw images, uint8 (rows, columns, H, W, 3), as a sheet with labels at the left and above."""
-    rows, columns, height, width = images.shape[:4]
-    zoom = max(1, -(-SMALLEST_CELL // max(height, width)))
-    height, width = height * zoom, width * zoom
-    font = ImageFont.load_default(max(11, min(24, height // 6)))
-    margin = 6
-    left = max((int(font.getlength(text)) for text in row_labels), default=0)
-    left += 2 * margin if left else 0
-    top = int(font.getbbox("Ag")[3]) + 2 * margin if column_labels else 0
-    wide = [int(font.getlength(text)) + margin for text in column_labels]
-    step = max([width, *wide]) + GAP
+    """Draw images as a sheet with labels at the left and above.
 
-    sheet = Image.new("RGB", (left + columns * step, top + rows * (height + GAP)), BACKGROUND)
+    More than ``ROWS_PER_BLOCK`` rows are divided into blocks side by side, each with its labels.
+    Long labels are shortened. Labels may have any script (:mod:`moh_dit.sampling.lettering`).
+
+    Args:
+        images: uint8 (rows, columns, H, W, 3).
+        row_labels: a label for each row, or none.
+        column_labels: a label for each column, or none.
+    """
+    rows, columns, height, width = images.shape[:4]
+    zoom = _zoom(max(height, width))
+    height, width = height * zoom, width * zoom
+    letters = Lettering([*row_labels, *column_labels], max(11, min(24, height // 6)))
+    row_labels = [letters.fit(text) for text in row_labels]
+    column_labels = [letters.fit(text) for text in column_labels]
+    margin = 6
+    left = max(map(letters.width, row_labels), default=0)
+    left += 2 * margin if left else 0
+    top = letters.height() + margin if column_labels else 0
+    step = max([width, *(letters.width(text) + margin for text in column_labels)]) + GAP
+    block = left + columns * step + 4 * margin
+    blocks = _count_blocks(rows, block, height + GAP)
+    per_block = -(-rows // blocks)
+
+    size = (blocks * block - 4 * margin, top + per_block * (height + GAP))
+    sheet = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    for column, text in enumerate(column_labels):
-        centre = left + column * step + step // 2
-        draw.text((centre, margin), text, fill=INK, font=font, anchor="ma")
+    for x in range(0, blocks * block, block):
+        for column, text in enumerate(column_labels):
+            centre = x + left + column * step + step / 2
+            letters.draw(draw, centre - letters.width(text) / 2, top / 2, text, INK)
     for row in range(rows):
-        y = top + row * (height + GAP)
+        x, y = row // per_block * block + left, top + row % per_block * (height + GAP)
         if row < len(row_labels):
-            middle = (left - margin, y + height // 2)
-            draw.text(middle, row_labels[row], fill=INK, font=font, anchor="rm")
+            text = row_labels[row]
+            letters.draw(draw, x - margin - letters.width(text), y + height / 2, text, INK)
         for column in range(columns):
             image = Image.fromarray(images[row, column])
             image = image.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(image, (left + column * step + (step - width) // 2, y))
+            sheet.paste(image, (x + column * step + (step - width) // 2, y))
     return sheet
+
+
+def _count_blocks(rows: int, block_width: int, row_height: int) -> int:
+    """Return the number of blocks with which a sheet comes nearest to ``ASPECT``."""
+    if rows <= ROWS_PER_BLOCK:
+        return 1
+
+    def distance(blocks: int) -> float:
+        return abs(math.log(blocks * block_width / (-(-rows // blocks) * row_height) / ASPECT))
+
+    return min(range(1, rows + 1), key=distance)

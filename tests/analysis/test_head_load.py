@@ -15,6 +15,7 @@ from moh_dit.analysis.head_load import HALVES, HeadLoadRecorder
 from moh_dit.analysis.head_load_figures import (
     OPACITY,
     class_bars,
+    class_map,
     head_colors,
     layer_map,
     overlay_heads,
@@ -215,8 +216,11 @@ def test_patches_have_the_colour_of_their_head():
 
 def test_figures_show_the_shares():
     load = record(tiny_pipeline(), [0, 3])[0].result()
-    bars = class_bars(load, ["cat", "fox"], 2).axes
-    assert [axis.get_title() for axis in bars] == ["cat", "fox"]
+    names = ["$x^{", "Gesichter ü"]
+    bars = class_bars(load, names, 2).axes
+    assert [axis.get_title() for axis in bars] == names
+    for figure in (class_bars(load, names, 2), class_map(load, names, 2)):
+        assert all(name in to_bytes(figure, "svg").decode() for name in names)
     heights = [[bar.get_height() for bar in axis.patches] for axis in bars]
     assert np.allclose(heights, load.share(2, "class", "half")[:, HALVES.index("conditional")])
     assert [label.get_text() for label in bars[0].get_xticklabels()] == ["0", "1", "2", "3"]

@@ -5,6 +5,7 @@ import pytest
 from helpers.models import tiny_pipeline
 from PIL import Image
 
+from fid_eval import fonts
 from moh_dit.common.errors import UserError
 from moh_dit.sampling.config import SamplingSettings
 from moh_dit.sampling.engine import generate
@@ -14,6 +15,7 @@ from moh_dit.sampling.grids import (
     sample_grid,
     sample_strip,
 )
+from moh_dit.sampling.lettering import Lettering
 from moh_dit.sampling.output_formats import save_animation
 from moh_dit.sampling.sweeps import Axis, parse_axis, sample_sweep
 
@@ -55,6 +57,35 @@ def test_sheet_contains_every_image():
     windows = np.lib.stride_tricks.sliding_window_view(sheet[..., 0], (64, 64))
     for image in images.reshape(-1, 64, 64, 3):
         assert (windows[:, :, :2, :2] == image[:2, :2, 0]).all(axis=(2, 3)).any()
+
+
+def test_many_rows_stand_in_blocks_side_by_side():
+    images = np.random.default_rng(0).integers(0, 256, (45, 1, 64, 64, 3), np.uint8)
+    sheet = draw_sheet(images, [f"class {row}" for row in range(45)])
+    assert sheet.width > sheet.height / 2
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(sheet)[..., 0], (64, 2))
+    for image in images[:, 0]:
+        assert (windows == image[:, :2, 0]).all(axis=(2, 3)).any()
+
+
+def test_a_sheet_that_is_too_large_is_refused_before_sampling(monkeypatch):
+    monkeypatch.setattr("moh_dit.sampling.grids.generate", lambda *a, **k: pytest.fail("worked"))
+    with pytest.raises(UserError, match="2 rows of 20000 images would be 164 megapixels"):
+        sample_grid(tiny_pipeline(NAMES), SETTINGS, ["fox", 0], 20_000)
+
+
+def test_labels_use_a_font_that_has_their_characters(monkeypatch):
+    dejavu, stix = (fonts.font_manager.findfont(name) for name in ("DejaVu Sans", "STIXGeneral"))
+    character = chr(min(fonts.characters_of(stix) - fonts.characters_of(dejavu)))
+    monkeypatch.setattr(fonts, "_installed_fonts", lambda: [dejavu, stix])
+    assert fonts.choose_fonts(["ü собака"]) == [dejavu]
+    assert fonts.choose_fonts([f"a{character}"]) == [dejavu, stix]
+    letters = Lettering([f"ع{character}"], 20)
+    assert [font.path for _, font in letters._parts(f"ع{character}")] == [dejavu, stix]
+    with pytest.warns(UserWarning, match="no installed font draws 猫; install"):
+        fonts.choose_fonts(["猫"])
+    assert letters.fit("two\nlines " + 50 * "a").startswith("two lines aaa")
+    assert letters.fit(50 * "a").endswith("a…")
 
 
 def test_sweep_changes_only_the_swept_settings(cells):
