@@ -225,8 +225,10 @@ def test_figures_show_the_shares():
     assert np.allclose(heights, load.share(2, "class", "half")[:, HALVES.index("conditional")])
     assert [label.get_text() for label in bars[0].get_xticklabels()] == ["0", "1", "2", "3"]
     (shown,) = layer_map(load).axes[0].images
-    assert np.allclose(shown.get_array()[1][:3], load.share(1, "half")[0])
-    assert np.isnan(shown.get_array().filled(np.nan)[1][3])  # the layer has three routed heads
+    first = load.num_shared[1] - min(load.num_shared.values())
+    row = shown.get_array().filled(np.nan)[1]
+    assert np.allclose(row[first : first + 3], load.share(1, "half")[0])
+    assert np.isnan(row).sum() == len(row) - 3  # the layer has three routed heads
     figure = timestep_map(load, 1)
     null = load.share(1, "half", "timestep")[1]
     assert np.allclose(figure.axes[1].images[0].get_array(), null[::-1])
