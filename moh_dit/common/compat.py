@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 
 def addmm_gelu(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -91,25 +92,46 @@ def scale_all_(tensors: list[Tensor], factor: Tensor) -> None:
     torch._foreach_mul_(tensors, factor)
 
 
-def lerp_all_(tensors: list[Tensor], targets: list[Tensor], weight: float) -> None:
-    """Interpolate all tensors in place towards ``targets``, computed by few kernels.
+def move_towards_(
+    tensors: list[Tensor], targets: list[Tensor], factor: Tensor, skip: Tensor | None = None
+) -> None:
+    """Move all tensors in place towards ``targets`` by ``factor`` of the difference.
 
-    ``torch.optim.swa_utils`` has this only for a constant decay. ``torch._foreach_lerp_`` exists
-    since torch 2.0.
+    This is gradient descent on ½‖tensor − target‖² with ``factor`` as learning rate. The fused SGD
+    reads each tensor once, and reads the factor and the flag on the device.
+    ``torch._foreach_lerp_`` takes the factor only from the host. ``torch.optim.sgd.sgd`` accepts
+    ``found_inf`` since torch 2.2.
+
+    Args:
+        tensors, targets: tensors of equal shapes.
+        factor: scalar tensor, float32 on a GPU.
+        skip: float32 scalar; 1 leaves the tensors unchanged.
     """
-    torch._foreach_lerp_(tensors, targets, weight)
+    sgd(
+        tensors, targets, [], fused=True, lr=factor, found_inf=skip, weight_decay=1.0,
+        maximize=True, momentum=0.0, dampening=0.0, nesterov=False,
+    )  # fmt: skip
 
 
-def skip_update_if(optimizer: Any, condition: Tensor) -> None:
+def skip_update_if(
+    optimizer: Any, condition: Tensor, scaler: torch.amp.GradScaler | None = None
+) -> None:
     """Let the next step of a fused optimizer leave weights and state unchanged if the flag is set.
 
     Fused optimizers read the flag from their attribute ``found_inf`` on the device, so the host
-    need not wait for it. ``torch.amp.GradScaler`` sets this attribute since torch 2.0.
+    need not wait for it. ``torch.amp.GradScaler`` sets this attribute since torch 2.0, from the
+    flags that ``unscale_`` stores.
 
     Args:
+        optimizer: a fused optimizer.
         condition: a scalar bool tensor on the device of the weights.
+        scaler: the gradient scaler that runs the step; it has unscaled the gradients.
     """
-    optimizer.found_inf = condition.float()
+    if scaler is None:
+        optimizer.found_inf = condition.float()
+    else:
+        for flag in scaler._found_inf_per_device(optimizer).values():
+            flag.copy_(torch.maximum(flag, condition.to(flag.dtype)))
 
 
 def shut_down_workers(batches: Any) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..common.compat import lerp_all_
+from ..common.compat import move_towards_
 from ..common.errors import UserError
 from .sharding import gather_like, is_sharded, local_shard, shard_like
 
@@ -34,6 +34,10 @@ class WeightAverage(Generic[Model]):
         self._full = [average for average, weight in pairs if weight.requires_grad]
         self._averages: list[Tensor] = list(self._full)
         self._sharded_weights: list[Tensor] = []
+        device = self._full[0].device
+        # On the device, so that a CUDA graph can replay the update with another factor.
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        self._factor = torch.zeros((), dtype=dtype, device=device)
 
     def decay_at(self, step: int) -> float:
         """Return the factor of the old average in the update after step ``step`` (from 1)."""
@@ -50,11 +54,20 @@ class WeightAverage(Generic[Model]):
             pairs = zip(self._full, self._sharded_weights, strict=True)
             self._averages = [local_shard(shard_like(full, like)).clone() for full, like in pairs]
 
+    def set_step(self, step: int) -> None:
+        """Set the factor of the update after optimizer step ``step`` (from 1)."""
+        self._factor.fill_(1 - self.decay_at(step))
+
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move the average towards ``model`` after optimizer step ``step`` (from 1)."""
-        weights = [local_shard(weight) for weight in _trainable(model)]
-        lerp_all_(self._averages, weights, 1 - self.decay_at(step))
+    def update(self, model: nn.Module, skip: Tensor | None = None) -> None:
+        """Move the average towards ``model`` by the factor of the step.
+
+        Args:
+            model: the model in training.
+            skip: float32 scalar on the device; 1 leaves the average unchanged.
+        """
+        weights = [local_shard(weight.detach()) for weight in _trainable(model)]
+        move_towards_(self._averages, weights, self._factor, skip)
 
     @torch.no_grad()
     def gather(self) -> None:

@@ -1,13 +1,23 @@
 """Clip the gradient and skip updates that are not finite, without waiting for the GPU."""
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..common.compat import norm_each, scale_all_, skip_update_if, tensors_in
 from .sharding import local_shard, sum_over_shards
+
+
+class GradientNorms(NamedTuple):
+    """Gradient norms of one step, and what follows from them, on the device."""
+
+    total: Tensor  # scalar, before clipping
+    each: Tensor  # one per parameter
+    nonfinite: Tensor  # bool scalar, whether loss or gradient must be reported
+    skip: Tensor  # float32 scalar, 1 if the step changes no weights
 
 
 class NonFiniteGuard:
@@ -21,9 +31,10 @@ class NonFiniteGuard:
         optimizer: a fused ``torch.optim.AdamW``.
         max_grad_norm: clip the global norm to this value; ``None`` for no clipping.
         term_names: names of the loss terms, for the message.
-        loss_scaled: a gradient scaler (fp16) is active. It skips updates itself, and occasional
-            overflows are normal. Only a loss that is not finite is then reported, or
-            ``MAX_OVERFLOWS`` overflows in a row, because then no loss scale is small enough.
+        stop: also skip all later updates, because the host stops the run one step later.
+        scaler: the gradient scaler of fp16. It skips updates itself, and occasional overflows are
+            normal. Only a loss that is not finite is then reported, or ``MAX_OVERFLOWS`` overflows
+            in a row, because then no loss scale is small enough.
     """
 
     MAX_OVERFLOWS = 50
@@ -34,31 +45,30 @@ class NonFiniteGuard:
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float | None,
         term_names: tuple[str, ...],
-        loss_scaled: bool = False,
+        stop: bool = True,
+        scaler: torch.amp.GradScaler | None = None,
     ):
         self.names = [name for name, _ in named_parameters]
         self.parameters = [parameter for _, parameter in named_parameters]
         self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm
         self.term_names = term_names
-        self.loss_scaled = loss_scaled
-        cuda = self.parameters[0].is_cuda
+        self.stop, self.scaler = stop, scaler
+        device = self.parameters[0].device
+        cuda = device.type == "cuda"
         self._flag = torch.zeros((), dtype=torch.bool, pin_memory=cuda)
         self._flag_copied = torch.cuda.Event() if cuda else None
         self._pending: tuple[int, Tensor, Tensor] | None = None
-        self._overflows_in_a_row = torch.zeros((), device=self.parameters[0].device)
+        self._overflows_in_a_row = torch.zeros((), device=device)
+        self._held = torch.zeros((), dtype=torch.bool, device=device)  # skips every update
 
     @torch.no_grad()
-    def before_update(self, step: int, terms: Tensor) -> Tensor:
+    def before_update(self, terms: Tensor) -> GradientNorms:
         """Clip the gradient, and skip the next update if loss or gradient are not finite.
 
         Args:
-            step: number of the step, for the message.
             terms: loss terms of the step, a vector. It must be the same on all ranks, so that all
                 take the same decision.
-
-        Returns:
-            The global gradient norm before clipping, a scalar.
         """
         gradients = [local_shard(cast(Tensor, parameter.grad)) for parameter in self.parameters]
         norms = torch.stack(norm_each(gradients))
@@ -67,18 +77,46 @@ class NonFiniteGuard:
         if self.max_grad_norm is not None:
             scale_all_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         nonfinite = ~terms.isfinite().all()
-        if self.loss_scaled:
-            overflows = (self._overflows_in_a_row + 1).where(~norm.isfinite(), 0)
-            self._overflows_in_a_row = overflows
+        overflow = ~norm.isfinite()
+        if self.scaler is not None:
+            overflows = (self._overflows_in_a_row + 1).where(overflow, 0)
+            self._overflows_in_a_row.copy_(overflows)
             nonfinite |= (overflows > 0) & (overflows % self.MAX_OVERFLOWS == 0)
         else:
-            nonfinite |= ~norm.isfinite()
-            skip_update_if(self.optimizer, nonfinite)
+            nonfinite |= overflow
+        held = self._held | nonfinite
+        if self.stop:
+            self._held.copy_(held)
+        skip_update_if(self.optimizer, held, self.scaler)
+        return GradientNorms(norm, norms, nonfinite, (held | overflow).float())
+
+    @contextmanager
+    def hold_updates(self) -> Iterator[None]:
+        """Skip all updates in this block, and leave the loss scale as it was before."""
+        held, overflows = self._held.clone(), self._overflows_in_a_row.clone()
+        scale = self.scaler.state_dict() if self.scaler is not None else {}
+        self._held.fill_(True)
+        try:
+            yield
+        finally:
+            self._held.copy_(held)
+            self._overflows_in_a_row.copy_(overflows)
+            if self.scaler is not None:
+                self.scaler.load_state_dict(scale)
+
+    def record(self, step: int, nonfinite: Tensor, norms: Tensor, terms: Tensor) -> None:
+        """Start copying the flag of a step to the host, and keep what a report needs.
+
+        Args:
+            step: number of the step, for the message.
+            nonfinite, norms: flag and norms of each parameter, of :class:`GradientNorms`.
+            terms: loss terms of the step.
+        """
         self._flag.copy_(nonfinite, non_blocking=True)
         if self._flag_copied is not None:
             self._flag_copied.record()
-        self._pending = (step, norms, terms)
-        return norm
+        # The next replay of a CUDA graph overwrites its results.
+        self._pending = (step, norms.clone(), terms.clone())
 
     def describe_last_step(self) -> str | None:
         """Describe what was not finite in the last step; ``None`` if everything was finite.

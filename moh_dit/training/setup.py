@@ -19,9 +19,11 @@ from accelerate.utils import (
 )
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.infer_config import LABEL_TABLE, infer_config, state_difference
 from ..checkpoints.opening import OpenedCheckpoint, open_checkpoint
+from ..common.cuda_graphs import leave_default_stream
 from ..common.errors import UserError
 from ..diffusion.objectives import Objective
 from ..model.transformer import MoHDiTTransformer2DModel
@@ -71,6 +73,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=TIMEOUT),
         ],
     )
+    leave_default_stream()
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         check_fsdp(accelerator)
     return accelerator
@@ -181,6 +184,15 @@ def load_initial_weights(model: MoHDiTTransformer2DModel, opened: OpenedCheckpoi
         hint = hint if config_of_weights(opened) else ""
         raise UserError(f"{opened.path} does not match the model: {difference}{hint}")
     model.load_state_dict(state)
+
+
+def checkpoint_block(block: nn.Module, *arguments: Any) -> Any:
+    """Run a block without storing activations; the backward pass computes them again.
+
+    The blocks draw no random numbers. Saving the RNG state would wait for the GPU, which a CUDA
+    graph does not allow.
+    """
+    return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -161,3 +161,18 @@ class StepRandomNumbers:
 
 # Posterior moments (b, 2C, h, w), labels (b,) and random numbers.
 MicroBatch: TypeAlias = tuple[Tensor, Tensor, StepRandomNumbers]
+
+
+def clone_micro_batch(micro_batch: MicroBatch) -> MicroBatch:
+    """Return a copy of a micro-batch in new memory."""
+    moments, labels, random = micro_batch
+    copies = {each.name: getattr(random, each.name).clone() for each in fields(random)}
+    return moments.clone(), labels.clone(), StepRandomNumbers(**copies)
+
+
+def copy_micro_batch_(target: MicroBatch, source: MicroBatch) -> None:
+    """Copy a micro-batch into the memory of another one."""
+    for name in (each.name for each in fields(StepRandomNumbers)):
+        getattr(target[2], name).copy_(getattr(source[2], name))
+    target[0].copy_(source[0])
+    target[1].copy_(source[1])

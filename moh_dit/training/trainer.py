@@ -9,18 +9,18 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ..autoencoder import latent_scaling, latent_shape, load_autoencoder, sample_posterior
+from ..autoencoder import latent_scaling, latent_shape, load_autoencoder
 from ..checkpoints.runs import list_checkpoints
 from ..common.distributed import run_on_main_process
 from ..common.errors import UserError
 from ..model.flops import peak_flops
-from ..model.transformer import MoHDiTOutput, MoHDiTTransformer2DModel
+from ..model.transformer import MoHDiTTransformer2DModel
 from ..pipeline.pipeline import MoHDiTPipeline
-from .balance import BalanceLoss
 from .config import TrainConfig
 from .config_checks import check_run_dir
 from .ema import Ema, PowerEma, WeightAverage
 from .evaluation import DueOutputs, SampleEvaluator
+from .graphed_step import GraphedStep, reason_without_graph
 from .nonfinite import NonFiniteGuard, first_nonfinite_module
 from .preemption import PREEMPTED, Interrupted, Preemption
 from .progress import RunProgress
@@ -34,6 +34,7 @@ from .run_folder import (
 )
 from .run_log import StepStatistics
 from .setup import (
+    checkpoint_block,
     create_model,
     create_optimizer,
     learning_rate_factor,
@@ -42,11 +43,10 @@ from .setup import (
 )
 from .sharding import free_gathered_weights, shard_model
 from .start_up import StartUp
-from .step_inputs import BatchPartition, MicroBatch, StepRandomNumbers
+from .step_inputs import BatchPartition, StepRandomNumbers
 from .training_data import TrainingData
 from .training_state import TrainingState, newest_intact_checkpoint
-
-LOSS_TERMS = ("mse", "vlb", "balance")
+from .training_step import LOSS_TERMS, TrainingStep
 
 
 class Trainer:
@@ -88,9 +88,8 @@ class Trainer:
         self.raw_model = create_model(
             config, self.objective, self.latent_shape, num_classes, self.checkpoint
         )
-        self._prepare()
         self.vae.to(self.accelerator.device)
-        self.scaling = latent_scaling(self.vae)
+        self._prepare()
         pipeline = MoHDiTPipeline(
             self.averages[0].model, self.vae, self.objective.scheduler, self.data.class_names
         )
@@ -108,7 +107,7 @@ class Trainer:
             *(PowerEma(model, std) for std in config.ema_power_stds),
         ]
         if config.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+            model.enable_gradient_checkpointing(checkpoint_block)
         if config.compile:
             # Compile block by block: equal blocks share a graph, and FSDP2 gathers between blocks.
             model.compile_repeated_blocks()
@@ -129,16 +128,28 @@ class Trainer:
             adamw,
             config.optimizer.max_grad_norm,
             LOSS_TERMS,
-            loss_scaled=accelerator.scaler is not None,
+            stop=config.on_nonfinite == "stop",
+            scaler=accelerator.scaler,
         )
-        active = [layer.num_active_routed_heads for layer in model.routed_layers.values()]
-        self.balance = BalanceLoss(accelerator, active, config.balance_loss == "published")
         rank, world_size = accelerator.process_index, accelerator.num_processes
         self.partition = BatchPartition(
             config.batch_size, rank, world_size, config.gradient_accumulation_steps
         )
         for average in self.averages:
             average.shard(model)
+        self.training_step = TrainingStep(
+            config,
+            accelerator,
+            self.model,
+            model,
+            self.objective,
+            latent_scaling(self.vae),
+            self.optimizer,
+            self.averages,
+            self.guard,
+        )
+        reason = reason_without_graph(config, accelerator)
+        self.graphed_step = GraphedStep(self.training_step, reason, config.cuda_graphs is True)
         self.state = TrainingState(accelerator, model, adamw, self.averages)
         self.start_step = 0
         if self.checkpoint is not None:
@@ -216,7 +227,7 @@ class Trainer:
         return stop
 
     def _log_statistics(self, step: int) -> None:
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+        learning_rate = self.training_step.learning_rate
         self.progress.log(self.statistics.make_entry(step, learning_rate))
 
     def _save(self, step: int) -> None:
@@ -230,6 +241,7 @@ class Trainer:
         if not any(due):
             return True
         self._check_finite()
+        self.graphed_step.release()  # sampling and metrics need its memory
         self.averages[0].gather()
         try:
             doing = self.progress.doing("sampling and measuring")
@@ -250,73 +262,30 @@ class Trainer:
         Returns:
             Loss terms (3,), gradient norm and head load, without waiting for the GPU.
         """
-        config, accelerator = self.config, self.accelerator
-        num_micro_batches = self.partition.num_micro_batches
+        config = self.config
         random = StepRandomNumbers.draw(
             config.seed,
             step,
             (config.batch_size, *self.latent_shape),
             self.objective.draw_times,
             config.label_dropout,
-            accelerator.device,
+            self.accelerator.device,
         )
         with self.statistics.count_data_wait(), self.start_up.phase("data"):
-            data = [next(batches) for _ in range(num_micro_batches)]
+            data = [next(batches) for _ in range(self.partition.num_micro_batches)]
         micro_batches = [
             (*batch, random.rows(self.partition.rows(number))) for number, batch in enumerate(data)
         ]
-        self.balance.start_step(self._observe(micro_batches))
-        terms = torch.zeros(len(LOSS_TERMS), device=accelerator.device)
-        for number, micro_batch in enumerate(micro_batches):
-            # Exchange gradients between processes only after the last micro-batch.
-            last = number == num_micro_batches - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
-                loss, micro_batch_terms = self._loss(*micro_batch)
-                accelerator.backward(loss / num_micro_batches)
-            terms += micro_batch_terms.detach() / num_micro_batches
+        with self.statistics.exclude_time():
+            if line := self.graphed_step.prepare(micro_batches):
+                self.accelerator.print(line)
+        rate = config.optimizer.learning_rate * self.lr_factor(step - 1)
+        self.training_step.set_step(step, rate)
+        output = self.graphed_step(micro_batches)
         self._check_finite()  # the previous step; this step is already queued
-        if accelerator.scaler is not None:
-            accelerator.unscale_gradients(self.optimizer)
-        terms = cast(Tensor, accelerator.reduce(terms, "mean"))
-        grad_norm = self.guard.before_update(step, terms)
+        self.guard.record(step, output.nonfinite, output.parameter_norms, output.terms)
         self._last_micro_batches = micro_batches
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.optimizer.learning_rate * self.lr_factor(step - 1)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for average in self.averages:
-            average.update(self.raw_model, step)
-        return terms, grad_norm, self.balance.load()
-
-    @torch.no_grad()
-    def _observe(self, micro_batches: list[MicroBatch]) -> list:
-        """Compute the router statistics of all micro-batches in a separate forward pass."""
-        if self.config.balance_loss != "two_pass" or len(micro_batches) == 1:
-            return []
-        outputs = [self._predict(*micro_batch)[0] for micro_batch in micro_batches]
-        return [output.router_stats for output in outputs if output.router_stats is not None]
-
-    def _predict(
-        self, moments: Tensor, labels: Tensor, random: StepRandomNumbers
-    ) -> tuple[MoHDiTOutput, Tensor]:
-        """Return the model output for one micro-batch, and its latents (b, C, h, w)."""
-        latents = sample_posterior(moments, random.posterior_noise, self.scaling)
-        labels = torch.where(random.drop_label, self.raw_model.null_class, labels)
-        noisy = self.objective.add_noise(latents, random.noise, random.times)
-        with self.accelerator.autocast():
-            return self.model(noisy, random.times, labels), latents
-
-    def _loss(
-        self, moments: Tensor, labels: Tensor, random: StepRandomNumbers
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss of one micro-batch, and its terms (MSE, VLB, load balance)."""
-        output, latents = self._predict(moments, labels, random)
-        mse, vlb = self.objective.loss(output.sample, latents, random.noise, random.times)
-        balance = latents.new_zeros(())
-        if output.router_stats is not None:
-            balance = self.balance(output.router_stats)
-        loss = mse.mean() + vlb.mean() + self.config.balance_loss_weight * balance
-        return loss, torch.stack([mse.mean(), vlb.mean(), balance])
+        return output.terms, output.grad_norm, output.load
 
     def _check_finite(self) -> None:
         """Report the last step if its loss or gradient was not finite.
@@ -328,7 +297,8 @@ class Trainer:
             return
         # The update was skipped, so the same forward pass can be repeated.
         module = first_nonfinite_module(
-            self.raw_model, lambda: [self._predict(*batch) for batch in self._last_micro_batches]
+            self.raw_model,
+            lambda: [self.training_step.predict(*batch) for batch in self._last_micro_batches],
         )
         free_gathered_weights(self.raw_model)  # no backward pass follows
         modules = dict.fromkeys(each for each in gather_object([module]) if each)  # of all ranks

@@ -17,14 +17,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_a_nan_loss_stops_the_run_before_the_update(tmp_path, monkeypatch):
     trainer = Trainer(tiny_config(tmp_path / "run"))
-    loss, calls = trainer._loss, []
+    loss, calls = trainer.training_step.loss, []
 
     def poisoned(*arguments):
         calls.append(1)
         value, parts = loss(*arguments)
         return value * (float("nan") if len(calls) == 5 else 1), parts
 
-    monkeypatch.setattr(trainer, "_loss", poisoned)
+    monkeypatch.setattr(trainer.training_step, "loss", poisoned)
     with pytest.raises(
         UserError,
         match=r"step 5: mse \S+, vlb \S+, balance \S+; gradient not finite in x_embedder.* "
@@ -61,7 +61,7 @@ def test_all_ranks_report_the_module_of_rank_1(tmp_path):
 
 def test_a_skipped_step_changes_no_weights(tmp_path, monkeypatch, capsys):
     trainer = Trainer(tiny_config(tmp_path / "run", num_steps=4, log_every=1, on_nonfinite="skip"))
-    loss, calls, weights = trainer._loss, [], []
+    loss, calls, weights = trainer.training_step.loss, [], []
 
     def poisoned(*arguments):
         calls.append(1)
@@ -69,7 +69,7 @@ def test_a_skipped_step_changes_no_weights(tmp_path, monkeypatch, capsys):
         value, parts = loss(*arguments)
         return value * (float("inf") if len(calls) == 3 else 1), parts
 
-    monkeypatch.setattr(trainer, "_loss", poisoned)
+    monkeypatch.setattr(trainer.training_step, "loss", poisoned)
     trainer.train()
     assert not torch.equal(weights[1], weights[2])
     assert torch.equal(weights[2], weights[3])
@@ -84,13 +84,42 @@ def test_a_skipped_step_changes_no_weights(tmp_path, monkeypatch, capsys):
 
 def test_fifty_overflows_in_a_row_are_reported():
     weight = torch.nn.Parameter(torch.zeros(2))
-    guard = NonFiniteGuard([("weight", weight)], None, None, ("mse",), loss_scaled=True)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    guard = NonFiniteGuard([("weight", weight)], optimizer, None, ("mse",), scaler=scaler)
+    scaler.scale(torch.ones(()))  # creates the scale
     reports = []
     for step in range(1, 121):
         overflow = step != 60  # one finite step restarts the count
         weight.grad = torch.full((2,), float("inf") if overflow else 1.0)
-        guard.before_update(step, torch.ones(1))
+        scaler.unscale_(optimizer)
+        terms = torch.ones(1)
+        norms = guard.before_update(terms)
+        guard.record(step, norms.nonfinite, norms.each, terms)
+        scaler.step(optimizer)
+        scaler.update(2.0**16)
         reports.append(guard.describe_last_step())
     reported = [step for step, report in enumerate(reports, 1) if report]
     assert reported == [50, 110]
     assert "gradient not finite in weight" in reports[49]
+
+
+def test_nothing_is_updated_after_the_first_bad_step():
+    # The host reads the flag of a step after it has queued the next one.
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    guards = {
+        stop: NonFiniteGuard([("weight", weight)], optimizer, None, ("mse",), stop=stop)
+        for stop in (True, False)
+    }
+    changed = []
+    for stop, guard in guards.items():
+        for loss in (1.0, float("nan"), 1.0):
+            before, weight.grad = weight.detach().clone(), torch.ones(2)
+            norms = guard.before_update(torch.tensor([loss]))
+            optimizer.step()
+            changed.append((stop, not torch.equal(weight, before), bool(norms.skip)))
+    assert changed == [
+        (True, True, False), (True, False, True), (True, False, True),
+        (False, True, False), (False, False, True), (False, True, False),
+    ]  # fmt: skip

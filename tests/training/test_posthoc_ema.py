@@ -52,7 +52,8 @@ def test_the_tracked_average_is_the_power_function():
     average = PowerEma(model, 0.1)
     for step, value in enumerate(values, 1):
         model.weight.data.copy_(torch.from_numpy(value))
-        average.update(model, step)
+        average.set_step(step)
+        average.update(model)
     found = average.model.weight.detach()[0]
     assert relative_error(found, torch.from_numpy(exact_average(values, 0.1))) < 1e-12
 

@@ -81,13 +81,13 @@ def train_in_bf16(run_dir, sharded, shard=sharding.shard_model):
             rounded = sharded and shard is sharding.shard_model and name.startswith("blocks.")
             assert parameter.dtype == (torch.bfloat16 if rounded else torch.float32)
 
-    def keep(step, terms, before_update=guard.before_update):
-        if step == 1:
+    def keep(terms, before_update=guard.before_update):
+        if not first:
             for name, parameter in zip(guard.names, guard.parameters, strict=True):
                 assert parameter.dtype == parameter.grad.dtype == torch.float32
                 first[name] = sharding.full_tensor(parameter.grad).clone()
             first["terms"] = terms.clone()
-        return before_update(step, terms)
+        return before_update(terms)
 
     model.final_layer.register_forward_pre_hook(check_weights)
     guard.before_update = keep
@@ -103,14 +103,14 @@ def shard_in_float32(model, accelerator, gather_dtype):
 def train_past_infinity(run_dir, sharded):
     """Train four steps; the loss of the third is infinite."""
     trainer = make_trainer(run_dir, 4, sharded, on_nonfinite="skip")
-    loss, calls = trainer._loss, []
+    loss, calls = trainer.training_step.loss, []
 
     def poisoned(*arguments):
         calls.append(1)
         value, parts = loss(*arguments)
         return value * (float("inf") if len(calls) == 5 else 1), parts
 
-    trainer._loss = poisoned
+    trainer.training_step.loss = poisoned
     trainer.train()
 
 
