@@ -116,6 +116,13 @@ def check_files(options: argparse.Namespace) -> None:
             _check_writable(output)
     elif options.command == "stats":
         check_samples_exist([options.source])
+    elif options.command == "reconstruction":
+        for source in (options.originals, options.reconstructions):
+            check_samples_exist([source])
+        if options.output:
+            if Path(options.output).exists():
+                raise EvaluationError(f"--output {options.output} exists; choose another name")
+            _check_writable(options.output)
     elif options.command == "classifier":
         check_samples_exist([options.data])
         if isinstance(options.held_out, str):

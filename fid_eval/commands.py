@@ -16,16 +16,22 @@ from .fdr6 import FDR6, PARTS
 from .features import Runtime
 from .jobs import run_jobs
 from .networks.extractors import get_extractor
+from .reconstruction import evaluate_reconstructions
 from .references import save_reference
-from .report import Document, table, write_csv, write_json, write_plot
+from .report import Document, document_of, table, write_csv, write_json, write_plot
 from .sets.decoding import Preprocess
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command of parsed options and return the exit code."""
-    command = {"evaluate": _evaluate, "stats": _stats, "classifier": _classifier}[options.command]
+    commands = {
+        "evaluate": _evaluate,
+        "stats": _stats,
+        "classifier": _classifier,
+        "reconstruction": _reconstruction,
+    }
     try:
-        return command(options)
+        return commands[options.command](options)
     finally:
         destroy_process_group()
 
@@ -54,7 +60,7 @@ def _arguments_of(function: Callable, options: argparse.Namespace) -> dict[str, 
 
 def _by_extractor(items: list[str], default: str) -> dict[str, str]:
     """Convert ["a", "clip=b"] to {default: "a", "clip": "b"}."""
-    prefixes = tuple(f"{name}=" for name in EXTRACTOR_NAMES)
+    prefixes = tuple(f"{name}=" for name in (*EXTRACTOR_NAMES, "lpips"))
     named = [item if item.startswith(prefixes) else f"{default}={item}" for item in items]
     return dict(item.split("=", 1) for item in named)
 
@@ -88,6 +94,17 @@ def _stats(options: argparse.Namespace) -> int:
     )
     if rank == 0:
         print(f"wrote {written}" + (f"; use it as {options.name!r}" if options.name else ""))
+    return 0
+
+
+def _reconstruction(options: argparse.Namespace) -> int:
+    settings = _arguments_of(evaluate_reconstructions, options) | _arguments_of(Runtime, options)
+    settings["weights"] = _by_extractor(options.weights, options.extractor)
+    settings["weights_sha256"] = _by_extractor(options.weights_sha256, options.extractor)
+    document = document_of(evaluate_reconstructions(**settings))
+    if options.output:
+        write_json(document, Path(options.output))
+    print(json.dumps(document, indent=1) if options.json else table(document), flush=True)
     return 0
 
 

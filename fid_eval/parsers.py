@@ -10,7 +10,9 @@ from .choices import (
     DEFAULT_METRICS,
     EXTRACTOR_NAMES,
     METRIC_NAMES,
+    RECONSTRUCTION_METRICS,
     DistancePrecision,
+    LpipsBackbone,
     NetworkPrecision,
     ReferenceKind,
 )
@@ -25,6 +27,7 @@ commands:
   {prog} JOBS.yaml                 the same, with sets and options from a file
   {prog} stats SOURCE --name NAME  make a reference and save it under a name
   {prog} references                list saved references
+  {prog} reconstruction A B        compare images A with their reconstructions B
   {prog} classifier DATA           train a small classifier whose features replace Inception's
 
 REF and SAMPLES may be .npz, a folder, .zip, WebDataset .tar, .safetensors, or
@@ -182,6 +185,26 @@ def _stats_parser(prog: str) -> Parser:
     return parser
 
 
+def _reconstruction_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog, "ORIGINALS RECONSTRUCTIONS [--OPTION VALUE ...]",
+        "Compare held-out images with their reconstructions by an autoencoder.\n"
+        "Files are paired by name, arrays by order. Both sets are resized in the same way.",
+        "held_out/ decoded/ --resize 256 --crop --output reconstruction.json",
+    )
+    add = parser.add_argument
+    add("originals", metavar="ORIGINALS", help="images: .npz, folder, .zip, .tar, hf://OWNER/NAME")
+    add("reconstructions", metavar="RECONSTRUCTIONS", help="their reconstructions")
+    add("--metrics", type=_name_list, metavar="A,B,…", default=list(RECONSTRUCTION_METRICS),
+        help=f"metrics to compute (default: {','.join(RECONSTRUCTION_METRICS)})")
+    add("--backbone", choices=get_args(LpipsBackbone), default="vgg",
+        help="network of LPIPS (default: vgg); its weights: --weights lpips=PATH")
+    add("--output", metavar="FILE.json", help="write the results to this file; it must not exist")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    _add_runtime_options(parser)
+    return parser
+
+
 def _classifier_parser(prog: str) -> Parser:
     parser = Parser(
         prog, "DATA --output FILE.safetensors [--OPTION VALUE ...]",
@@ -217,6 +240,7 @@ def _classifier_parser(prog: str) -> Parser:
 SUBCOMMANDS = {
     "stats": _stats_parser,
     "classifier": _classifier_parser,
+    "reconstruction": _reconstruction_parser,
     "references": lambda prog: Parser(
         prog, "", f"List the references saved in {reference_folder()}.", ""
     ),

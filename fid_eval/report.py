@@ -13,6 +13,7 @@ import torch
 
 from .atomic_write import atomic_path
 from .errors import EvaluationError
+from .result import Result
 from .version import __version__
 
 Document = dict[str, Any]  # keys: versions, settings, reference, extractors, sets
@@ -31,6 +32,13 @@ def versions() -> dict[str, str]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def document_of(result: Result) -> Document:
+    """Return the document of one result."""
+    entry = result.to_dict()
+    shared = {key: entry.pop(key) for key in ("reference", "extractors")}
+    return {"versions": versions(), "settings": {}, **shared, "sets": [entry]}
 
 
 def write_json(document: Document, path: Path) -> None:

@@ -56,6 +56,12 @@ COMMANDS = {
         "Train an AutoencoderKL on images, measure it, and save it in the format of diffusers.",
         "--data my_images --image_size 64 --output my_vae",
     ),
+    "reconstruct": Command(
+        "analysis.config:ReconstructionConfig",
+        "analysis.reconstruction:measure_reconstruction",
+        "Measure an autoencoder on held-out images: rFID, PSNR, SSIM and LPIPS.",
+        "--autoencoder my_autoencoder --data held_out --image_size 64 --output reconstruction.json",
+    ),
     "convert": Command(
         "checkpoints.config:ConvertConfig",
         "checkpoints.converting:convert",

@@ -1,11 +1,19 @@
 """Settings of the analysis commands. The docstring under a field is its help text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from fid_eval import EvaluationError
+from fid_eval.choices import check_reconstruction_metrics
+
 from ..common.errors import UserError
-from ..common.paths import split_hub_id
+from ..common.paths import (
+    require_autoencoder,
+    require_data,
+    require_new_output,
+    split_hub_id,
+)
 from ..sampling.config import (
     ModelSettings,
     SampleConfig,
@@ -128,3 +136,44 @@ class ReportConfig:
         for run in self.runs:
             if not Path(run).is_dir():
                 raise UserError(f"run {run} does not exist, or is not a folder")
+
+
+@dataclass
+class ReconstructionConfig:
+    """An autoencoder and held-out images"""
+
+    autoencoder: str
+    """"digits", a folder or a Hub id."""
+    data: str
+    """Images that were not used in training: "digits", a folder with one sub-folder for each class,
+    tar shards, or hf://OWNER/NAME."""
+    image_size: int
+    """Side of the images in pixels."""
+    output: str
+    """JSON file to write; it must not exist."""
+    metrics: str = "rfid,psnr,ssim,lpips"
+    """Metrics, separated by commas. rFID compares with the same images."""
+    extractor: str = "inception"
+    """Feature network of rFID, as in fid-eval."""
+    weights: dict[str, str] = field(default_factory=dict)
+    """Local weights of the extractor and of LPIPS, {"inception": PATH, "lpips": PATH}
+    (default: download)."""
+    weights_sha256: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of weights other than the published ones, by the same names."""
+    backbone: Literal["vgg", "alex"] = "vgg"
+    """Network of LPIPS."""
+    batch_size: int = 64
+    """Images that are processed at once."""
+    num_workers: int = 0
+    """Data-loader workers."""
+
+    def check_paths(self) -> None:
+        """Raise ``UserError`` for missing data or autoencoder, or an output that exists."""
+        require_data(self.data)
+        require_autoencoder(self.autoencoder)
+        require_new_output(Path(self.output))
+        require_at_least(self, image_size=1, batch_size=1, num_workers=0)
+        try:
+            check_reconstruction_metrics(self.metrics.split(","))
+        except EvaluationError as error:
+            raise UserError(str(error)) from None
