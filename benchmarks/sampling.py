@@ -1,12 +1,16 @@
 """Time sampling: the model alone, the sampling loop, per-image noise, decoding and writing.
 
     python benchmarks/sampling.py --json sampling.json             # one GPU: everything
+    python benchmarks/sampling.py --parts graphs --compile_mode "" # one GPU: CUDA graphs, caches
     python benchmarks/sampling.py --parts seeds --device cpu       # any machine
 
-Prints, for each case, ``forward_per_s`` (evaluations per second of the compiled model alone, at the
-batch size of a guided step), ``loop_share_of_forward`` (the fraction of this rate that the sampling
-loop reaches) and ``end_to_end_images_per_s`` (with decoding and writing, without the first batch).
-Weights are random; the autoencoder has the architecture of stabilityai/sd-vae-ft-ema.
+The part ``throughput`` prints ``forward_per_s`` (evaluations per second of the compiled model
+alone, as a CUDA graph, at the batch size of a guided step), ``loop_share_of_forward`` (the fraction
+of this rate that the sampling loop reaches) and ``end_to_end_images_per_s`` (with decoding and
+writing, without the first batch). The part ``graphs`` samples 16 images in 20 guided steps, without
+decoding. It prints the start-up (compilation, capture), ``over_forward`` (the time of the loop over
+that of its forward passes alone, as CUDA graphs), and whether the latents equal those without
+graphs. Weights are random; the autoencoder has the architecture of stabilityai/sd-vae-ft-ema.
 """
 
 import argparse
@@ -19,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import environment, table, write_json
+from common import environment, table, time_graph, write_json
 from diffusers import AutoencoderKL
 
 from moh_dit.diffusion.noise import ImageNoise
@@ -28,6 +32,7 @@ from moh_dit.diffusion.samplers import prepare_scheduler
 from moh_dit.model.presets import build_model
 from moh_dit.model.transformer import MoHDiTTransformer2DModel
 from moh_dit.pipeline.pipeline import MoHDiTPipeline
+from moh_dit.pipeline.step_cache import StepCache, caching
 from moh_dit.sampling.config import SamplingSettings
 from moh_dit.sampling.engine import REQUEST, denoise_batch, evaluation_mode, use_settings
 from moh_dit.sampling.sample_set import sample_set, set_labels
@@ -45,6 +50,15 @@ CASES = [
     ("MoH-DiT-XL/2-75", 512, 32, "dpmsolver++", 20, FULL),
     ("MoH-DiT-XL/2-75", 512, 32, "dpmsolver++", 20, LIMITED),
 ]
+GRAPH_CASES = ["MoH-DiT-XL/2-75", "DiT-XL/2"]
+WAYS = {
+    "python": None,
+    "graphs": None,
+    "graphs, first-block 0.05": StepCache("first-block", threshold=0.05),
+    "graphs, taylorseer 2": StepCache("taylorseer", interval=2),
+    "graphs, taylorseer 5": StepCache("taylorseer", interval=5),
+    "graphs, magcache 0.06": StepCache("magcache", threshold=0.06),
+}
 
 
 def make_pipeline(preset, image_size, device, dtype, compile_mode):
@@ -93,19 +107,20 @@ def synchronize(device):
 
 @torch.no_grad()
 def forward_rate(pipeline, batch):
-    """Return evaluations per second of the model alone."""
+    """Return evaluations per second of the model alone, replayed as a CUDA graph."""
     model = pipeline.transformer
     size, device = model.config.sample_size, model.device
     latents = torch.randn(batch, 4, size, size, device=device, dtype=model.dtype)
-    timesteps = torch.full((1,), 500, device=device).expand(batch)
+    timesteps = torch.full((batch,), 500, device=device)
     labels = torch.randint(1000, (batch,), device=device)
+    return 1000 * batch / time_graph(lambda: model(latents, timesteps, labels))
 
-    def several():
-        for _ in range(10):
-            model(latents, timesteps, labels)
 
-    several()
-    return 10 * batch / wall(several, device, 5)
+def make_requests(batch):
+    """Return requests of images 0 … batch - 1, one of each class."""
+    requests = np.zeros(batch, REQUEST)
+    requests["index"], requests["label"] = np.arange(batch), np.arange(batch) % 1000
+    return requests
 
 
 @torch.no_grad()
@@ -117,8 +132,7 @@ def throughput(case, device, compile_mode):
         scheduler=sampler, num_inference_steps=steps, guidance_scale=1.5, guidance_interval=interval
     )
     chosen, guidance = use_settings(pipeline, settings)
-    requests = np.zeros(batch, REQUEST)
-    requests["index"], requests["label"] = np.arange(batch), np.arange(batch) % 1000
+    requests = make_requests(batch)
     timesteps = prepare_scheduler(chosen.scheduler, steps).timesteps
     guided = sum(guidance.active_at(timestep, 1000) for timestep in timesteps)
     alone = {size: forward_rate(pipeline, size) for size in (batch, 2 * batch)}
@@ -154,6 +168,52 @@ def throughput(case, device, compile_mode):
         end_to_end_images_per_s=whole,
         memory_gib=torch.cuda.max_memory_allocated() / 2**30,
     )
+
+
+@torch.no_grad()
+def graphs(preset, device, compile_mode, batch=16, steps=20):
+    """Time a small batch with and without CUDA graphs, and with each cache."""
+    settings = SamplingSettings(
+        scheduler="dpmsolver++", num_inference_steps=steps, guidance_scale=1.5
+    )
+    pipeline = make_pipeline(preset, 256, device, torch.bfloat16, compile_mode)
+    requests, rows, latents = make_requests(batch), [], {}
+    for way, cache in WAYS.items():
+        chosen, guidance = use_settings(pipeline, settings)
+        chosen.graphs.mode = way != "python"
+
+        def loop(chosen=chosen, guidance=guidance):
+            return denoise_batch(chosen, guidance, settings, requests)
+
+        torch.cuda.reset_peak_memory_stats()
+        with evaluation_mode(pipeline.transformer):
+            began = time.perf_counter()
+            with caching(chosen, cache, guidance, steps):
+                first, latents[way] = loop(), loop()
+                synchronize(device)
+                startup = time.perf_counter() - began
+                seconds = wall(loop, device, 5)
+        rows.append(
+            dict(
+                model=preset,
+                image_size=256,
+                batch=batch,
+                steps=steps,
+                way=way,
+                images_per_s=batch / seconds,
+                seconds=seconds,
+                startup_s=startup - 2 * seconds,
+                over_forward=0.0,
+                equal=str(bool(torch.equal(latents[way], latents["python"]))),
+                repeats=str(bool(torch.equal(first, latents[way]))),
+                memory_gib=torch.cuda.max_memory_reserved() / 2**30,
+            )
+        )
+        chosen.graphs.release()
+    forward = steps * 2 * batch / forward_rate(pipeline, 2 * batch)
+    for row in rows:
+        row["over_forward"] = row["seconds"] / forward
+    return rows
 
 
 @torch.no_grad()
@@ -212,7 +272,8 @@ def tolerance(dtype, device, compile_mode):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=["throughput", "seeds", "tolerance"])
+    parts = ["throughput", "graphs", "seeds", "tolerance"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument(
         "--cases", nargs="+", type=int, help="row numbers of each part (default: all)"
     )
@@ -220,7 +281,8 @@ def main():
     parser.add_argument(
         "--compile_mode",
         default="default",
-        help="default (each block), max-autotune, reduce-overhead, or '' for eager",
+        choices=["default", "max-autotune-no-cudagraphs", ""],
+        help="default compiles each block; '' compiles nothing",
     )
     parser.add_argument("--json")
     arguments = parser.parse_args()
@@ -229,6 +291,7 @@ def main():
     mode = arguments.compile_mode if on_cuda else None
     rows = dict(
         throughput=CASES,
+        graphs=GRAPH_CASES,
         seeds=[
             ("MoH-DiT-XL/2-75", 256, 128),
             ("MoH-DiT-S/2-75", 256, 128),
@@ -237,7 +300,7 @@ def main():
         else [("MoH-DiT-S/2-75", 64, 16), (TINY, 64, 16)],
         tolerance=["float32", "bfloat16"],
     )
-    measure = dict(throughput=throughput, seeds=seeds, tolerance=tolerance)
+    measure = dict(throughput=throughput, graphs=graphs, seeds=seeds, tolerance=tolerance)
     print(environment())
     results = []
     for part in arguments.parts:
@@ -247,12 +310,12 @@ def main():
                 continue
             torch._dynamo.reset()
             gc.collect()
-            done.append(measure[part](case, device, mode))
-            print(part, done[-1], flush=True)
-            results.append(dict(part=part, **done[-1]))
-            write_json(
-                arguments.json, results
-            )  # after every row, so that an interrupted run keeps them
+            measured = measure[part](case, device, mode)
+            done += measured if isinstance(measured, list) else [measured]
+            print(part, measured, flush=True)
+            # After every case, so that an interrupted run keeps the results.
+            write_json(arguments.json, [*results, *(dict(part=part, **row) for row in done)])
+        results += [dict(part=part, **row) for row in done]
         table(done, list(done[0]))
 
 

@@ -5,6 +5,8 @@ Each function says why it is needed and since which version the interface exists
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,24 @@ class UploadHook:
     def _upload_folder(self, working_dir: str | os.PathLike, *args: Any, **options: Any) -> Any:
         self.before_upload(Path(working_dir))
         return super()._upload_folder(working_dir, *args, **options)  # type: ignore[misc]
+
+
+@contextmanager
+def without_compiled_call(module: nn.Module) -> Iterator[bool]:
+    """Let ``module`` run uncompiled inside the block; yield whether it was compiled.
+
+    ``nn.Module.compile`` keeps the compiled call in ``_compiled_call_impl`` (since torch 2.2).
+    There is no public way to undo it.
+    """
+    before = module._compiled_call_impl
+    if before is None:
+        yield False
+        return
+    module._compiled_call_impl = None
+    try:
+        yield True
+    finally:
+        module._compiled_call_impl = before
 
 
 # Attributes that hooks of accelerate and diffusers set, see `is_plain_linear`.

@@ -10,6 +10,7 @@ import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 from torch import Tensor
 
+from ..common.compat import without_compiled_call
 from ..common.errors import UserError
 from ..diffusion.noise import ImageNoise
 from ..kernels.backends import check_choice
@@ -137,12 +138,15 @@ def cached_blocks(
         raise UserError("the transformer already has a cache; call its disable_cache() first")
     with ExitStack() as restore:
         for block in model.blocks:
-            # The hooks of the cache wrap the forward method that they find.
+            forward = block.forward
+            # Hooks run as Python code, so only the method that they wrap is compiled.
+            if restore.enter_context(without_compiled_call(block)):
+                forward = torch.compile(forward, dynamic=False)
             if "forward" in vars(block):
                 restore.callback(setattr, block, "forward", block.forward)
             else:
                 restore.callback(delattr, block, "forward")
-            block.forward = partial(graphs, block, function=block.forward)
+            block.forward = partial(graphs, block, function=forward)
         model.enable_cache(config)
         restore.callback(model.disable_cache)
         yield

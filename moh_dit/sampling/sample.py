@@ -138,11 +138,7 @@ def load_for_sampling(
     if config.compile:
         # Blocks with the same numbers of heads share one compilation. All batches have one size, so
         # static shapes need two compilations: guided and unguided.
-        if config.cache is None:
-            pipeline.transformer.compile_repeated_blocks(dynamic=False)
-        else:  # hooks of the cache wrap the compiled method, instead of being compiled themselves
-            for block in pipeline.transformer.blocks:
-                block.forward = torch.compile(block.forward, dynamic=False)
+        pipeline.transformer.compile_repeated_blocks(dynamic=False)
     pipeline.graphs.mode = config.cuda_graphs
     return pipeline
 

@@ -65,6 +65,28 @@ def test_computed_blocks_run_as_graphs(cache, fake_capture):
     assert fake_capture.captures == len(pipeline.transformer.blocks) + 1
 
 
+def test_only_the_blocks_below_the_hooks_are_compiled(monkeypatch):
+    cache = SKIPPING[2]  # its hooks disable compilation
+    torch._dynamo.reset()  # torch compiles a method for at most eight combinations
+    runs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        return lambda *arguments: runs.append(1) or graph(*arguments)
+
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compile(f, dynamic=False, backend=backend))
+    pipeline = smooth_pipeline()
+    expected = sample(pipeline, cache)
+    assert not runs
+    for block in pipeline.transformer.blocks:
+        block.compile(backend=backend)
+    assert torch.equal(sample(pipeline, cache), expected)
+    computed = len(runs)
+    assert 0 < computed < 0.7 * 3 * STEPS
+    runs.clear()
+    sample(pipeline)
+    assert len(runs) == 3 * STEPS
+
+
 def test_ratios_are_those_of_diffusers(capsys):
     """diffusers prints the ratios that its own calibration measures."""
     from diffusers import MagCacheConfig
