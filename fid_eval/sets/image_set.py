@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .classes import names_of_numbers, summarize_classes
 from .hashing import path_hash
+from .layouts import Skipped
 from .readers import ImageReader
 
 # Names of the mean and covariance of each layer's features in ADM's reference files.
@@ -34,6 +36,11 @@ class ImageSet:
     # Statistics of further extractors, by name; metadata["others"] has their identities.
     others: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     path: Path | None = None
+    class_names: list[str] | None = None  # by label; None if labels are numbers without names
+    in_folders: bool = False  # the labels number class folders
+    missing_labels: str | None = None  # why there are none, if labels were expected
+    skipped: Skipped = field(default_factory=Skipped)
+    notes: list[str] = field(default_factory=list)  # what the user should know about the set
     _hash: "Future[str | None] | None" = field(default=None, repr=False)
 
     @property
@@ -61,6 +68,35 @@ class ImageSet:
         if is_adm and self.images is not None and name != "inception":
             return replace(self, statistics={})
         return self
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Return the label of each image, int64 (N,), or None."""
+        return self.images.labels if self.images is not None else None
+
+    def names_of_classes(self) -> list[str] | None:
+        """Return the class names by label; numbers if there are no names, None without labels."""
+        if self.class_names is not None or self.labels is None:
+            return self.class_names
+        return names_of_numbers(self.labels, self.name)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the classes, and the numbers of conversions and skipped files, for results."""
+        names = self.names_of_classes()
+        return {
+            "classes": summarize_classes(names) if names else None,
+            "conversions": dict(self.images.conversions) if self.images is not None else {},
+            "skipped": dict(self.skipped.counts),
+        }
+
+    def remarks(self) -> list[str]:
+        """Return sentences on conversions, skipped files and peculiarities of the set."""
+        conversions = self.images.conversions if self.images is not None else {}
+        counted = [f"{count:,} × {kind}" for kind, count in sorted(conversions.items())]
+        remarks = [*self.notes, str(self.skipped)]
+        if counted:
+            remarks.append(f"conversions: {', '.join(counted)}")
+        return [f"{self.name}: {remark}" for remark in remarks if remark]
 
     def hash_ahead(self) -> None:
         """Hash the set in a background thread, unless its images are hashed as they are decoded.

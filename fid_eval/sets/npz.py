@@ -9,7 +9,7 @@ import struct
 import threading
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import psutil
@@ -84,6 +84,13 @@ class NpzMember:
             self.offset = info.header_offset + 30 + name_length + extra_length + self.header_size
         self._stream: IO[bytes] | None = None
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the open file, which another process opens for itself."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_stream", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _stream=None, _lock=threading.Lock())
 
     def _damaged(self, error: Exception) -> EvaluationError:
         return EvaluationError(f"{self.path}: {self.name} cannot be read: {describe_error(error)}")

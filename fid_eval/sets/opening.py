@@ -1,41 +1,68 @@
 """Open a set of images: a path, an array, a Hugging Face data set or an iterable of batches."""
 
-import glob
-import json
 import os
-import re
-import tarfile
-import threading
-import zipfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..errors import EvaluationError, describe_error, printable
-from .decoding import AS_IS, EXTENSIONS, MAX_BYTES, BadImage, Preprocess, check_file
+from .archives import TAR_ENDINGS, expand_tars, list_tars, list_zip
+from .classes import number_labels
+from .decoding import AS_IS, Preprocess
 from .encoded import EncodedReader
-from .hashing import files_inside
-from .hugging_face import import_datasets, is_hub_url, open_dataset, open_hub
+from .files import Files
+from .folders import list_folder
+from .hugging_face import import_datasets, is_hub_url, is_saved_dataset, open_dataset, open_hub
 from .image_set import ImageSet
+from .layouts import Labels, Tree, enter_split, find_labels
 from .readers import ArrayReader, IterableReader, Share
 from .stored_arrays import open_npz, open_safetensors
 
 
-def open_set(source: Any, preprocess: Preprocess = AS_IS, name: str | None = None) -> ImageSet:
+def open_set(
+    source: Any,
+    preprocess: Preprocess = AS_IS,
+    name: str | None = None,
+    check_headers: bool = True,
+    earlier_classes: Sequence[str] | None = None,
+) -> ImageSet:
     """Open a path, array, tensor, Hugging Face data set or iterable of batches as an ImageSet.
 
-    Image headers are checked here; the images are decoded later.
+    Args:
+        source: the set.
+        preprocess: conversion of each image to pixels.
+        name: name of the set in messages and results.
+        check_headers: read the headers of all images, which counts conversions and finds their
+            size. The images are decoded later.
+        earlier_classes: class names of an earlier run, whose order is kept if the class folders
+            are the same.
 
     Raises:
         EvaluationError: the set is missing, empty or truncated, or its images differ in size.
     """
     if isinstance(source, ImageSet):
         return source
+    opened = _open(source, preprocess, name, earlier_classes)
+    if check_headers and isinstance(opened.images, EncodedReader):
+        opened.images.check_headers()
+    return opened
+
+
+def _open(
+    source: Any, preprocess: Preprocess, name: str | None, earlier_classes: Sequence[str] | None
+) -> ImageSet:
     if isinstance(source, str | Path):
-        return open_path(str(source), preprocess, name)
+        path = str(source)
+        name = printable(name or path)
+        try:
+            return _open_path(path, preprocess, name, earlier_classes)
+        except EvaluationError:
+            raise
+        except Exception as error:  # Packages raise many types for foreign or damaged files.
+            raise EvaluationError(f"{name}: cannot be read: {describe_error(error)}") from error
     name = name or "samples"
     if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "shape"):
         images, labels = source
@@ -58,50 +85,37 @@ def open_set(source: Any, preprocess: Preprocess = AS_IS, name: str | None = Non
     )
 
 
-def open_path(path: str, preprocess: Preprocess, name: str | None) -> ImageSet:
-    """Open a path, a glob pattern or a Hugging Face URL; see ``open_set``."""
-    name = printable(name or path)
-    try:
-        return _open_path(path, preprocess, name)
-    except EvaluationError:
-        raise
-    except Exception as error:  # Packages raise many types for foreign or damaged files.
-        raise EvaluationError(f"{name}: cannot be read: {describe_error(error)}") from error
-
-
-def _open_path(path: str, preprocess: Preprocess, name: str) -> ImageSet:
+def _open_path(
+    path: str, preprocess: Preprocess, name: str, earlier: Sequence[str] | None
+) -> ImageSet:
     if is_hub_url(path):
         return open_hub(path, preprocess, name)
-    if any(c in path for c in "*{") and not os.path.exists(path):
-        return _open_tars(_expand(path), preprocess, name)
-    location = Path(path).expanduser()
+    location, inner = _split_path(Path(path).expanduser())
     if not os.path.exists(location):
+        if any(c in path for c in "*?[{"):
+            return _open_tars(expand_tars(path), preprocess, name)
         raise EvaluationError(f"{path}: no such file or folder")
-    if not location.is_dir():
-        _check_regular(location)
-    else:
-        if (location / "state.json").exists() or (location / "dataset_dict.json").exists():
+    if location.is_dir():
+        if is_saved_dataset(location):
             opened = open_dataset(import_datasets().load_from_disk(path), preprocess, name)
-        elif tars := sorted(location.glob("*.tar")):
-            opened = _open_tars(tars, preprocess, name)
         else:
-            opened = _open_folder(location, preprocess, name)
+            opened = _open_folder(location, preprocess, name, earlier)
         opened.path = location
         return opened
-    suffix = location.suffix.lower()
-    if suffix == ".npz":
+    _check_regular(location)
+    lower = location.name.lower()
+    if lower.endswith(".zip"):
+        tree, files = list_zip(location, name)
+        tree = enter_split(_enter(tree, inner), is_archive=True)
+        whole = None if inner else location  # A part of an archive is hashed image by image.
+        return _open_listed("zip", tree, files, find_labels(tree, earlier), preprocess, whole)
+    if lower.endswith(TAR_ENDINGS):
+        return _open_tars([location], preprocess, name, inner)
+    if lower.endswith(".npz"):
         return open_npz(location, preprocess, name)
-    if suffix == ".safetensors":
+    if lower.endswith(".safetensors"):
         return open_safetensors(location, name)
-    if suffix == ".zip":
-        return _open_zip(location, preprocess, name)
-    if suffix == ".tar":
-        return _open_tars([location], preprocess, name)
-    if location.name.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")):
-        raise EvaluationError(
-            f"{path}: compressed tars allow no random access; decompress it to .tar"
-        )
-    if suffix == ".npy":
+    if lower.endswith(".npy"):
         try:
             array = np.load(location, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
@@ -112,172 +126,84 @@ def _open_path(path: str, preprocess: Preprocess, name: str) -> ImageSet:
     )
 
 
+def _split_path(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """Split the path of a folder within an archive into the archive and the folder."""
+    if not os.path.exists(path):
+        for parent in path.parents:
+            if parent.name.lower().endswith((".zip", *TAR_ENDINGS)) and parent.is_file():
+                return parent, path.relative_to(parent).parts
+    return path, ()
+
+
+def _enter(tree: Tree, folders: tuple[str, ...]) -> Tree:
+    for folder in folders:
+        tree = tree.enter(folder)
+    return tree
+
+
 def _check_regular(path: Path) -> None:
     """Raise if ``path`` is a FIFO, socket or device, because reading it may never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise EvaluationError(f"{path}: is not a regular file")
 
 
-def _open_folder(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
-    names = sorted(
-        filter(_is_image, files_inside(path, _walk(path))), key=lambda name: name.split("/")
-    )
-    files = [os.path.join(path, name) for name in names]
-    listing = path / "dataset.json"
-    _check_regular(listing)
-    listed = listing.read_bytes() if listing.exists() else None
-    reader = EncodedReader(
-        "folder",
-        name,
-        names,
-        lambda i: Path(files[i]).read_bytes(),
-        preprocess,
-        _labels(names, listed, name),
-        check=lambda i: check_file(files[i]),
-    )
-    return ImageSet(name, "folder", reader)
+def _open_folder(
+    path: Path, preprocess: Preprocess, name: str, earlier: Sequence[str] | None
+) -> ImageSet:
+    tree, files = list_folder(path, name)
+    if not len(tree.names):
+        tars = sorted(file for file in path.iterdir() if file.name.lower().endswith(TAR_ENDINGS))
+        if tars:
+            return _open_tars(tars, preprocess, name)
+    if earlier is None or set(earlier) != set(tree.folders()):
+        tree = enter_split(tree)
+    return _open_listed("folder", tree, files, find_labels(tree, earlier), preprocess, path)
 
 
-def _walk(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Walk as ``os.walk`` does. Follow links to folders, except to a parent folder."""
-    for folder, inner, names in os.walk(path, followlinks=True):
-        for child in [Path(folder, name) for name in inner]:
-            if child.is_symlink():
-                target = child.resolve()
-                if any(parent.resolve() == target for parent in child.absolute().parents):
-                    inner.remove(child.name)
-        yield folder, inner, names
-
-
-def _open_zip(path: Path, preprocess: Preprocess, name: str) -> ImageSet:
-    local = threading.local()  # Open one archive per thread: reading moves its file position.
-
-    def fetch(index: int) -> bytes:
-        if getattr(local, "process", None) != os.getpid():  # Reopen it after a fork.
-            local.process, local.archive = os.getpid(), zipfile.ZipFile(path)
-        try:
-            return local.archive.read(names[index])
-        except zipfile.BadZipFile as error:
-            raise BadImage(f"damaged inside the archive ({error})") from None
-
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = sorted(n for n in archive.namelist() if _is_image(n))
-            large = [i.filename for i in archive.infolist() if i.file_size > MAX_BYTES]
-            if large:
-                raise EvaluationError(f"{name}: {large[0]} is larger than 1 GiB")
-            listing = [n for n in archive.namelist() if PurePosixPath(n).name == "dataset.json"]
-            listed = archive.read(listing[0]) if listing else None
-    except zipfile.BadZipFile:
-        raise EvaluationError(f"{name}: not a complete zip (truncated); copy it again") from None
-    reader = EncodedReader("zip", name, names, fetch, preprocess, _labels(names, listed, name))
-    return ImageSet(name, "zip", reader, path=path)
-
-
-def _is_image(name: str) -> bool:
-    if os.path.splitext(name)[1].lower() not in EXTENSIONS:
-        return False
-    return not any(part == "__MACOSX" or part.startswith(".") for part in name.split("/"))
-
-
-def _expand(pattern: str) -> list[Path]:
-    """List the files of a brace range (``shards-{000..012}.tar``) or a shell pattern."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if match:
-        width = len(match[1])
-        numbers = range(int(match[1]), int(match[2]) + 1)
-        paths = [pattern.replace(match[0], f"{number:0{width}d}") for number in numbers]
-    else:
-        paths = sorted(glob.glob(pattern))
-    missing = [path for path in paths if not Path(path).exists()]
-    if not paths or missing:
-        raise EvaluationError(f"{pattern}: no such file{f': {missing[0]}' if missing else 's'}")
-    return [Path(path) for path in paths]
-
-
-def _open_tars(paths: list[Path], preprocess: Preprocess, name: str) -> ImageSet:
-    """Open WebDataset shards.
-
-    Files of one sample share their name up to the first dot: ``key.png``, ``key.cls``,
-    ``key.json``.
-    """
-    members: list[tuple[int, int, int]] = []  # file, offset, size of each image
-    names: list[str] = []
-    keys: list[str] = []
-    label_of_key: dict[str, int] = {}
+def _open_tars(
+    paths: Sequence[Path], preprocess: Preprocess, name: str, inner: tuple[str, ...] = ()
+) -> ImageSet:
+    """Open WebDataset shards; without labels, folders in the archives are the classes."""
     for path in paths:
         _check_regular(path)
-    handles = [os.open(path, os.O_RDONLY) for path in paths]
-    for number, path in enumerate(paths):
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for info in archive:
-                    folder, _, file = info.name.rpartition("/")
-                    key, _, extension = file.partition(".")
-                    key = f"{number}/{folder}/{key}"
-                    if not info.isfile():
-                        continue
-                    if _is_image(info.name):
-                        members.append((number, info.offset_data, info.size))
-                        names.append(info.name)
-                        keys.append(key)
-                    elif extension in ("cls", "json"):
-                        data = os.pread(handles[number], info.size, info.offset_data)
-                        label = _tar_label(data, extension)
-                        if label is not None:
-                            label_of_key[key] = label
-        except tarfile.ReadError as error:
-            raise EvaluationError(f"{path}: not a complete tar ({error}); copy it again") from None
-
-    def fetch(index: int) -> bytes:
-        number, offset, size = members[index]
-        data = os.pread(handles[number], size, offset)
-        if len(data) != size:
-            raise BadImage("truncated")
-        return data
-
-    values = [label_of_key.get(key, -1) for key in keys]
-    labels = values if min(values, default=-1) >= 0 else None
-    reader = EncodedReader("tar", name, names, fetch, preprocess, labels, len(paths) > 1)
-    return ImageSet(name, "tar", reader, path=paths[0] if len(paths) == 1 else None)
+    tree, files, values, notes = list_tars(paths, name, preprocess.strict)
+    tree = _enter(tree, inner)
+    if values is None:
+        tree = enter_split(tree, is_archive=True)
+        found = find_labels(tree)
+    else:
+        found = Labels(np.argsort(tree.rows))  # the order of the samples
+        items = [files.names[row] for row in tree.rows[found.order]]
+        values = [values[row] for row in tree.rows[found.order]]
+        found.labels, found.class_names = number_labels(values, items, tree.class_names(), name)
+    found.notes += notes
+    is_whole = len(paths) == 1 and not inner
+    return _open_listed("tar", tree, files, found, preprocess, paths[0] if is_whole else None)
 
 
-def _tar_label(data: bytes, extension: str) -> int | None:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    if extension == "json":
-        value = value.get("label", value.get("cls")) if isinstance(value, dict) else None
-    return value if isinstance(value, int) else None
-
-
-def _labels(names: list[str], listed: bytes | None, set_name: str) -> list[int] | None:
-    """Read labels from EDM's dataset.json, or number the first folders of the image paths."""
-    if listed is not None:
-        try:
-            table = dict(json.loads(listed).get("labels") or [])
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            raise EvaluationError(
-                f'{set_name}: dataset.json is not a table {{"labels": [[FILE, LABEL], …]}}; '
-                "correct or remove it"
-            ) from None
-        if not table:
-            return None
-        missing = [name for name in names if name not in table]
-        if missing:
-            raise EvaluationError(f"{set_name}: dataset.json has no label for {missing[0]}")
-        for name in names:
-            if not isinstance(table[name], int | float) or table[name] % 1:
-                raise EvaluationError(
-                    f"{set_name}: dataset.json has the label {table[name]!r} for {name}; labels "
-                    "must be integers"
-                )
-        return [int(table[name]) for name in names]
-    folders = [PurePosixPath(name).parts[0] if "/" in name else None for name in names]
-    if None in folders or len(set(folders)) < 2:
-        return None
-    classes = sorted(set(folders), key=str)
-    if all(str(folder).isdecimal() for folder in classes):
-        return [int(str(folder)) for folder in folders]
-    return [classes.index(folder) for folder in folders]
+def _open_listed(
+    kind: str, tree: Tree, files: Files, found: Labels, preprocess: Preprocess, path: Path | None
+) -> ImageSet:
+    is_one_class = found.class_names is not None and len(found.class_names) == 1
+    labels = None if is_one_class and found.in_folders else found.labels
+    reader = EncodedReader(
+        kind,
+        tree.where,
+        files,
+        preprocess,
+        labels,
+        tree.rows[found.order],
+        hash_images=path is None,
+    )
+    inside = [f"reads its folder {printable(tree.inner[:-1])}"] if tree.inner else []
+    return ImageSet(
+        tree.where,
+        kind,
+        reader,
+        path=path,
+        class_names=found.class_names,
+        in_folders=found.in_folders,
+        missing_labels=found.missing,
+        skipped=tree.skipped,
+        notes=inside + found.notes,
+    )

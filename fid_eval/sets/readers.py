@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import EvaluationError
-from .decoding import BadImage, Preprocess, to_rgb
+from .decoding import BadImage, Preprocess, decode
 from .loading import CHUNK, CPU, PROCESSES_FROM, Owned, batch_spans, load_spans
 
 Batch = tuple[int, Tensor, Tensor | None]  # first index, uint8 (n, 3, H, W), labels (n,)
@@ -33,6 +34,7 @@ class ImageReader:
     decodes = False  # reading is CPU-bound: worker processes may speed it up
     is_share = False  # each rank holds its own part of the set
     digests: dict[int, str] | None = None  # SHA-256 of images decoded so far; None if not hashed
+    conversions: Counter[str]  # number of images by conversion, as far as they have been read
     ahead: tuple[list, Any] | None = None  # spans being loaded, and their loader
 
     @property
@@ -108,6 +110,11 @@ class ArrayReader(ImageReader):
         height, width = shape[2:4] if self.layout == "NCHW" else shape[1:3]
         self.size = (height, width) if preprocess.size is None else (preprocess.size,) * 2
         self.labels = check_labels(labels, self.count, name)
+        self.conversions = Counter()
+        if self.layout == "NHW":
+            self.conversions["grey converted to RGB"] = self.count
+            if preprocess.strict:
+                raise EvaluationError(f"{name}: --strict refuses grey images")
         self.max_workers = 1 if getattr(array, "compressed", False) else None
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -137,6 +144,7 @@ class IterableReader(ImageReader):
     def __init__(self, batches: Iterable, name: str, preprocess: Preprocess, share: bool) -> None:
         self.source, self.name, self.preprocess = iter(batches), name, preprocess
         self.is_share = share
+        self.conversions = Counter()
         self.labelled: bool | None = None  # whether the first batch had labels
 
     def batches(
@@ -199,20 +207,20 @@ class IterableReader(ImageReader):
         self.labelled = labels is not None
         if labels is None:
             return [images]
-        labels = torch.as_tensor(labels).detach().cpu().long().reshape(-1)
-        if len(labels) != len(images):
-            raise EvaluationError(
-                f"{self.name}: a batch of {len(images)} images with {len(labels)} labels"
-            )
-        return [images, labels]
+        labels = check_labels(np.atleast_1d(as_numpy(labels)), len(images), self.name)
+        return [images, torch.from_numpy(labels)]
 
     def _pixels(self, pictures: Image.Image | Sequence[Image.Image]) -> np.ndarray:
         """Convert one or several Pillow images to uint8 (N, H, W, 3)."""
         pictures = [pictures] if isinstance(pictures, Image.Image) else pictures
-        try:
-            arrays = [np.asarray(self.preprocess(to_rgb(picture))) for picture in pictures]
-        except BadImage as error:
-            raise EvaluationError(f"{self.name}: an image has {error}") from None
+        arrays = []
+        for picture in pictures:
+            try:
+                pixels, conversions = decode(picture, self.preprocess)
+            except BadImage as error:
+                raise EvaluationError(f"{self.name}: an image cannot be used: {error}") from None
+            arrays.append(pixels)
+            self.conversions.update(conversions)
         if len({array.shape for array in arrays}) > 1:
             raise EvaluationError(f"{self.name}: images of different sizes; resize them")
         return np.stack(arrays)
@@ -271,7 +279,11 @@ def to_nhwc(images: np.ndarray, layout: str) -> np.ndarray:
 
 
 def check_labels(labels: Any, count: int, name: str) -> np.ndarray | None:
-    """Return labels as int64 (count,); raise if their number differs from ``count``."""
+    """Return labels as int64 (count,).
+
+    Raises:
+        EvaluationError: the labels are not ``count`` integers of at least 0.
+    """
     if labels is None:
         return None
     labels = as_numpy(labels)
@@ -284,6 +296,12 @@ def check_labels(labels: Any, count: int, name: str) -> np.ndarray | None:
         is_exact = False
     if not is_exact:
         raise EvaluationError(f"{name}: labels must be integers of at most 63 bits")
+    if count and converted.min() < 0:
+        row = int(converted.argmin())
+        raise EvaluationError(
+            f"{name}: image {row} (counted from 0) has the label {converted[row]}; class numbers "
+            "start at 0"
+        )
     return converted
 
 

@@ -12,15 +12,17 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 def require_data(source: str | Path) -> None:
     """Raise ``UserError`` if ``source`` is a local path that does not exist.
 
-    The digits, Hugging Face data sets and patterns of tar shards are not checked.
+    The digits, Hugging Face data sets, patterns of tar shards and folders within archives are not
+    checked.
     """
     name = str(source)
     if name == "digits" or name.startswith(("hf:", "hf-stream:")) or re.search(r"[*?\[{]", name):
         return
-    if not Path(name).exists():
+    path = Path(name).expanduser()
+    if not path.exists() and not any(parent.is_file() for parent in path.parents):
         raise UserError(
             f'data {name} does not exist: give "digits", a folder with one sub-folder for each '
-            "class, tar shards, or hf://OWNER/NAME"
+            "class, an archive, or hf://OWNER/NAME"
         )
 
 

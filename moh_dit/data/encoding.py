@@ -29,8 +29,7 @@ from ..common.errors import UserError
 from ..common.paths import choose_autoencoder
 from .config import EncodeConfig
 from .hub_stream import HubStream
-from .hugging_face import is_stream
-from .images import ImageSet, index_batches, open_images, read_batches
+from .images import ImageSet, index_batches, is_stream, open_images, read_batches
 from .latent_shards import FORMAT, SHARD_PREFIX, prepare_folder, write_index, write_latent_shard
 from .latents import encode_views
 
@@ -110,12 +109,12 @@ def _prepare(
         raise UserError(f"batch_size is {config.batch_size}: it must be at least 1")
     config.check_paths()
     shape = moments_shape(vae, config.image_size)
-    options = dict(skip_unreadable=config.skip_unreadable)
+    skip = config.skip_unreadable
     source: ImageSet | HubStream
     if is_stream(config.data):
-        source = HubStream(config.data, config.image_size, **options)
+        source = HubStream(config.data, config.image_size, skip_unreadable=skip)
     else:
-        source = images or open_images(config.data, config.image_size, **options)
+        source = images or open_images(config.data, config.image_size, skip_unreadable=skip)
     flipped = config.horizontal_flip
     image_bytes = math.prod(shape) * (1 + flipped) * np.dtype(config.dtype).itemsize
     images_per_shard = min(MAX_IMAGES_PER_SHARD, MAX_BYTES_PER_SHARD // image_bytes)

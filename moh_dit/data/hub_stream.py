@@ -9,10 +9,10 @@ depend only on the data, and a resumed encoding skips finished files and finishe
 """
 
 import hashlib
-import io
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,12 +20,18 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from fid_eval.sets.hugging_face import import_datasets
+from fid_eval.sets.decoding import Preprocess, decode
+from fid_eval.sets.hugging_face import (
+    choose_columns,
+    encoded_image,
+    keep_encoded,
+    load_split,
+    parse_hub_url,
+)
 
 from ..common.errors import UserError
-from .hugging_face import choose_columns, load_hub_split
+from .image_sources import user_errors
 from .latent_shards import SHARD_PREFIX, write_file
-from .pixels import read_pixels
 
 Batch = tuple[np.ndarray, np.ndarray]  # uint8 (B, S, S, 3) and int64 (B,)
 Item = TypeVar("Item")
@@ -40,7 +46,7 @@ class _Row(NamedTuple):
 class HubStream:
     """A Hugging Face data set read in order: ``hf://OWNER/NAME[/CONFIG]?streaming=true``.
 
-    Columns and labels are chosen as for ``HubImages``.
+    Columns are chosen as for a stored data set. Labels must be of type ``ClassLabel``.
 
     Attributes:
         num_images: number of images according to the data set's metadata, or ``None``.
@@ -48,15 +54,24 @@ class HubStream:
 
     def __init__(self, source: str, image_size: int, *, skip_unreadable: bool = False):
         self.source, self.image_size, self.skip_unreadable = source, image_size, skip_unreadable
-        self._data, self._versions = load_hub_split(source, streaming=True)
-        self._image, self._label = choose_columns(self._data, source)
-        self.class_names = list(self._data.features[self._label].names)
+        self._preprocess = Preprocess(image_size, crop=True)
+        self.conversions: Counter[str] = Counter()
+        with user_errors("data "):
+            url = parse_hub_url(source)
+            self._data, self._versions = load_split(source, streaming=True)
+            self._image, label, _ = choose_columns(self._data, source, url.image, url.label)
+        names = getattr(self._data.features.get(label), "names", None)
+        if label is None or names is None:
+            raise UserError(
+                f"data {source} is a stream without a column of type ClassLabel, so its classes "
+                "are unknown: remove streaming=true"
+            )
+        self._label, self.class_names = label, list(names)
         self.num_files: int = self._data.num_shards
         split = (self._data.info.splits or {}).get(str(self._data.split))
         self.num_images: int | None = split.num_examples if split else None
-        self._data = self._data.select_columns([self._image, self._label]).cast_column(
-            self._image, import_datasets().Image(decode=False)
-        )
+        self._data = keep_encoded(self._data, self._image)
+        self._data = self._data.select_columns([self._image, self._label])
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over the class names, and the names and versions of all files.
@@ -141,15 +156,11 @@ class HubStream:
     def _pixels(self, row: _Row) -> np.ndarray | str:
         """Return the image of a row, uint8 (S, S, 3), or the reason why it cannot be read."""
         try:
-            content = row.image["bytes"]
-            if content is None:
-                import fsspec  # a dependency of datasets
-
-                with fsspec.open(row.image["path"], "rb") as file:
-                    content = file.read()
-            return read_pixels(io.BytesIO(content), self.image_size)
+            pixels, conversions = decode(encoded_image(row.image), self._preprocess)
         except (OSError, ValueError) as error:
             return str(error)
+        self.conversions.update(conversions)
+        return pixels
 
 
 def _read_ahead(items: Iterator[Item]) -> Iterator[Item]:

@@ -1,20 +1,28 @@
 """Open labelled images of any source as uint8 pixels of one size, and read them in batches.
 
+``fid_eval.sets`` lists, labels and decodes the images, so training and evaluation read them alike.
 Images are not mirrored here. The trainer draws flips for each batch, which makes resuming exact.
 """
 
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from fid_eval.progress import progress_bar
+from fid_eval.sets.classes import summarize_classes
+from fid_eval.sets.decoding import Preprocess
+from fid_eval.sets.hugging_face import is_hub_url, parse_hub_url
+from fid_eval.sets.opening import open_set
+from fid_eval.sets.readers import ArrayReader
+
 from ..common.errors import UserError
 from ..common.paths import require_data
-from .hugging_face import HubImages, is_hub_source, is_stream
-from .image_folders import DigitImages, ImageFolder
-from .tar_shards import TarImages, tar_shards
+from .image_sources import DigitImages, ImageArrays, ImageFiles, user_errors
 
 
 class ImageSet(Protocol):
@@ -22,7 +30,10 @@ class ImageSet(Protocol):
 
     image_size: int
     class_names: list[str]
-    labels: np.ndarray  # int64 (N,), index into class_names
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Return the label of each image, int64 (N,): an index into class_names."""
 
     def __len__(self) -> int: ...
 
@@ -34,22 +45,29 @@ class ImageSet(Protocol):
 
 
 def open_images(
-    source: str | Path, image_size: int, *, skip_unreadable: bool = False, progress: bool = True
+    source: str | Path,
+    image_size: int,
+    *,
+    skip_unreadable: bool = False,
+    check: bool = False,
+    earlier_classes: Sequence[str] | None = None,
+    progress: bool = True,
 ) -> ImageSet:
-    """Open a data set of any supported kind; list and check all images first.
+    """Open a data set of any kind that ``fid_eval.sets.opening.open_set`` reads, and list it.
 
     Args:
-        source: ``"digits"`` (embedded), a folder whose sub-folders are the classes
-            (``ImageFolder``), tar shards as a folder, a file or a pattern (``TarImages``), or a
-            Hugging Face data set ``hf://OWNER/NAME`` (``HubImages``).
+        source: ``"digits"`` (embedded), a path or a Hugging Face data set; see docs/data.md.
         image_size: side of the returned images in pixels.
         skip_unreadable: skip images that cannot be read and report their number, instead of
             raising an error.
-        progress: show a progress bar during the check.
+        check: read all images now. Otherwise an unreadable image is an error when it is used.
+        earlier_classes: class names of an earlier run, whose order is kept if the class folders
+            are the same.
+        progress: print the number of images and classes, and show a progress bar for ``check``.
 
     Raises:
-        UserError: a missing or empty folder, a class without images, images outside the class
-            folders, or an unreadable image. The message names the file.
+        UserError: a missing or empty set, labels that are missing or wrong, or an unreadable image.
+            The message names the file.
     """
     if image_size < 1:
         raise UserError(f"image_size is {image_size}: it must be at least 1")
@@ -62,12 +80,73 @@ def open_images(
             "random order: encode it once with moh-dit encode and train from data.latents, or "
             "remove streaming=true"
         )
-    options = dict(skip_unreadable=skip_unreadable, progress=progress)
-    if is_hub_source(source):
-        return HubImages(str(source), image_size, **options)
-    if shards := tar_shards(source):
-        return TarImages(shards, image_size, **options)
-    return ImageFolder(Path(source), image_size, **options)
+    with user_errors("data "):
+        opened = open_set(
+            str(source),
+            Preprocess(image_size, crop=True),
+            check_headers=False,
+            earlier_classes=earlier_classes,
+        )
+    if opened.images is None:
+        raise UserError(f"data {source} holds statistics or features, but no images")
+    if opened.missing_labels is not None:
+        raise UserError(
+            f"data {source} {opened.missing_labels}: put the images of each class into a folder, "
+            "or choose another split"
+        )
+    images: ImageArrays | ImageFiles
+    if isinstance(opened.images, ArrayReader):
+        images = ImageArrays(opened, image_size)
+    else:
+        images = ImageFiles(opened, image_size)
+        if check or skip_unreadable:
+            _check_contents(images, skip_unreadable, progress)
+    if progress:
+        classes = summarize_classes(images.class_names)
+        unlabelled = " (no labels)" if opened.labels is None and not opened.class_names else ""
+        print(f"{source}: {len(images):,} images, {classes}{unlabelled}", file=sys.stderr)
+        for remark in opened.remarks():
+            print(remark, file=sys.stderr)
+    return images
+
+
+def _check_contents(images: ImageFiles, skip_unreadable: bool, progress: bool) -> None:
+    """Read all images, and raise ``UserError`` for unreadable ones or remove them from the set."""
+    reader = images.reader
+    with (
+        progress_bar(len(images), desc="checking images", unit="img", enabled=progress) as bar,
+        user_errors("data "),
+    ):
+        bad = reader.check_contents(bar.update)
+    if not bad:
+        return
+    if not skip_unreadable:
+        raise UserError(
+            f"data {images.source}: {reader.describe_bad(bad)}: repair or remove them, or set "
+            "skip_unreadable to skip such images"
+        )
+    print(f"{images.source}: {reader.describe_bad(bad)}; they are skipped", file=sys.stderr)
+    kept = np.setdiff1d(np.arange(len(images)), list(bad))
+    if not len(kept):
+        raise UserError(f"data {images.source}: none of the images can be read")
+    lost = np.setdiff1d(images.labels, images.labels[kept])
+    if len(lost):
+        raise UserError(
+            f"data {images.source}: no image of the class {images.class_names[lost[0]]} is readable"
+        )
+    reader.select(kept)
+
+
+def is_stream(source: str | Path) -> bool:
+    """Return whether ``source`` is a Hugging Face data set with ``streaming=true``."""
+    with user_errors("data "):
+        return is_hub_url(str(source)) and parse_hub_url(str(source)).streaming
+
+
+def conversion_report(conversions: Counter[str]) -> str:
+    """Return the conversions of decoded images as one line, empty without any."""
+    counted = [f"{count:,} × {kind}" for kind, count in sorted(conversions.items())]
+    return f"conversions: {', '.join(counted)}" if counted else ""
 
 
 def load_batch(images: ImageSet, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -96,14 +175,18 @@ def read_batches(
         num_workers=num_workers,
         collate_fn=_keep_numpy,
     )
+    conversions = getattr(images, "conversions", Counter())
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
-        yield batch
+        pixels, labels, counts = batch
+        if num_workers:  # Otherwise they have been counted in this process.
+            conversions.update(counts)
+        yield pixels, labels
 
 
 class _BatchReader(Dataset):
-    """Reads batches, and returns a ``UserError`` as a value.
+    """Reads batches with their conversions, and returns a ``UserError`` as a value.
 
     If a data-loader worker raised it, the user would see a traceback.
     """
@@ -111,9 +194,11 @@ class _BatchReader(Dataset):
     def __init__(self, images: ImageSet):
         self.images = images
 
-    def __getitem__(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | UserError:
+    def __getitem__(self, indices: Sequence[int]) -> tuple[Any, ...] | UserError:
+        conversions = getattr(self.images, "conversions", None) or Counter()
+        before = conversions.copy()
         try:
-            return load_batch(self.images, indices)
+            return *load_batch(self.images, indices), conversions - before
         except UserError as error:
             return error
 

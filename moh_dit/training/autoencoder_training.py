@@ -82,6 +82,7 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
         config.data,
         config.image_size,
         skip_unreadable=config.skip_unreadable,
+        check=True,
         progress=accelerator.is_main_process,
     )
     order = np.random.default_rng(config.seed).permutation(len(images))

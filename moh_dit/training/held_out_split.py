@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from fid_eval.sets.archives import TAR_ENDINGS
+
 from ..common.errors import UserError
-from ..data.image_folders import ImageFiles, sha256
+from ..data.image_sources import ImageFiles, sha256
 from ..data.images import ImageSet, index_batches
 from ..data.latents import LatentSet
 
 NAMES_IN_MESSAGE = 3
+SET_ENDINGS = (".zip", ".npz", ".npy", *TAR_ENDINGS)  # of files that hold images
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class HeldOutSplit:
 def splits_data(held_out: float | str | None) -> bool:
     """Return whether this ``evaluation.held_out`` takes images away from the training data."""
     if isinstance(held_out, str):
-        return Path(held_out).is_file() and not held_out.endswith(".tar")
+        return Path(held_out).is_file() and not held_out.lower().endswith(SET_ENDINGS)
     return held_out is not None
 
 

@@ -95,7 +95,7 @@ def config(vae, images, tmp_path):
     vae.save_pretrained(tmp_path / "vae")
     return EncodeConfig(
         output=str(tmp_path / "latents"),
-        data=str(images.root),
+        data=images.source,
         image_size=8,
         autoencoder=str(tmp_path / "vae"),
         batch_size=5,
@@ -252,7 +252,7 @@ def test_resume_refuses_changed_data(config, images, tmp_path, monkeypatch):
         patch.setattr(encoding, "write_latent_shard", stop)
         with pytest.raises(KeyboardInterrupt):
             encode_data(config)
-    extra = images.root / "a" / "extra.png"
+    extra = Path(images.source) / "a" / "extra.png"
     Image.new("RGB", (8, 8)).save(extra)
     config.resume = True
     try:

@@ -80,11 +80,11 @@ decode, read = encoded.decode, npz.NpzMember.read
 fault, *arguments = sys.argv[1:]
 
 def decode_in_worker(data, preprocess):
-    image = decode(data, preprocess)
+    image, conversions = decode(data, preprocess)
     if image[0, 0, 0] == 77:  # the bad set
         {"killed": lambda: os.kill(os.getpid(), 9), "hung": lambda: time.sleep(1000),
          "memory": lambda: [][0], "thread": int}[fault]()
-    return image
+    return image, conversions
 
 def read_in_thread(self, *span):
     if fault == "thread" and self.path.name == "bad.npz":

@@ -19,7 +19,7 @@ def test_hugging_face_data_sets_are_read_from_disk_and_by_url(images, labels, tm
         np.testing.assert_array_equal(opened.images.read(0, COUNT), images)
         np.testing.assert_array_equal(opened.images.labels, labels)
     assert saved.content_hash() == named.content_hash()
-    with pytest.raises(EvaluationError, match="no column 'photo' among"):
+    with pytest.raises(EvaluationError, match="no column 'photo' of images; it has picture"):
         open_set(f"hf://{tmp_path / 'hub'}?image=photo")
     with pytest.raises(EvaluationError, match=r"unknown option 'splitt'"):
         open_set(f"hf://{tmp_path / 'hub'}?splitt=train")

@@ -172,21 +172,9 @@ def dataset_json_nested_deeply(path):
 
 
 @kind("dataset.json has the label")
-def dataset_json_with_names(path):
-    labels = [[f"{i % 2}/{i}.png", "cat"] for i in range(COUNT)]
-    return folder_with_listing(path, json.dumps({"labels": labels}).encode())
-
-
-@kind("dataset.json has the label")
 def dataset_json_with_vectors(path):
     labels = [[f"{i % 2}/{i}.png", [0.5, 0.5]] for i in range(COUNT)]
     return folder_with_listing(path, json.dumps({"labels": labels}).encode())
-
-
-@kind("labels must be integers")
-def class_folder_beyond_int64(path):
-    (image_folder(path) / "0").rename(path / "99999999999999999999")
-    return path
 
 
 @kind("x.png: not a regular file")
