@@ -77,6 +77,8 @@ class ConvertConfig:
     """Licence of the weights for the model card, e.g. apache-2.0; by default that of the source."""
     local_files_only: bool = False
     """Use the local cache of the hub and download nothing."""
+    no_verify: bool = False
+    """Do not compare the files of the source with their checksums."""
 
     def check_paths(self) -> None:
         """Check the source, the output and the options of the output format.

@@ -19,7 +19,10 @@ def convert(config: ConvertConfig) -> None:
     """Describe the source, and write it in the format ``config.to`` if that is set."""
     config.check_paths()
     opened = open_checkpoint(
-        config.source, config.weights, local_files_only=config.local_files_only
+        config.source,
+        config.weights,
+        local_files_only=config.local_files_only,
+        verify=not config.no_verify,
     )
     given = {key: value for key, value in vars(config.model).items() if value is not None}
     opened = replace(opened, config=opened.resolve(**given))
@@ -37,7 +40,7 @@ def convert(config: ConvertConfig) -> None:
     size = sum(tensor.nbytes for tensor in opened.state.values())
     require_disk_space(output, size * 1.02, f"output {output}")
     print(f"writing {output} ({format_bytes(size)})", flush=True)
-    with atomic_output(output) as partial:
+    with atomic_output(output, manifest=config.to != "published") as partial:
         write(partial)
     print(f"wrote {output}")
 

@@ -1,7 +1,7 @@
 """Infer the configuration of a model from the names and shapes of its weights."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..common.errors import UserError
@@ -11,6 +11,8 @@ from ..model.transformer import MoHDiTTransformer2DModel
 from .weight_files import State
 
 POSITIONS, LABEL_TABLE = "pos_embed", "y_embedder.embedding_table.weight"
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def infer_config(state: State, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -112,15 +114,24 @@ def _describe_layer(rows: int, shared: int | None, routed: int) -> str:
 
 def state_difference(model: MoHDiTTransformer2DModel, state: State) -> str:
     """Describe how a state dict differs from the model's; return an empty text if it fits."""
-    expected = model.state_dict()
+    return shape_difference(shapes_of(model.state_dict()), shapes_of(state))
+
+
+def shapes_of(state: State) -> Shapes:
+    """Return the shape of each tensor, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def shape_difference(expected: Shapes, found: Shapes) -> str:
+    """Describe how names and shapes of tensors differ; return an empty text if they are equal."""
     shapes = [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & state.keys())
-        if state[key].shape != expected[key].shape
+        f"{key} is {found[key]}, expected {expected[key]}"
+        for key in sorted(expected.keys() & found.keys())
+        if found[key] != expected[key]
     ]
     parts = [
-        _first_items("missing", sorted(expected.keys() - state.keys())),
-        _first_items("unexpected", sorted(state.keys() - expected.keys())),
+        _first_items("missing", sorted(expected.keys() - found.keys())),
+        _first_items("unexpected", sorted(found.keys() - expected.keys())),
         _first_items("shapes", shapes),
     ]
     return "; ".join(filter(None, parts))

@@ -15,16 +15,17 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 from safetensors import SafetensorError
 
-from ..autoencoder import load_autoencoder, stored_class
+from ..autoencoder import autoencoder_identity, load_autoencoder, stored_class
 from ..common.errors import UserError
 from ..common.hub import local_path
+from ..common.manifest import verify_files
 from ..common.paths import is_weight_file
 from ..diffusion.process import make_scheduler
 from ..model.architecture import full_config
 from ..model.transformer import MoHDiTTransformer2DModel
 from ..pipeline.pipeline import MoHDiTPipeline
 from .infer_config import infer_config, state_difference
-from .runs import WEIGHTS, resolve_checkpoint
+from .runs import DATA_FILE, WEIGHTS, resolve_checkpoint
 from .state_dict_names import DIFFUSERS_CLASSES, from_diffusers, from_diffusers_config, is_diffusers
 from .weight_files import State, open_weights
 
@@ -47,6 +48,7 @@ class OpenedCheckpoint:
         state: the state dict, under this project's names.
         folder: the run or pipeline folder of the weights, which contains ``vae/`` and
             ``scheduler/``; ``None`` for weights on their own.
+        verify: whether files with a manifest are compared with it.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class OpenedCheckpoint:
     config: dict[str, Any] | None
     state: State
     folder: Path | None = None
+    verify: bool = True
 
     def resolve(self, **overrides: Any) -> dict[str, Any]:
         """Return the full configuration, after checking that the weights fit it.
@@ -100,14 +103,18 @@ class OpenedCheckpoint:
                 return json.loads((self.folder / "classes.json").read_text())
             except (OSError, ValueError) as error:
                 raise UserError(f"{self.folder} cannot be opened: {error}") from None
-        index = _read_json(self.folder / "model_index.json")
+        index = _read_json(self.folder / "model_index.json", self.verify)
         if labels := index.get("id2label"):  # a DiTPipeline of diffusers
             return [labels[str(i)] for i in range(len(labels))]
         return index.get("class_names")
 
 
 def open_checkpoint(
-    source: str | Path, weights: str = "transformer", *, local_files_only: bool = False
+    source: str | Path,
+    weights: str = "transformer",
+    *,
+    local_files_only: bool = False,
+    verify: bool = True,
 ) -> OpenedCheckpoint:
     """Open the weights at a path or hub id.
 
@@ -117,19 +124,20 @@ def open_checkpoint(
         weights: which weights of a checkpoint: ``"transformer"`` (the first average), ``"raw"``
             (not averaged), or the name of another average, such as ``"ema-0.999"``.
         local_files_only: use the local cache of the hub and download nothing.
+        verify: compare files that are listed in a manifest with it.
 
     Raises:
         UserError: the source is missing, damaged, of an unknown kind, or unsafe to open.
     """
     path = local_path(source, local_files_only)
     if path.is_file():
-        return _open_model(path, path.parent / "config.json", weights)
+        return _open_model(path, path.parent / "config.json", weights, verify)
     if (path / "model_index.json").is_file():
         folder = path / "transformer"
-        return _open_model(find_weights(folder), folder / "config.json", weights, path)
+        return _open_model(find_weights(folder), folder / "config.json", weights, verify, path)
     is_run = (path / "config.yaml").is_file() or path.resolve().parent.name == "checkpoints"
     if not is_run and any(is_weight_file(file.name) for file in path.iterdir()):
-        return _open_model(find_weights(path), path / "config.json", weights)
+        return _open_model(find_weights(path), path / "config.json", weights, verify)
     run, checkpoint = resolve_checkpoint(path)
     raw = weights == "raw"
     file = checkpoint / ("state/model.safetensors" if raw else f"{weights}/{WEIGHTS}")
@@ -138,7 +146,8 @@ def open_checkpoint(
         raise UserError(
             f"{checkpoint} has no weights named {weights!r}; choose one of {', '.join(kept)}, raw"
         )
-    return _open_model(file, checkpoint / "transformer" / "config.json", weights, run)
+    config_file = checkpoint / "transformer" / "config.json"
+    return _open_model(file, config_file, weights, verify, run)
 
 
 def find_weights(folder: Path) -> Path:
@@ -155,20 +164,20 @@ def find_weights(folder: Path) -> Path:
 
 
 def _open_model(
-    file: Path, config_file: Path, weights: str, folder: Path | None = None
+    file: Path, config_file: Path, weights: str, verify: bool, folder: Path | None = None
 ) -> OpenedCheckpoint:
-    state = open_weights(file, "raw" if weights == "raw" else "averaged")
-    config = _read_json(config_file) if config_file.is_file() else {}
+    state = open_weights(file, "raw" if weights == "raw" else "averaged", verify)
+    config = _read_json(config_file, verify) if config_file.is_file() else {}
     name = config.get("_class_name")
     try:
         if name in DIFFUSERS_CLASSES:
             config = from_diffusers_config(config)
             state = from_diffusers(state, config)
-            return OpenedCheckpoint(file, "diffusers", config, state, folder)
+            return OpenedCheckpoint(file, "diffusers", config, state, folder, verify)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     if name == MoHDiTTransformer2DModel.__name__:
-        return OpenedCheckpoint(file, "moh-dit", config, state, folder)
+        return OpenedCheckpoint(file, "moh-dit", config, state, folder, verify)
     if name is not None:
         raise UserError(f"{config_file} describes {name}, which is not a DiT or MoH-DiT")
     if is_diffusers(state):
@@ -176,10 +185,13 @@ def _open_model(
             f"{file} contains weights of diffusers' DiT, which need a config.json beside the file"
         )
     is_own = file.name.endswith((".safetensors", ".json"))
-    return OpenedCheckpoint(file, "moh-dit" if is_own else "published", None, state, folder)
+    format = "moh-dit" if is_own else "published"
+    return OpenedCheckpoint(file, format, None, state, folder, verify)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path, verify: bool) -> dict[str, Any]:
+    if verify:
+        verify_files(file)
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -195,12 +207,13 @@ def load_pretrained(
     weights: str = "transformer",
     dtype: torch.dtype | None = None,
     local_files_only: bool = False,
+    verify: bool = True,
     **overrides: Any,
 ) -> MoHDiTTransformer2DModel:
     """Load a (MoH-)DiT of this project, of diffusers, or from a published ``.pt`` file.
 
     Args:
-        source, weights, local_files_only: see :func:`open_checkpoint`.
+        source, weights, local_files_only, verify: see :func:`open_checkpoint`.
         dtype: convert the weights to this type; ``None`` keeps the stored type.
         overrides: arguments of the model, which replace stored or inferred ones; for example
             ``num_heads`` for weights that match no preset.
@@ -211,29 +224,33 @@ def load_pretrained(
     Raises:
         UserError: see :func:`open_checkpoint` and :meth:`OpenedCheckpoint.resolve`.
     """
-    opened = open_checkpoint(source, weights, local_files_only=local_files_only)
+    opened = open_checkpoint(source, weights, local_files_only=local_files_only, verify=verify)
     return opened.build(dtype, **overrides)
 
 
 def load_pipeline(
-    source: str | Path, weights: str = "transformer", autoencoder: str | None = None
+    source: str | Path,
+    weights: str = "transformer",
+    autoencoder: str | None = None,
+    *,
+    verify: bool = True,
 ) -> MoHDiTPipeline:
     """Load a pipeline for sampling, with float32 weights.
 
     Args:
-        source, weights: see :func:`open_checkpoint`.
+        source, weights, verify: see :func:`open_checkpoint`.
         autoencoder: a folder or hub id. It replaces the stored autoencoder, and is required for
             weights without one, which are sampled by the papers' noise process.
 
     Raises:
         UserError: a part is missing or unreadable, or the parts do not fit together.
     """
-    opened = open_checkpoint(source, weights)
+    opened = open_checkpoint(source, weights, verify=verify)
     try:
         transformer = opened.build(torch.float32)
         vae, scheduler = load_vae_and_scheduler(opened, dict(transformer.config), autoencoder)
         index = opened.folder / "model_index.json" if opened.folder else None
-        stored = _read_json(index) if index and index.is_file() else {}
+        stored = _read_json(index, verify) if index and index.is_file() else {}
         return MoHDiTPipeline(
             transformer,
             vae.float(),
@@ -265,42 +282,61 @@ def load_vae_and_scheduler(
     if autoencoder is not None:
         vae = load_autoencoder(autoencoder)
     elif folder is not None and (folder / "vae").is_dir():
-        vae = _load_stored_vae(folder / "vae")
+        vae = _load_stored_vae(folder, opened.verify)
     else:
         raise UserError(
             f"{opened.path} has no autoencoder; give the one that the model was trained with, for "
             "published models --autoencoder stabilityai/sd-vae-ft-ema"
         )
     if folder is not None:
-        return vae, _load_scheduler(folder / "scheduler")
+        return vae, _load_scheduler(folder / "scheduler", opened.verify)
     return vae, make_scheduler(config["out_channels"] == 2 * config["in_channels"])
 
 
-def _load_stored_vae(folder: Path) -> ModelMixin:
+def _load_stored_vae(owner: Path, verify: bool) -> ModelMixin:
+    """Load the autoencoder of a run or pipeline folder."""
+    folder = owner / "vae"
     try:
-        tensors = open_weights(find_weights(folder)).values()
+        tensors = open_weights(find_weights(folder), verify=verify).values()
         dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
         dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+        if verify:
+            verify_files(folder / "config.json")
         kind = stored_class(folder, str(folder))
-        return kind.from_pretrained(folder, local_files_only=True, dtype=dtype)
+        vae = kind.from_pretrained(folder, local_files_only=True, dtype=dtype)
+        if verify and (owner / DATA_FILE).is_file():
+            check_autoencoder(vae, owner)
+        return vae
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be opened: {' '.join(str(error).split())}") from None
 
 
-def _load_scheduler(folder: Path) -> SchedulerMixin:
-    name = _read_json(folder / "scheduler_config.json").get("_class_name")
+def check_autoencoder(vae: ModelMixin, run: Path) -> None:
+    """Raise ``UserError`` if the weights of ``vae`` are not those that ``data.json`` identifies."""
+    identity = _read_json(run / DATA_FILE, verify=False).get("autoencoder")
+    if identity is not None and identity != autoencoder_identity(vae):
+        raise UserError(
+            f"{run / 'vae'} is damaged: its weights do not have the hash in {run / DATA_FILE}. "
+            "Resume the run to write it again, or give --no_verify"
+        )
+
+
+def _load_scheduler(folder: Path, verify: bool) -> SchedulerMixin:
+    name = _read_json(folder / "scheduler_config.json", verify).get("_class_name")
     if not isinstance(name, str) or not hasattr(diffusers, name):
         raise UserError(f"{folder} names the class {name}, which is not a scheduler of diffusers")
     return getattr(diffusers, name).from_pretrained(folder)
 
 
 def load_weights(model: MoHDiTTransformer2DModel, file: Path) -> None:
-    """Load a weight file into a model.
+    """Load a weight file into a model, without comparing the file with a manifest.
 
     Raises:
         UserError: the file is missing or damaged, or keys or shapes differ, which are named.
     """
-    state = open_weights(file)
+    state = open_weights(file, verify=False)
     if difference := state_difference(model, state):
         raise UserError(f"{file} does not match the model: {difference}")
     model.load_state_dict(state)

@@ -20,6 +20,7 @@ from pathlib import Path
 from ..common.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+DATA_FILE = "data.json"
 
 
 def checkpoint_name(step: int) -> str:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..common.errors import UserError
+from ..common.manifest import verify_files
 from ..common.paths import PICKLES
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -31,13 +32,14 @@ WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compil
 State = dict[str, Tensor]
 
 
-def open_weights(file: Path, entry: str = "averaged") -> State:
+def open_weights(file: Path, entry: str = "averaged", verify: bool = True) -> State:
     """Return the state dict in a weight file, as memory-mapped CPU tensors.
 
     Args:
         file: a ``.safetensors`` file, the ``.index.json`` of a sharded one, or a file of
             ``torch.save``.
         entry: which weights to take from a file that contains both, ``"averaged"`` or ``"raw"``.
+        verify: compare the file with its manifest, if it has one.
 
     Raises:
         UserError: the file is missing, damaged or not a weight file, or a pickle in it would run
@@ -45,8 +47,10 @@ def open_weights(file: Path, entry: str = "averaged") -> State:
     """
     if not file.is_file():
         raise UserError(f"weights {file} do not exist")
+    if verify:
+        verify_files(file)
     if file.name.endswith(".index.json"):
-        state = _open_shards(file, entry)
+        state = _open_shards(file, entry, verify)
     elif file.suffix == ".safetensors":
         state = _open_safetensors(file)
     elif file.suffix in PICKLES:
@@ -62,13 +66,13 @@ def open_weights(file: Path, entry: str = "averaged") -> State:
     return state
 
 
-def _open_shards(index: Path, entry: str) -> State:
+def _open_shards(index: Path, entry: str, verify: bool) -> State:
     try:
         shards = json.loads(index.read_text())["weight_map"]
         files = {name: index.parent / Path(name).name for name in sorted(set(shards.values()))}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is not the index of a sharded weight file") from None
-    opened = {name: open_weights(file, entry) for name, file in files.items()}
+    opened = {name: open_weights(file, entry, verify) for name, file in files.items()}
     if missing := [key for key, name in shards.items() if key not in opened[name]]:
         file = shards[missing[0]]
         raise UserError(f"{index} expects {missing[0]} in {file}, which does not contain it")

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from fid_eval.atomic_write import atomic_path, remove, remove_leftovers, sync, temporary_path
 
 from .errors import UserError
+from .manifest import write_manifest
 
 
 def atomic_write(path: Path, content: bytes | memoryview) -> None:
@@ -20,7 +21,7 @@ def atomic_write(path: Path, content: bytes | memoryview) -> None:
 
 
 @contextmanager
-def atomic_output(output: Path, advice: str = "") -> Iterator[Path]:
+def atomic_output(output: Path, advice: str = "", *, manifest: bool = False) -> Iterator[Path]:
     """Yield a temporary path for a file or folder, and rename it to ``output`` at the end.
 
     A failure inside the block leaves neither the temporary path nor new parent folders.
@@ -28,6 +29,7 @@ def atomic_output(output: Path, advice: str = "") -> Iterator[Path]:
     Args:
         output: file or folder to write; must not exist.
         advice: end of the error message.
+        manifest: add the checksums of all files to the folder.
 
     Raises:
         UserError: ``output`` exists at the end, or there is no space or no permission to write.
@@ -38,6 +40,8 @@ def atomic_output(output: Path, advice: str = "") -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output.parent)
         yield temporary
+        if manifest:
+            write_manifest(temporary)
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         publish(temporary, output)

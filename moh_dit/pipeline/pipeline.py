@@ -18,6 +18,7 @@ from ..autoencoder import decode_latents, latent_layout
 from ..common.compat import UploadHook, execution_device, reset_cache
 from ..common.errors import UserError
 from ..common.hub import snapshot
+from ..common.manifest import write_manifest
 from ..diffusion.noise import ImageNoise
 from ..diffusion.process import LearnedVarianceDDPMScheduler
 from ..diffusion.samplers import check_scheduler, check_steps, prepare_scheduler
@@ -93,7 +94,7 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, with_code: bool = False, **options: Any
     ) -> None:
-        """Save the pipeline and a model card.
+        """Save the pipeline, a model card, and a manifest with the checksums of all files.
 
         The folder gets the card of the folder that the pipeline was loaded from, or a new one.
 
@@ -104,6 +105,7 @@ class MoHDiTPipeline(UploadHook, DiffusionPipeline):
         """
         super().save_pretrained(save_directory, *args, **options)
         self._write_card_and_code(Path(save_directory), with_code or is_bundled())
+        write_manifest(Path(save_directory))
 
     def before_upload(self, folder: Path) -> None:
         """Add the code before uploading to the hub: users there may not have this package."""

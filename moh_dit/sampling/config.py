@@ -50,6 +50,8 @@ class ModelSettings:
     Hub id of any of these (docs/checkpoints.md)."""
     weights: str = "transformer"
     """Weights to use: transformer (the first average), raw, or a folder such as ema-0.999."""
+    no_verify: bool = False
+    """Do not compare the files with their checksums."""
     batch_size: int = 64
     """Images per batch and process. The CPU rounds it up to whole units (docs/sampling.md)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

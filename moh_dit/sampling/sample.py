@@ -125,7 +125,7 @@ def load_for_sampling(
         raise UserError(f"compile needs a GPU, but the device is {device.type}; leave out compile")
     if config.cuda_graphs is True and (obstacle := device_obstacle(device)):
         raise UserError(f"cuda_graphs is true, but {obstacle}; set it to auto or false")
-    pipeline = load_pipeline(checkpoint, weights, config.autoencoder)
+    pipeline = load_pipeline(checkpoint, weights, config.autoencoder, verify=not config.no_verify)
     dtypes = {pipeline.transformer: config.dtype, pipeline.vae: config.decode_dtype}
     for module, dtype in dtypes.items():
         if dtype != "float32":

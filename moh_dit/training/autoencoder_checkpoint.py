@@ -27,6 +27,7 @@ from ..common.atomic_write import atomic_output, remove
 from ..common.cli import load_config, save_config
 from ..common.distributed import run_on_main_process
 from ..common.errors import UserError
+from ..common.manifest import MANIFEST, find_damage
 from ..data.images import ImageSet
 from .autoencoder_config import AutoencoderTrainingConfig
 from .config import flatten
@@ -73,7 +74,7 @@ class AutoencoderCheckpoint:
             for name, value in values.items()
         }
         advice = "; free some space, then continue with --resume"
-        with atomic_output(final, advice) as folder:
+        with atomic_output(final, advice, manifest=True) as folder:
             folder.mkdir()
             save_file(weights, folder / "model.safetensors")
             save_file(moments, folder / "optimizer.safetensors")
@@ -93,6 +94,8 @@ class AutoencoderCheckpoint:
             return 0
         checkpoint = checkpoints[-1]
         try:
+            if (checkpoint / MANIFEST).is_file() and (damage := find_damage(checkpoint)):
+                raise ValueError(damage)
             identity = json.loads((checkpoint / "state.json").read_text())
             weights = load_file(checkpoint / "model.safetensors")
             moments = load_file(checkpoint / "optimizer.safetensors")

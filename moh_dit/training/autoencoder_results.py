@@ -88,7 +88,7 @@ def write_results(
     output = Path(config.output)
     if output.exists():  # created during training; keep the result under another name
         output = output.with_name(f"{output.name}-{os.getpid()}")
-    with atomic_output(output) as aside:
+    with atomic_output(output, manifest=True) as aside:
         vae.save_pretrained(aside, safe_serialization=True)
         save_config(replace(config, resume=False), aside / "training.yaml")
         (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

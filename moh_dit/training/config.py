@@ -196,6 +196,8 @@ class TrainConfig:
     """Folder of this run. It must not exist, unless --resume is given."""
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint, or start it if there is none."""
+    no_verify: bool = False
+    """Do not compare checkpoints, and the weights of init_from, with their checksums."""
     seed: int = 0
     """Seed of the initial weights, data order, noise, timesteps and label dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -282,6 +284,8 @@ class PosthocConfig:
     output: str | None = None
     """Folder for the averaged model, readable by from_pretrained and init_from (default: into the
     checkpoint of that step, to be sampled with --weights ema-posthoc-STD)."""
+    no_verify: bool = False
+    """Do not compare the snapshots with their checksums."""
 
     def check_paths(self) -> None:
         """Raise ``UserError`` if the run does not exist, or the output does."""

@@ -24,6 +24,7 @@ from fid_eval.progress import progress_bar
 from ..checkpoints.runs import WEIGHTS, checkpoint_name, checkpoint_step
 from ..common.atomic_write import atomic_output
 from ..common.errors import UserError
+from ..common.manifest import verify_folder
 from ..model.transformer import MoHDiTTransformer2DModel
 from .config import PosthocConfig
 from .ema import power_gamma
@@ -127,6 +128,9 @@ def reconstruct(config: PosthocConfig) -> None:
     if output.exists():
         raise UserError(f"{output} exists; remove it, or choose another --output")
 
+    if not config.no_verify:
+        for folder in sorted((run / "snapshots").glob("step-*")):
+            verify_folder(folder)
     # Later snapshots are included: they contain the earlier steps as well.
     coefficients, error = fit_coefficients(list(snapshots), Profile(step, config.std))
     weights = combine_weights(list(snapshots.values()), coefficients.tolist())
@@ -136,7 +140,7 @@ def reconstruct(config: PosthocConfig) -> None:
     model_config = MoHDiTTransformer2DModel.load_config(first.parent)
     with torch.device("meta"):
         model = MoHDiTTransformer2DModel.from_config(model_config)
-    with atomic_output(output) as partial:
+    with atomic_output(output, manifest=True) as partial:
         model.save_config(partial)
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
     print(

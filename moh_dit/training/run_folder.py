@@ -8,11 +8,15 @@ from typing import Any
 from accelerate import Accelerator
 from diffusers import SchedulerMixin
 
+from ..autoencoder import autoencoder_identity, load_autoencoder
+from ..checkpoints.runs import DATA_FILE
 from ..common.atomic_write import atomic_write
 from ..common.cli import load_config, save_config
 from ..common.errors import UserError
+from ..common.manifest import MANIFEST, find_damage
 from ..common.paths import choose_autoencoder
 from ..data.latents import open_latents
+from .checkpoint_checks import move_aside
 from .config import TrainConfig, flatten
 from .run_log import environment
 from .training_data import TrainingData
@@ -20,15 +24,14 @@ from .training_state import remove_unfinished, write_in_run
 
 # Settings that may change when a run is resumed. All others define what the run computes.
 CHANGEABLE_ON_RESUME = (
-    "run_dir", "resume", "num_steps", "log_every", "checkpoint_every", "keep_checkpoints",
-    "trackers", "compile", "gradient_checkpointing", "gradient_accumulation_steps", "evaluation",
-    "on_nonfinite", "deterministic", "allow_tf32", "peak_tflops", "ema_snapshot_every",
-    "data.num_workers",
+    "run_dir", "resume", "no_verify", "num_steps", "log_every", "checkpoint_every",
+    "keep_checkpoints", "trackers", "compile", "gradient_checkpointing",
+    "gradient_accumulation_steps", "evaluation", "on_nonfinite", "deterministic", "allow_tf32",
+    "peak_tflops", "ema_snapshot_every", "data.num_workers",
 )  # fmt: skip
 # data.json identifies the data by content, so these paths may change.
 DATA_PATHS = ("data.source", "data.latents", "data.autoencoder")
 CONFIG_FILE = "config.yaml"
-DATA_FILE = "data.json"
 
 
 def resolve_autoencoder(config: TrainConfig) -> TrainConfig:
@@ -131,9 +134,31 @@ def prepare_run_folder(
     with (run / "environment.jsonl").open("a") as file:  # one line per start
         file.write(json.dumps({"start_step": start_step, **environment()}) + "\n")
     for name, part in (("vae", data.vae), ("scheduler", scheduler)):
+        if (run / name).exists() and not config.no_verify:
+            move_aside_if_damaged(run / name, data.identity["autoencoder"])
         if not (run / name).exists():
             with write_in_run(run / name, run) as partial:
                 part.save_pretrained(partial)
+
+
+def move_aside_if_damaged(folder: Path, autoencoder: str) -> None:
+    """Rename the folder ``vae`` or ``scheduler`` of a run if it is damaged.
+
+    Args:
+        folder: the folder to check.
+        autoencoder: the hash of the run's autoencoder, see ``autoencoder_identity``.
+    """
+    damage = find_damage(folder) if (folder / MANIFEST).is_file() else None
+    if damage is None and folder.name == "vae":
+        try:
+            identity = autoencoder_identity(load_autoencoder(folder))
+        except UserError as error:
+            damage = str(error)
+        else:
+            if identity != autoencoder:
+                damage = f"the weights in {folder} do not have the hash in {DATA_FILE}"
+    if damage is not None:
+        print(f"{damage}; moved it to {move_aside(folder).name}, writing it again")
 
 
 def init_trackers(accelerator: Accelerator, config: TrainConfig) -> None:

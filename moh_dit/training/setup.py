@@ -135,7 +135,7 @@ def create_model(
     if checkpoint is not None:
         initial = MoHDiTTransformer2DModel.load_config(checkpoint / "transformer")
     elif config.init_from is not None:
-        opened = open_checkpoint(config.init_from)
+        opened = open_checkpoint(config.init_from, verify=not config.no_verify)
         initial = config_of_weights(opened)
     arguments = config.model.resolve(
         initial=initial,

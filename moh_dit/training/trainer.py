@@ -16,6 +16,7 @@ from ..common.errors import UserError
 from ..model.flops import peak_flops
 from ..model.transformer import MoHDiTTransformer2DModel
 from ..pipeline.pipeline import MoHDiTPipeline
+from .checkpoint_checks import newest_intact_checkpoint
 from .config import TrainConfig
 from .config_checks import check_run_dir
 from .ema import Ema, PowerEma, WeightAverage
@@ -45,7 +46,7 @@ from .sharding import free_gathered_weights, shard_model
 from .start_up import StartUp
 from .step_inputs import BatchPartition, StepRandomNumbers
 from .training_data import TrainingData
-from .training_state import TrainingState, newest_intact_checkpoint
+from .training_state import TrainingState
 from .training_step import LOSS_TERMS, TrainingStep
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -22,18 +21,17 @@ from ..common.atomic_write import atomic_output
 from ..common.disk_space import require_disk_space
 from ..common.errors import UserError
 from ..model.transformer import MoHDiTTransformer2DModel
-from .config import TrainConfig
-from .ema import PowerEma, WeightAverage, ema_name, power_name
+from .checkpoint_checks import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    SCALER_FILE,
+    average_folders,
+    find_misfit,
+)
+from .ema import PowerEma, WeightAverage
 from .sharding import gather_state, restore_state
 
-SCALER_FILE = Path("state/scaler.json")  # in checkpoints of fp16 runs
-
 WeightAverages = list[WeightAverage[MoHDiTTransformer2DModel]]
-
-
-def average_folder(index: int, name: str) -> str:
-    """Return the folder of an average in a checkpoint; sampling uses the first by default."""
-    return "transformer" if index == 0 else name
 
 
 @dataclass
@@ -58,9 +56,9 @@ class TrainingState:
         # Only rank 0 checks: other ranks may already see the folder it has just created.
         if self.accelerator.is_main_process and not final.exists():
             with write_in_run(final, run) as partial:
-                self._write_state(partial / "state", weights, moments)
-                for index, average in enumerate(self.averages):
-                    _write_average(average, partial / average_folder(index, average.name))
+                self._write_state(partial, weights, moments)
+                for average, folder in zip(self.averages, self._folders(), strict=True):
+                    _write_average(average, partial / folder)
             for old in list_checkpoints(run)[:-keep] if keep else []:
                 # Rename first: if this process is killed, every folder step-* is still complete.
                 shutil.rmtree(old.rename(old.with_name(f".deleting-{old.name}")))
@@ -101,84 +99,38 @@ class TrainingState:
         """Load weights, optimizer and averages; return the step of the checkpoint.
 
         Raises:
-            UserError: a file is missing or does not match the model.
+            UserError: a file is missing or does not match the model; nothing is changed then.
         """
-        folder = checkpoint / "state"
-        for index, average in enumerate(self.averages):
-            file = checkpoint / average_folder(index, average.name) / WEIGHTS
-            load_weights(average.model, file)
+        names = [average.name for average in self.averages]
+        if misfit := find_misfit(checkpoint, self.model, names):
+            raise UserError(misfit)
+        for average, folder in zip(self.averages, self._folders(), strict=True):
+            load_weights(average.model, checkpoint / folder / WEIGHTS)
             average.shard(self.model)
-        weights = open_weights(folder / "model.safetensors")
-        moments = open_weights(folder / "optimizer.safetensors")
+        weights = open_weights(checkpoint / MODEL_FILE, verify=False)
+        moments = open_weights(checkpoint / OPTIMIZER_FILE, verify=False)
         restore_state(list(self.model.named_parameters()), self.optimizer, weights, moments)
         if self.accelerator.scaler is not None:
             scaler_state = json.loads((checkpoint / SCALER_FILE).read_text())
             self.accelerator.scaler.load_state_dict(scaler_state)
         return checkpoint_step(checkpoint)
 
+    def _folders(self) -> list[str]:
+        return average_folders([average.name for average in self.averages])
+
     def _write_state(
-        self, folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]
+        self, checkpoint: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]
     ) -> None:
-        folder.mkdir()
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        save_file(moments, folder / "optimizer.safetensors")
+        (checkpoint / "state").mkdir()
+        save_file(weights, checkpoint / MODEL_FILE, metadata={"format": "pt"})
+        save_file(moments, checkpoint / OPTIMIZER_FILE)
         if self.accelerator.scaler is not None:
-            (folder / SCALER_FILE.name).write_text(json.dumps(self.accelerator.scaler.state_dict()))
+            (checkpoint / SCALER_FILE).write_text(json.dumps(self.accelerator.scaler.state_dict()))
 
 
 def _write_average(average: WeightAverage[MoHDiTTransformer2DModel], folder: Path) -> None:
     average.model.save_config(folder)
     save_file(average.model.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def newest_intact_checkpoint(run: Path, config: TrainConfig) -> Path | None:
-    """Return the newest intact checkpoint, or ``None`` if the run has no checkpoints.
-
-    Newer checkpoints that are damaged are renamed and reported.
-
-    Raises:
-        UserError: all checkpoints are damaged; they are left unchanged.
-    """
-    faults: dict[Path, str] = {}
-    checkpoints = list_checkpoints(run)
-    for checkpoint in reversed(checkpoints):
-        if (fault := _find_damage(checkpoint, config)) is None:
-            break
-        faults[checkpoint] = fault
-    else:
-        if faults:
-            raise UserError(
-                f"all {len(faults)} checkpoints of {run} are damaged: "
-                f"{'; '.join(faults.values())}. Restore the files, or choose a new --run_dir"
-            )
-        return None
-    for damaged, fault in faults.items():
-        renamed = damaged.with_name(f"damaged-{damaged.name}")
-        while renamed.exists():  # from an earlier resume
-            renamed = renamed.with_name(f"damaged-{renamed.name}")
-        damaged.rename(renamed)
-        tqdm.write(f"{fault}; renamed the checkpoint to {renamed}", file=sys.stderr)
-    return checkpoint
-
-
-def _find_damage(checkpoint: Path, config: TrainConfig) -> str | None:
-    """Describe the first damaged file of a checkpoint; ``None`` if all are intact."""
-    averages = [*map(ema_name, config.ema_decays), *map(power_name, config.ema_power_stds)]
-    folders = [average_folder(index, name) for index, name in enumerate(averages)]
-    files = ["transformer/config.json", "state/model.safetensors", "state/optimizer.safetensors"]
-    files += [f"{folder}/{WEIGHTS}" for folder in folders]
-    if config.mixed_precision == "fp16":
-        files.append(str(SCALER_FILE))
-    for file in [checkpoint / name for name in files]:
-        try:
-            if file.suffix == ".json":
-                json.loads(file.read_text())
-            else:
-                with safe_open(file, framework="pt"):  # opening compares header and file length
-                    pass
-        except (OSError, ValueError, SafetensorError) as error:
-            return f"{file} is damaged ({error})"
-    return None
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -197,6 +149,6 @@ def write_in_run(final: Path, run: Path) -> Iterator[Path]:
     remove_unfinished(final.parent)
     last = list_checkpoints(run)
     advice = f"; free some space, then resume from {last[-1] if last else 'the start'}"
-    with atomic_output(final, advice) as partial:
+    with atomic_output(final, advice, manifest=True) as partial:
         partial.mkdir()
         yield partial

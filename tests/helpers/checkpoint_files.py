@@ -69,3 +69,23 @@ def flip(file):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
+
+
+def zero_half(file):
+    data = file.read_bytes()
+    half = len(data) // 2
+    file.write_bytes(data[:half] + bytes(len(data) - half))
+
+
+def rename(file):
+    file.rename(file.with_name(f"old-{file.name}"))
+
+
+# What can happen to a file without a word from the operating system, by name.
+DAMAGES = {
+    "flipped": flip,
+    "zeroed": zero_half,
+    "truncated": truncate,
+    "missing": lambda file: file.unlink(),
+    "renamed": rename,
+}
