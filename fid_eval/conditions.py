@@ -104,7 +104,7 @@ def convention_warnings(
 
 
 def identity_warnings(
-    reference: ImageSet, samples: ImageSet, precision: str, published: bool
+    reference: ImageSet, samples: ImageSet, precision: str, extractors: dict[str, bool]
 ) -> list[str]:
     """Return warnings about features of unknown origin or precision, and about swapped sets.
 
@@ -112,16 +112,32 @@ def identity_warnings(
         reference: the reference.
         samples: the sample set.
         precision: precision of the network in this run.
-        published: whether the extractor is the published Inception, as of ADM's files.
+        extractors: the extractors of this run, and whether each is the published Inception.
     """
     warnings = []
     for opened in (reference, samples):
         stored = bool(opened.features) or bool(opened.statistics)
-        is_adm = opened.kind == "npz" and published
-        if stored and not is_adm and "extractor" not in opened.metadata:
+        is_named = "extractor_name" in opened.metadata or opened.kind == "npz"  # ADM's: Inception
+        is_known = "extractor" in opened.metadata or (is_named and extractors.get("inception"))
+        if stored and not is_known:
             warnings.append(
                 f"{opened.name} does not name the extractor of its features, so it was not checked"
             )
+        if (
+            opened.kind == "npz"
+            and not opened.metadata
+            and {"mu"} == opened.statistics.keys() - {"sigma"}
+        ):
+            warnings.append(
+                f"{opened.name} does not tell how its images were resized; TensorFlow's bilinear "
+                "interpolation is assumed, as in ADM and EDM. pytorch-fid and clean-fid differ"
+            )
+        for name, how in opened.metadata.get("resizing", {}).items():
+            if name in extractors:
+                warnings.append(
+                    f"{opened.name}: {opened.metadata['made_by']} resizes images with {how} for "
+                    f"{name}, unlike this run"
+                )
         made = opened.metadata.get("network_precision", precision)
         if stored and made != precision:
             warnings.append(

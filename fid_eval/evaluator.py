@@ -43,6 +43,8 @@ class Evaluator:
         reference_kind: compute the Fréchet distance from stored "statistics" or from "images" of
             the reference; "auto" prefers statistics.
         divisors: of FDr6: "imagenet256", or a results file of a held-out set; None for no mean.
+        reference_extractor: name of the extractor of a reference file of another program that does
+            not tell it.
         resize: resize images to this number of pixels, square; None keeps them.
         crop: crop the centre when resizing, instead of stretching.
         runtime: how the network runs; the arguments of ``Runtime``: device, batch_size, workers,
@@ -64,6 +66,7 @@ class Evaluator:
         bootstrap: int = 0,
         reference_kind: ReferenceKind = "auto",
         divisors: str | Path | None = None,
+        reference_extractor: str | None = None,
         resize: int | None = None,
         crop: bool = False,
         **runtime: Any,
@@ -82,7 +85,7 @@ class Evaluator:
         self.hashes: dict[Any, Any] = hashes if isinstance(hashes, dict) else {name: hashes}
         self.default = wrap_extractor(extractor) if name is None else self._get_extractor(name)
         self.extractors: dict[str, Extractor] = {self.default.name: self.default}
-        self.reference = open_reference(reference, self.preprocess)
+        self.reference = open_reference(reference, self.preprocess, reference_extractor)
         self.divisors = load_divisors(divisors) if divisors is not None else None
         if self.divisors is not None and set(PARTS) <= set(self.names):
             self.divisors.check(*self._fdr6_keys())
@@ -314,7 +317,10 @@ class Evaluator:
                 names, result.samples, result.reference
             )
         result.warnings += conditions.identity_warnings(
-            self.reference, opened, self.runtime.precision, published
+            self.reference,
+            opened,
+            self.runtime.precision,
+            {name: self.extractors[name].label is None for name in result.extractors},
         )
         return result
 

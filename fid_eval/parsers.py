@@ -145,6 +145,8 @@ def evaluation_parser(prog: str) -> Parser:
     add("--reference_kind", choices=get_args(ReferenceKind), default="auto",
         help="what gives the Fréchet distance: statistics or images of the reference "
         "(default: auto, statistics if the reference has them)")
+    add("--reference_extractor", choices=EXTRACTOR_NAMES, metavar="NAME",
+        help="extractor of a reference file of another program that does not tell it")
     add("--divisors", metavar="imagenet256|FILE.json",
         help="of fdr6: the published ones, or the results of a held-out set (default: no mean)")
     _add_runtime_options(parser)

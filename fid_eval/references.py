@@ -13,6 +13,7 @@ from .atomic_write import atomic_path
 from .distributed import gather_on_rank0, run_on_rank0
 from .errors import EvaluationError
 from .features import Features, Runtime, extract
+from .foreign_references import open_foreign
 from .networks.extractors import Extractor
 from .saved_references import REFERENCE_SUFFIX, check_reference_exists, saved_references
 from .sets.decoding import AS_IS, Preprocess
@@ -22,14 +23,26 @@ from .sets.opening import open_set
 from .version import __version__
 
 
-def open_reference(source: Any, preprocess: Preprocess) -> ImageSet:
-    """Open a reference: any source that ``open_set`` accepts, or the name of a saved reference."""
+def open_reference(source: Any, preprocess: Preprocess, extractor: str | None = None) -> ImageSet:
+    """Open a reference.
+
+    Args:
+        source: any source that ``open_set`` accepts, the name of a saved reference, or a file of
+            another program (``foreign_references``).
+        preprocess: resizing and cropping of the images.
+        extractor: name of the extractor of another program's file that does not tell it.
+    """
+    path = Path(source).expanduser() if isinstance(source, str | Path) else None
+    if path is not None and path.is_file():
+        foreign = open_foreign(path, str(source), extractor)
+        if foreign is not None:
+            return foreign
     if isinstance(source, str) and not Path(source).expanduser().exists():
         check_reference_exists(source)
-        if path := saved_references().get(source):
-            return open_set(str(path), AS_IS, source)
+        if saved := saved_references().get(source):
+            return open_set(str(saved), AS_IS, source)
     opened = open_set(source, preprocess, None if isinstance(source, str | Path) else "reference")
-    if opened.metadata:  # The images of a fid-eval reference are already preprocessed.
+    if "resize" in opened.metadata:  # The images of a fid-eval reference are already preprocessed.
         return open_set(source, AS_IS)
     return opened
 
@@ -44,8 +57,8 @@ def check_reference(
     for opened in (reference, samples):
         check_identity(opened, extractor)
         check_image_size(opened, extractor)
-    stored = reference.metadata.get("resize", "none")
-    if reference.metadata and str(preprocess) not in ("none", stored):
+    stored = reference.metadata.get("resize")
+    if stored is not None and str(preprocess) not in ("none", stored):
         raise EvaluationError(
             f"{reference.name}: made with resize {stored!r}, but this run has "
             f"{str(preprocess)!r}; use the same --resize, or make the reference again"
@@ -64,7 +77,12 @@ def check_identity(opened: ImageSet, extractor: Extractor) -> None:
     """Raise unless stored features or statistics come from ``extractor``."""
     if not (opened.statistics or opened.features):
         return
-    stored = opened.metadata.get("extractor")
+    stored, known = opened.metadata.get("extractor"), opened.metadata.get("extractor_name")
+    if stored is None and known not in (None, extractor.name):
+        raise EvaluationError(
+            f"{opened.name}: holds features of {known}, but the extractor is {extractor.name}; use "
+            f"--extractor {known}"
+        )
     # ADM's files hold Inception features and do not say so.
     if stored is None and opened.kind == "npz" and extractor.name != "inception":
         raise EvaluationError(

@@ -62,7 +62,8 @@ class ImageSet:
         other extractors use their images.
         """
         if name in self.others:
-            metadata = {**self.metadata, "extractor": self.metadata["others"][name]}
+            stored = {"extractor": self.metadata["others"][name], "extractor_name": name}
+            metadata = {**self.metadata, **stored}
             return replace(self, statistics=self.others[name], metadata=metadata)
         is_adm = self.kind == "npz" and "extractor" not in self.metadata
         if is_adm and self.images is not None and name != "inception":

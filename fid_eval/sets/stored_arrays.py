@@ -118,12 +118,12 @@ def open_safetensors(path: Path, name: str) -> ImageSet:
             "statistics mu, sigma"
         )
     if opened.features:
-        _check_features(opened.features, name)
+        check_features(opened.features, name)
     opened.metadata = _metadata(metadata.get("fid_eval", "{}"), name)
     return opened
 
 
-def _check_features(features: dict[str, Tensor], name: str) -> None:
+def check_features(features: dict[str, Tensor], name: str) -> None:
     """Raise unless ``pool`` exists and all features have the right type, shape and values."""
     if "pool" not in features:
         raise EvaluationError(f"{name}: holds {sorted(features)} without pool (N, d)")
