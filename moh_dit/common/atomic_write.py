@@ -42,8 +42,7 @@ def atomic_output(output: Path, advice: str = "", *, manifest: bool = False) -> 
         yield temporary
         if manifest:
             write_manifest(temporary)
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
+        sync_tree(temporary)
         publish(temporary, output)
         sync(output.parent)
     except (OSError, SafetensorError) as error:
@@ -55,23 +54,30 @@ def atomic_output(output: Path, advice: str = "", *, manifest: bool = False) -> 
                 remove(made)
 
 
+def sync_tree(path: Path) -> None:
+    """Wait until a file, or a folder with its whole content, is on disk."""
+    for each in [*path.rglob("*"), path]:
+        sync(each)
+
+
 def publish(temporary: Path, output: Path) -> None:
     """Rename a file or folder to ``output``, and overwrite nothing.
 
     Raises:
         FileExistsError: another process has created ``output``.
-        OSError: ``output`` is a folder with content, or the rename failed.
+        OSError: the rename failed.
     """
-    if temporary.is_dir():
-        temporary.rename(output)  # fails if a folder with content exists
-        return
+    exists = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(output))
+    if temporary.is_file():
+        with suppress(OSError):  # a file system without hard links
+            os.link(temporary, output)  # unlike a rename, fails if the file exists
+            temporary.unlink()
+            return
+    if output.exists():
+        raise exists
     try:
-        os.link(temporary, output)  # unlike a rename, fails if the file exists
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        if output.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(output)) from None
         temporary.rename(output)
-    else:
-        temporary.unlink()
+    except OSError:
+        if output.is_dir():  # created after the check above
+            raise exists from None
+        raise

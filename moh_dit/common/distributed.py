@@ -1,12 +1,16 @@
-"""Run a function on rank 0 and broadcast the result or the exception."""
+"""Run a function on rank 0 for all ranks, and own an output folder for a launch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 from .errors import UserError
+from .folder_lock import FolderLock
+from .launcher import end_with_launcher
 
 Result = TypeVar("Result")
 
@@ -30,3 +34,30 @@ def run_on_main_process(
     if isinstance(outcome[0], UserError):
         raise outcome[0]
     return outcome[0]
+
+
+def acquire_folder(state: Accelerator | PartialState, folder: Path) -> FolderLock:
+    """Acquire an output folder on rank 0, which owns it for all ranks of its launch.
+
+    Every rank calls this function. From here on, the ranks end with their launcher.
+
+    Returns:
+        The lock. On other ranks than 0, its methods do nothing.
+
+    Raises:
+        UserError: another process owns the folder; raised on all ranks.
+    """
+    end_with_launcher()
+    lock = FolderLock(folder)
+    run_on_main_process(state, lock.acquire)
+    return lock
+
+
+@contextmanager
+def own_folder(state: Accelerator | PartialState, folder: Path) -> Iterator[FolderLock]:
+    """Own an output folder inside the block; see :func:`acquire_folder`."""
+    lock = acquire_folder(state, folder)
+    try:
+        yield lock
+    finally:
+        lock.release()

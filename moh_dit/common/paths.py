@@ -68,6 +68,11 @@ def choose_autoencoder(
     )
 
 
+def holds_files(folder: Path) -> bool:
+    """Return whether a folder exists and contains more than hidden files of killed processes."""
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
 def require_new_output(output: Path) -> None:
     """Raise ``UserError`` if the file or folder ``output`` exists."""
     if output.exists():

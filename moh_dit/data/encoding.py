@@ -24,8 +24,9 @@ from fid_eval.progress import progress_bar
 
 from ..autoencoder import autoencoder_identity, latent_scaling, load_autoencoder, moments_shape
 from ..common.disk_space import require_disk_space
-from ..common.distributed import run_on_main_process
+from ..common.distributed import own_folder, run_on_main_process
 from ..common.errors import UserError
+from ..common.folder_lock import FolderLock
 from ..common.paths import choose_autoencoder
 from .config import EncodeConfig
 from .hub_stream import HubStream
@@ -49,11 +50,23 @@ def encode_data(config: EncodeConfig, images: ImageSet | None = None) -> None:
         images: the opened ``config.data``, if the caller has opened it already.
 
     Raises:
-        UserError: bad data, an output that exists, or resuming with other settings or data.
+        UserError: bad data, an output that exists or is in use, or resuming with other settings or
+            data.
     """
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
     vae = load_autoencoder(choose_autoencoder(config.autoencoder, config.data))
     state.wait_for_everyone()  # every process has checked the output before rank 0 creates it
+    with own_folder(state, Path(config.output)) as lock:
+        _encode_data(config, images, vae, state, lock)
+
+
+def _encode_data(
+    config: EncodeConfig,
+    images: ImageSet | None,
+    vae: ModelMixin,
+    state: PartialState,
+    lock: FolderLock,
+) -> None:
     source, plan = run_on_main_process(state, lambda: _prepare(config, vae, images))
     folder = Path(config.output)
     every_nth = slice(state.process_index, None, state.num_processes)
@@ -88,6 +101,7 @@ def encode_data(config: EncodeConfig, images: ImageSet | None = None) -> None:
                 bar.update(len(batch_labels))
             no_images = np.empty((1 + plan["flipped"], 0, *plan["moments_shape"]), plan["dtype"])
             moments = np.concatenate([no_images, *parts], axis=1, dtype=plan["dtype"])
+            lock.check()
             write_latent_shard(folder / name, moments, np.concatenate(labels))
     state.wait_for_everyone()
     if state.is_main_process:

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from ..common.atomic_write import atomic_write, remove_leftovers
+from ..common.atomic_write import atomic_write
 from ..common.errors import UserError
-from ..common.paths import require_new_output
+from ..common.paths import holds_files, require_new_output
 
 FORMAT = 1
 INDEX_FILE = "index.json"
@@ -39,7 +39,7 @@ def check_latents_output(folder: Path, resume: bool) -> None:
             f"output {folder} is an unfinished encoding: continue it with --resume, or give "
             "another name"
         )
-    if not resume:
+    if not resume and (holds_files(folder) or folder.is_file()):
         require_new_output(folder)
 
 
@@ -51,12 +51,11 @@ def prepare_folder(folder: Path, plan: dict[str, Any]) -> None:
     """
     if (folder / PLAN_FILE).is_file():
         _check_same_plan(folder, plan)
-    elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+    elif holds_files(folder):
         raise UserError(f"output folder {folder} contains other files: give another name")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / PLAN_FILE, json.dumps(plan, indent=2).encode() + b"\n")
-    remove_leftovers(folder, owned=True)
 
 
 def _check_same_plan(folder: Path, plan: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..common.errors import UserError
-from ..common.paths import require_autoencoder, require_data, require_new_output
+from ..common.paths import holds_files, require_autoencoder, require_data, require_new_output
 
 LOWER_BOUNDS = {
     "num_steps": 1, "batch_size": 1, "num_held_out": 0, "num_workers": 0, "cache_images_gib": 0,
@@ -107,7 +107,7 @@ class AutoencoderTrainingConfig:
         if self.resume and output.exists():
             raise UserError(f"output {output} is already finished: give another name")
         require_new_output(output)
-        if self.partial.exists() and not self.resume:
+        if holds_files(self.partial) and not self.resume:
             raise UserError(
                 f"{self.partial} is an unfinished training: continue it with --resume, give "
                 "another output, or remove it"

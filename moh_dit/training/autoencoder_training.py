@@ -23,8 +23,9 @@ from fid_eval.progress import progress_bar
 
 from ..autoencoder import latent_scaling, latent_shape, load_autoencoder
 from ..common.atomic_write import remove
-from ..common.distributed import run_on_main_process
+from ..common.distributed import own_folder, run_on_main_process
 from ..common.errors import UserError
+from ..common.folder_lock import FolderLock
 from ..data.images import ImageSet, open_images
 from ..data.pixels import to_float
 from .autoencoder_checkpoint import AutoencoderCheckpoint
@@ -66,8 +67,8 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
     After SIGTERM, save a checkpoint and exit with code 75.
 
     Raises:
-        UserError: bad data, an existing output folder, sizes that are not divisible, or a
-            checkpoint of other settings.
+        UserError: bad data, an output folder that exists or is in use, sizes that are not
+            divisible, or a checkpoint of other settings.
         SystemExit: code 75 after SIGTERM.
     """
     preemption = Preemption()
@@ -78,6 +79,17 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
     accelerator = _make_accelerator(config)
     config.check_values(accelerator.num_processes)
     latent_shape(vae, config.image_size)  # raises for a size that is not divisible
+    with own_folder(accelerator, config.partial) as lock:
+        return _train_and_measure(vae, config, accelerator, preemption, lock)
+
+
+def _train_and_measure(
+    vae: AutoencoderKL,
+    config: AutoencoderTrainingConfig,
+    accelerator: Accelerator,
+    preemption: Preemption,
+    lock: FolderLock,
+) -> dict[str, float]:
     images = open_images(
         config.data,
         config.image_size,
@@ -95,7 +107,7 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
     with Preemption.blocked():  # data-loader workers inherit the blocked SIGTERM
         images = _cache_if_small(images, config, accelerator)
     with preemption.deferred():
-        stopped = _train(vae, images, training, config, accelerator, preemption)
+        stopped = _train(vae, images, training, config, accelerator, preemption, lock)
         metrics = None
         if not stopped:
             measured = held_out if len(held_out) else training
@@ -142,6 +154,7 @@ def _train(
     config: AutoencoderTrainingConfig,
     accelerator: Accelerator,
     preemption: Preemption,
+    lock: FolderLock,
 ) -> bool:
     """Train up to ``num_steps`` and save checkpoints; return whether SIGTERM stopped it."""
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -214,6 +227,7 @@ def _train(
                     refresh=False,
                 )
             if save:
+                lock.check()
                 checkpoint.save(step + 1)
             if stop:
                 return True

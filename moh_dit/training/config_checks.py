@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UserError
-from ..common.paths import choose_autoencoder, require_autoencoder, require_data, split_hub_id
+from ..common.paths import (
+    choose_autoencoder,
+    holds_files,
+    require_autoencoder,
+    require_data,
+    split_hub_id,
+)
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -80,7 +86,7 @@ def check_run_dir(run_dir: Path, resume: bool) -> None:
     """
     if run_dir.is_file():
         raise UserError(f"run_dir {run_dir} is a file; choose another --run_dir")
-    if run_dir.exists() and any(run_dir.iterdir()) and not resume:
+    if holds_files(run_dir) and not resume:
         raise UserError(
             f"run_dir {run_dir} exists; add --resume to continue the run, or choose another "
             "--run_dir"

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,9 @@ class RunProgress:
         finished, stopped, failure = ENDED
         if self.enabled:
             ended = finished if self.step == self.num_steps else stopped
-            self._write_status(failure if failed else ended)
+            # A failed write must not replace the error that ended the block.
+            with suppress(OSError) if failed else nullcontext():
+                self._write_status(failure if failed else ended)
 
     def update(self) -> None:
         """Count one step."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..autoencoder import latent_scaling, latent_shape, load_autoencoder
 from ..checkpoints.runs import list_checkpoints
-from ..common.distributed import run_on_main_process
+from ..common.distributed import acquire_folder, run_on_main_process
 from ..common.errors import UserError
 from ..model.flops import peak_flops
 from ..model.transformer import MoHDiTTransformer2DModel
@@ -53,14 +53,16 @@ from .training_step import LOSS_TERMS, TrainingStep
 class Trainer:
     """One training run. Creating it checks all input; :meth:`train` runs it.
 
-    From creation until :meth:`train`, SIGTERM ends the program with exit code 75.
+    From creation until :meth:`train`, SIGTERM ends the program with exit code 75. From creation
+    until :meth:`train` has ended, rank 0 owns the run folder.
 
     Args:
         config: settings of the run.
         start_up: measures the start-up of the program; by default a new one.
 
     Raises:
-        UserError: input is missing, unreadable, or contradicts other input.
+        UserError: input is missing, unreadable, or contradicts other input, or another process
+            owns the run folder.
     """
 
     def __init__(self, config: TrainConfig, start_up: StartUp | None = None):
@@ -74,7 +76,15 @@ class Trainer:
             check_resumable(config, self.run_dir)
         self.accelerator = make_accelerator(config)
         config.check(self.accelerator.num_processes)
+        self.lock = acquire_folder(self.accelerator, self.run_dir)
+        try:
+            self._set_up()
+        except BaseException:
+            self.lock.release()
+            raise
 
+    def _set_up(self) -> None:
+        config = self.config
         self.vae = load_autoencoder(cast(str, config.data.autoencoder))
         self.latent_shape = latent_shape(self.vae, config.data.image_size)
         self.data = TrainingData(config, self.vae, self.latent_shape, self.accelerator)
@@ -163,6 +173,12 @@ class Trainer:
             UserError: the loss or a gradient is not finite, or the disk is full.
             SystemExit: code 75 after SIGTERM.
         """
+        try:
+            self._train()
+        finally:
+            self.lock.release()
+
+    def _train(self) -> None:
         config, accelerator = self.config, self.accelerator
         step, missing = self.start_step, DueOutputs(False, False)
         if step:
@@ -228,11 +244,13 @@ class Trainer:
         return stop
 
     def _log_statistics(self, step: int) -> None:
+        self.lock.check()
         learning_rate = self.training_step.learning_rate
         self.progress.log(self.statistics.make_entry(step, learning_rate))
 
     def _save(self, step: int) -> None:
         self._check_finite()
+        self.lock.check()
         with self.progress.doing("saving"):
             self.state.save(self.run_dir, step, self.config.keep_checkpoints)
             self.progress.plot()
