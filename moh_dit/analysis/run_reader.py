@@ -11,7 +11,7 @@ from PIL import Image
 from ..checkpoints.runs import checkpoint_step, list_checkpoints
 from ..common.cli import load_config
 from ..common.errors import UserError
-from ..sampling.sample_set import flatten_dict
+from ..sampling.set_shards import flatten_dict
 from ..training.config import TrainConfig, flatten
 from ..training.run_log import read_log
 

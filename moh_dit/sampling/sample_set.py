@@ -1,16 +1,12 @@
 """Sample a set of exactly N images on any number of processes, resumable after any interruption.
 
-    samples.npz.partial/           exists beside the output until the set is finished
-      settings.json                settings that determine the images; resuming requires the same
-      images-START-STOP.npy        uint8 (STOP-START, H, W, 3), written atomically
-
-The bytes of image i do not depend on the process that samples it, so no other state is stored.
+``set_shards`` stores the finished images. The bytes of image i do not depend on the process that
+samples it, so no other state is stored.
 """
 
 import hashlib
 import json
-import os
-import shutil
+import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -26,8 +22,9 @@ from torch import nn
 from fid_eval.progress import progress_bar
 
 from ..autoencoder import downsampling_factor
-from ..common.atomic_write import atomic_write, remove
+from ..common.atomic_write import atomic_write, publish, remove, sync_tree
 from ..common.disk_space import require_disk_space
+from ..common.distributed import own_folder, run_on_main_process
 from ..common.errors import UserError
 from ..diffusion.noise import WORD, philox
 from ..model.transformer import MoHDiTTransformer2DModel
@@ -35,6 +32,7 @@ from ..pipeline.pipeline import MoHDiTPipeline
 from .config import SamplingSettings, require_writable_output
 from .engine import generate, round_up_to_units, use_settings
 from .output_formats import FORMATS, check_set_output, partial_folder, settings_path
+from .set_shards import SetShards, count_images, missing_batches
 
 SPARE_BYTES = 64 << 20
 
@@ -96,47 +94,48 @@ def sample_set(
         writing of the output. ``None`` if there was only one batch, and on the other processes.
 
     Raises:
-        UserError: before any work: the output exists; an unfinished set exists, but ``resume`` is
-            not set or the settings differ; the disk is too full; the settings do not fit the model.
+        UserError: before any work: the output exists or is in use; an unfinished set exists, but
+            ``resume`` is not set or the settings differ; the disk is too full; the settings do not
+            fit the model.
     """
     state = state or PartialState()
     chosen, _ = use_settings(pipeline, settings, guidance_model)
-    identity = set_identity(chosen, settings, labels, guidance_model)
-    partial = partial_folder(output)
     require_writable_output(output)
-    check_set_output(output, resume)
-    check_same_settings(partial, identity)
-    # The images are stored twice while they are copied from the partial folder to the output.
-    needed = (2 * len(labels) - count_images(partial)) * image_bytes(chosen)
-    require_disk_space(output, needed + SPARE_BYTES, f"output {output}")
-    state.wait_for_everyone()  # all processes check before the first one writes
-
-    if state.is_main_process:
-        partial.mkdir(parents=True, exist_ok=True)
-        atomic_write(partial / "settings.json", json.dumps(identity, indent=1).encode())
-    state.wait_for_everyone()
+    partial = partial_folder(output)
+    identity = set_identity(chosen, settings, labels, guidance_model)
+    shards = SetShards(partial, identity, len(labels), image_shape(chosen))
     batch_size = round_up_to_units(chosen.transformer, batch_size)
-    batches = missing_batches(partial, len(labels), batch_size)
-    state.wait_for_everyone()  # all processes list the missing batches before the first new one
 
-    with closing(SetProgress(partial, len(labels), state.is_main_process, quiet)) as progress:
-        for positions, images in generate(
-            pipeline,
-            labels.tolist(),
-            settings,
-            batch_size=batch_size,
-            batches=batches[state.process_index :: state.num_processes],
-            pad=len(labels) > batch_size,
-            decode_batch_size=decode_batch_size,
-            guidance_model=guidance_model,
-        ):
-            write_shard(partial, int(positions[0]), images)
+    def prepare() -> list[tuple[int, int]]:
+        require_writable_output(output)  # an earlier owner may have finished it
+        check_set_output(output, resume)
+        # The images are stored twice while they are copied from the partial folder to the output.
+        needed = (2 * len(labels) - count_images(partial)) * image_bytes(chosen)
+        require_disk_space(output, needed + SPARE_BYTES, f"output {output}")
+        return missing_batches(shards.open(), len(labels), batch_size)
+
+    with own_folder(state, partial) as lock:
+        batches = run_on_main_process(state, prepare)
+        with closing(SetProgress(partial, len(labels), state.is_main_process, quiet)) as progress:
+            for positions, images in generate(
+                pipeline,
+                labels.tolist(),
+                settings,
+                batch_size=batch_size,
+                batches=batches[state.process_index :: state.num_processes],
+                pad=len(labels) > batch_size,
+                decode_batch_size=decode_batch_size,
+                guidance_model=guidance_model,
+            ):
+                lock.check()
+                shards.write(int(positions[0]), images)
+                progress.update()
+            state.wait_for_everyone()
             progress.update()
-        state.wait_for_everyone()
-        progress.update()
-    if state.is_main_process:
-        join_shards(partial, output, labels, chosen.config.class_names, settings_yaml)
-    state.wait_for_everyone()
+        names = chosen.config.class_names
+        run_on_main_process(
+            state, lambda: join_shards(shards, output, labels, names, settings_yaml)
+        )
     return progress.rate
 
 
@@ -171,92 +170,42 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_same_settings(partial: Path, identity: dict[str, Any]) -> None:
-    """Raise ``UserError`` if an unfinished set was started with other settings."""
-    if not (partial / "settings.json").is_file():
-        return
-    before = flatten_dict(json.loads((partial / "settings.json").read_text()))
-    now = flatten_dict(identity)
-    differing = [
-        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if differing:
-        raise UserError(
-            f"{partial} was started with other settings: {'; '.join(differing)}; resume with the "
-            "same settings, delete the folder, or give another output"
-        )
-
-
-def flatten_dict(nested: dict[str, Any]) -> dict[str, Any]:
-    """Turn nested dictionaries into one dictionary with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        inner = flatten_dict(value) if isinstance(value, dict) else {"": value}
-        flat |= {f"{key}.{name}".rstrip("."): item for name, item in inner.items()}
-    return flat
+def image_shape(pipeline: MoHDiTPipeline) -> tuple[int, int, int]:
+    """Return the shape (H, W, 3) of one image of the pipeline."""
+    side = pipeline.transformer.config.sample_size * downsampling_factor(pipeline.vae)
+    return side, side, 3
 
 
 def image_bytes(pipeline: MoHDiTPipeline) -> int:
     """Return the size in bytes of one image of the pipeline, as uint8."""
-    side = pipeline.transformer.config.sample_size * downsampling_factor(pipeline.vae)
-    return side * side * 3
-
-
-def list_shards(partial: Path) -> list[tuple[int, int, Path]]:
-    """Return ``(start, stop, file)`` of each finished shard, in order."""
-    found = []
-    for file in partial.glob("images-*-*.npy"):
-        start, stop = file.stem.split("-")[1:]
-        found.append((int(start), int(stop), file))
-    return sorted(found)
-
-
-def count_images(partial: Path) -> int:
-    """Return how many images of an unfinished set are done."""
-    return sum(stop - start for start, stop, _ in list_shards(partial))
-
-
-def missing_batches(partial: Path, num_samples: int, batch_size: int) -> list[tuple[int, int]]:
-    """Return the ranges ``(start, stop)`` of missing images, each at most ``batch_size`` long."""
-    batches = []
-    position = 0
-    for start, stop, _ in [*list_shards(partial), (num_samples, num_samples, partial)]:
-        cuts = range(position, start, batch_size)
-        batches += [(cut, min(cut + batch_size, start)) for cut in cuts]
-        position = stop
-    return batches
-
-
-def write_shard(partial: Path, start: int, images: np.ndarray) -> None:
-    """Write finished images to a shard, atomically."""
-    name = f"images-{start:09d}-{start + len(images):09d}.npy"
-    temporary = partial / f".{name}.{os.getpid()}"
-    with temporary.open("wb") as file:
-        np.save(file, images)
-    temporary.replace(partial / name)
+    return math.prod(image_shape(pipeline))
 
 
 def join_shards(
-    partial: Path,
+    shards: SetShards,
     output: Path,
     labels: np.ndarray,
     class_names: Sequence[str] | None,
     settings_yaml: str | None,
 ) -> None:
-    """Join the shards into ``output`` and delete them."""
-    shards = list_shards(partial)
-    assert count_images(partial) == len(labels)
-    assert [start for start, _, _ in shards] == [0, *(stop for _, stop, _ in shards[:-1])]
-    arrays = (np.load(file) for _, _, file in shards)
-    joined = partial / "joined"
+    """Join the shards into ``output`` and delete them.
+
+    Raises:
+        UserError: a shard is missing or damaged, or ``output`` was created by another process.
+    """
+    joined = shards.folder / "joined"
     remove(joined)  # left by an interruption
-    FORMATS[output.suffix](joined, arrays, labels, class_names)
-    if settings_yaml is not None:
+    FORMATS[output.suffix](joined, shards.read_all(), labels, class_names)
+    sync_tree(joined)
+    if settings_yaml is not None and not output.exists():
         atomic_write(settings_path(output), settings_yaml.encode())
-    joined.replace(output)
-    shutil.rmtree(partial)
+    try:
+        publish(joined, output)
+    except FileExistsError:
+        raise UserError(
+            f"output {output} was created by another process; the finished set is {joined}"
+        ) from None
+    remove(shards.folder)
 
 
 class SetProgress:
