@@ -18,7 +18,7 @@ from common import environment, fastest_dense, kernel_times, table, time_steps, 
 from float8 import float8_linears
 from peers import add_arguments, build, compiled, initialise
 
-from moh_dit.common.compat import lerp_all_
+from moh_dit.common.compat import move_towards_
 
 BATCH = {256: 160, 512: 40}
 
@@ -47,7 +47,7 @@ def measure(name, pixels, batch, args):
     generator = torch.Generator("cuda").manual_seed(args.seed)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0, fused=True)
-    average = [p.detach().clone() for p in weights]
+    average, rate = [p.detach().clone() for p in weights], torch.tensor(1e-4, device="cuda")
 
     def step():
         with torch.autocast("cuda", torch.bfloat16):
@@ -57,7 +57,7 @@ def measure(name, pixels, batch, args):
         (error if balance is None else error + 0.01 * balance).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        lerp_all_(average, weights, 1e-4)
+        move_towards_(average, weights, rate)
         return error
 
     torch.cuda.reset_peak_memory_stats()

@@ -5,7 +5,7 @@ Each function says why it is needed and since which version the interface exists
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,15 @@ class UploadHook:
     def _upload_folder(self, working_dir: str | os.PathLike, *args: Any, **options: Any) -> Any:
         self.before_upload(Path(working_dir))
         return super()._upload_folder(working_dir, *args, **options)  # type: ignore[misc]
+
+
+def never_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` such that torch.compile neither traces it nor the functions it calls.
+
+    ``torch.compiler.disable`` does the same but imports the compiler at once, which takes seconds.
+    ``torch._disable_dynamo`` imports it at the first call. It exists since torch 2.2.
+    """
+    return torch._disable_dynamo(function)
 
 
 @contextmanager

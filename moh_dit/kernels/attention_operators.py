@@ -8,49 +8,132 @@ matrix product computes all columns, and one product computes the gradient of it
 """
 
 import math
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import triton_backward, triton_forward, triton_routing
-from .backends import NAMESPACE, compute_capability
+from .backends import NAMESPACE, capability_of
 from .block_sizes import cdiv, next_power_of_2, split_head_dim
 from .launch_table import launch_configuration
+from .launching import LIBRARY, Launch, operator
+
+LOG2_E = math.log2(math.e)
+KERNELS = {
+    "attend": triton_forward.attend,
+    "query_gradient": triton_backward.query_gradient,
+    "key_value_gradient": triton_backward.key_value_gradient,
+}
 
 
-def _launch_config(kernel, projected, heads, shared, head_dim, config) -> tuple[dict, dict]:
-    """Return the launch configuration (default: from the table) and other kernel constants."""
-    tokens = projected.shape[1]
-    d0, d1 = split_head_dim(head_dim)
-    config = dict(config or launch_configuration(kernel, projected, head_dim))
-    # The copy engine (TMA) needs strides that are multiples of 16 bytes, also for lse and delta
+class Layout(NamedTuple):
+    """What the compiled variants of the kernels depend on.
+
+    Attributes:
+        device: number of the GPU, -1 for the CPU.
+        dtype, tokens, stride: those of ``projected`` (B, tokens, stride).
+        heads, shared, head_dim: h, s, d.
+        aligned: whether the copy engine (TMA) can load ``projected``, see :func:`_layout`.
+        tf32: whether products of float32 use TF32.
+    """
+
+    device: int
+    dtype: torch.dtype
+    tokens: int
+    stride: int
+    heads: int
+    shared: int
+    head_dim: int
+    aligned: bool
+    tf32: bool
+
+
+def _layout(projected: Tensor, heads: int, shared: int, head_dim: int) -> Layout:
+    _, tokens, stride = projected.shape
+    # The copy engine needs strides that are multiples of 16 bytes, also for lse and delta
     # (B, h, N) in float32, hence the condition on the number of tokens.
     size = projected.element_size()
-    aligned = not (head_dim * size % 16 or projected.shape[2] * size % 16 or tokens % 4)
-    aligned = aligned and projected.data_ptr() % 16 == 0 and projected.numel() > 0
-    config["TMA"] = config["TMA"] and aligned
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    tf32 = tf32 and projected.dtype == torch.float32
-    constants = dict(
-        H=heads, S=shared, D=head_dim, D0=d0, D1=d1, STRIDE=projected.shape[2],
-        EVEN_KEYS=tokens % config["BN"] == 0, EVEN_QUERIES=tokens % config["BM"] == 0,
-        PRECISION="tf32" if tf32 else "ieee",
-        scale_log2=math.log2(math.e) / math.sqrt(head_dim),
+    aligned = not (
+        projected.data_ptr() % 16 or head_dim * size % 16 or stride * size % 16 or tokens % 4
+    )
+    tf32 = projected.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    aligned = aligned and projected.numel() > 0
+    return Layout(
+        projected.get_device(), projected.dtype, tokens, stride, heads, shared, head_dim, aligned,
+        tf32,
     )  # fmt: skip
-    return config, constants
 
 
-def _early_launch(projected: Tensor, head_dim: int, config: dict | None = None) -> dict:
+class Plan(NamedTuple):
+    """How to launch an attention kernel."""
+
+    launch: Launch
+    query_tiles: int
+    config: dict[str, Any]
+
+
+@lru_cache(maxsize=1024)
+def _plan(kernel: str, layout: Layout, chosen: tuple | None = None) -> Plan:
+    """Plan the launch of "attend", "query_gradient" or "key_value_gradient".
+
+    ``chosen`` is a launch configuration as a tuple of items (default: from the table).
+    """
+    heads, shared, head_dim, tokens = layout.heads, layout.shared, layout.head_dim, layout.tokens
+    config = dict(chosen or launch_configuration(kernel, layout.dtype, tokens, head_dim))
+    config["TMA"] = config["TMA"] and layout.aligned
+    d0, d1 = split_head_dim(head_dim)
+    constants = dict(
+        H=heads, S=shared, D=head_dim, D0=d0, D1=d1, STRIDE=layout.stride,
+        EVEN_KEYS=tokens % config["BN"] == 0, EVEN_QUERIES=tokens % config["BM"] == 0,
+        PRECISION="tf32" if layout.tf32 else "ieee",
+    )  # fmt: skip
+    if kernel == "attend":
+        # Without TMA, which loads at least 16 columns, p·v can be as narrow as 8 columns.
+        tail = max(8, next_power_of_2(head_dim - d0))
+        constants["V1"] = d1 if d1 and config["TMA"] else tail
+        constants["E_PAD"] = next_power_of_2(max(1, 2 * (heads - shared)))
+        config |= _early_launch(layout, config)
+    routed_tiles = cdiv(tokens, config["BM_ROUTED"])
+    query_tiles = shared * cdiv(tokens, config["BM"]) + (heads - shared) * routed_tiles
+    return Plan(Launch(KERNELS[kernel], **constants, **config), query_tiles, config)
+
+
+def _early_launch(layout: Layout, config: dict | None = None) -> dict:
     """Return the options that start a kernel while the previous one runs (Hopper and later)."""
-    config = config or launch_configuration("attend", projected, head_dim)
-    early = config.get("EARLY", False) and (compute_capability(projected) or (0, 0)) >= (9, 0)
+    config = config or launch_configuration("attend", layout.dtype, layout.tokens, layout.head_dim)
+    capability = capability_of(layout.device) if layout.device >= 0 else None
+    early = config.get("EARLY", False) and (capability or (0, 0)) >= (9, 0)
     return dict(EARLY=True, launch_pdl=True) if early else dict(EARLY=False)
 
 
-def _query_tiles(tokens: int, heads: int, shared: int, config: dict) -> int:
-    routed_tiles = cdiv(tokens, config["BM_ROUTED"])
-    return shared * cdiv(tokens, config["BM"]) + (heads - shared) * routed_tiles
+@lru_cache(maxsize=256)
+def _route_plan(layout: Layout, active: int, tile: int, num_warps: int) -> tuple[Launch, Launch]:
+    heads, shared, tokens = layout.heads, layout.shared, layout.tokens
+    early = _early_launch(layout)
+    route = Launch(
+        triton_routing.route, H=heads, S=shared, K=active, D=layout.head_dim,
+        STRIDE=layout.stride, H_PAD=next_power_of_2(heads), TOKENS=tile, EARLY=early["EARLY"],
+        num_warps=num_warps,
+    )  # fmt: skip
+    list_tokens = Launch(
+        triton_routing.list_tokens, H=heads, S=shared,
+        CHUNK=min(1024, max(16, next_power_of_2(tokens))), num_warps=4, **early,
+    )  # fmt: skip
+    return route, list_tokens
+
+
+@lru_cache(maxsize=256)
+def _route_backward_plan(layout: Layout, tile: int, num_warps: int) -> Launch:
+    heads, stride = layout.heads, layout.stride
+    return Launch(
+        triton_routing.route_backward, H=heads, S=layout.shared, D=layout.head_dim, STRIDE=stride,
+        H_PAD=next_power_of_2(heads),
+        TAIL=next_power_of_2(max(1, stride - 3 * heads * layout.head_dim - heads)),
+        TOKENS=tile, num_warps=num_warps,
+    )  # fmt: skip
 
 
 def _head_descriptors(tensor: Tensor, heads: int, head_dim: int, block: int, tma: bool) -> tuple:
@@ -75,9 +158,10 @@ def run_route(projected, heads, shared, active, head_dim, tile=32, num_warps=2):
     Returns gates (B, h, N) float32, index (B, E, N) int32 with the tokens that selected each
     routed head, their count (B, E) int32, and the router statistics of each image (B, 2, E).
     """
-    batch, tokens, stride = projected.shape
+    batch, tokens, _ = projected.shape
     routed = heads - shared
-    early = _early_launch(projected, head_dim)
+    layout = _layout(projected, heads, shared, head_dim)
+    route, list_tokens = _route_plan(layout, active, tile, num_warps)
     new = projected.new_empty
     gates = new(batch, heads, tokens, dtype=torch.float32)
     index = new(batch, routed, tokens, dtype=torch.int32)
@@ -85,16 +169,9 @@ def run_route(projected, heads, shared, active, head_dim, tile=32, num_warps=2):
     stats = new(batch, 2, routed, dtype=torch.float32)
     tiles = cdiv(tokens, tile)
     score_sums = new(batch, tiles, routed, dtype=torch.float32)
-    triton_routing.route[(tiles, batch)](
-        projected, gates, score_sums, tokens, H=heads, S=shared, K=active, D=head_dim,
-        STRIDE=stride, H_PAD=next_power_of_2(heads), TOKENS=tile, EARLY=early["EARLY"],
-        num_warps=num_warps,
-    )  # fmt: skip
+    route((tiles, batch, 1), projected, gates, score_sums, tokens)
     if routed:
-        triton_routing.list_tokens[(routed, batch)](
-            gates, score_sums, index, count, stats, tokens, tiles, H=heads, S=shared,
-            CHUNK=min(1024, max(16, next_power_of_2(tokens))), num_warps=4, **early,
-        )  # fmt: skip
+        list_tokens((routed, batch, 1), gates, score_sums, index, count, stats, tokens, tiles)
     return gates, index, count, stats
 
 
@@ -108,16 +185,12 @@ def run_attend(
     batch, tokens, _ = projected.shape
     heads = gates.shape[1]
     lse = torch.empty_like(gates)
-    config, constants = _launch_config("attend", projected, heads, shared, head_dim, config)
-    # Without the copy engine, which loads at least 16 columns, p·v can be as narrow as 8 columns.
-    tail = max(8, next_power_of_2(head_dim - constants["D0"]))
-    tail = constants["D1"] if constants["D1"] and config["TMA"] else tail
-    tiles = _query_tiles(tokens, heads, shared, config)
-    triton_forward.attend[(tiles, batch)](
-        projected, *_head_descriptors(projected, 3 * heads, head_dim, config["BN"], config["TMA"]),
-        gates, index, count, out, lse, image_stats, stats, tokens, constants.pop("scale_log2"),
-        E_PAD=next_power_of_2(max(1, 2 * (heads - shared))), V1=tail, **constants,
-        **config | _early_launch(projected, head_dim, config),
+    layout = _layout(projected, heads, shared, head_dim)
+    plan = _plan("attend", layout, config and tuple(config.items()))
+    plan.launch(
+        (plan.query_tiles, batch, 1), projected,
+        *_head_descriptors(projected, 3 * heads, head_dim, plan.config["BN"], plan.config["TMA"]),
+        gates, index, count, out, lse, image_stats, stats, tokens, LOG2_E / math.sqrt(head_dim),
     )  # fmt: skip
     return lse
 
@@ -130,11 +203,13 @@ def run_query_gradient(
     batch, tokens, _ = projected.shape
     heads = gates.shape[1]
     delta = torch.empty_like(gates)
-    config, constants = _launch_config("query_gradient", projected, heads, shared, head_dim, config)
-    triton_backward.query_gradient[(_query_tiles(tokens, heads, shared, config), batch)](
-        projected, *_head_descriptors(projected, 3 * heads, head_dim, config["BN"], config["TMA"]),
+    layout = _layout(projected, heads, shared, head_dim)
+    plan = _plan("query_gradient", layout, config and tuple(config.items()))
+    plan.launch(
+        (plan.query_tiles, batch, 1), projected,
+        *_head_descriptors(projected, 3 * heads, head_dim, plan.config["BN"], plan.config["TMA"]),
         grad_out, out, gates, lse, delta, index, count, grad_projected, tokens,
-        1 / math.sqrt(head_dim), constants.pop("scale_log2"), **constants, **config,
+        1 / math.sqrt(head_dim), LOG2_E / math.sqrt(head_dim),
     )  # fmt: skip
     return delta
 
@@ -145,17 +220,16 @@ def run_key_value_gradient(
     """Write dk and dv into ``grad_projected``."""
     batch, tokens, _ = projected.shape
     heads = lse.shape[1]
-    config, constants = _launch_config(
-        "key_value_gradient", projected, heads, shared, head_dim, config
-    )
-    block, tma = config["BM"], config["TMA"]
-    tiles = heads * cdiv(tokens, config["BN"])
-    triton_backward.key_value_gradient[(tiles, batch)](
-        projected, *_head_descriptors(projected, 3 * heads, head_dim, block, tma),
+    layout = _layout(projected, heads, shared, head_dim)
+    plan = _plan("key_value_gradient", layout, config and tuple(config.items()))
+    block, tma = plan.config["BM"], plan.config["TMA"]
+    plan.launch(
+        (heads * cdiv(tokens, plan.config["BN"]), batch, 1), projected,
+        *_head_descriptors(projected, 3 * heads, head_dim, block, tma),
         *_head_descriptors(grad_out, heads, head_dim, block, tma),
         _row_descriptor(lse, block, tma), _row_descriptor(delta, block, tma),
         grad_out, lse, delta, index, count, grad_projected, tokens,
-        1 / math.sqrt(head_dim), constants.pop("scale_log2"), **constants, **config,
+        1 / math.sqrt(head_dim), LOG2_E / math.sqrt(head_dim),
     )  # fmt: skip
 
 
@@ -163,17 +237,14 @@ def run_route_backward(
     projected, gates, delta, grad_stats, grad_projected, shared, head_dim, tile=32, num_warps=2
 ):
     """Write the gradients of the router logits into ``grad_projected``."""
-    batch, tokens, stride = projected.shape
-    heads = gates.shape[1]
-    triton_routing.route_backward[(cdiv(tokens, tile), batch)](
-        projected, gates, delta, grad_stats, grad_projected, tokens, H=heads, S=shared, D=head_dim,
-        STRIDE=stride, H_PAD=next_power_of_2(heads),
-        TAIL=next_power_of_2(max(1, stride - 3 * heads * head_dim - heads)),
-        TOKENS=tile, num_warps=num_warps,
-    )  # fmt: skip
+    batch, tokens, _ = projected.shape
+    layout = _layout(projected, gates.shape[1], shared, head_dim)
+    launch = _route_backward_plan(layout, tile, num_warps)
+    tiles = cdiv(tokens, tile)
+    launch((tiles, batch, 1), projected, gates, delta, grad_stats, grad_projected, tokens)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
+@operator
 def attention_op(
     projected: Tensor, heads: int, shared: int, active: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -191,7 +262,7 @@ def attention_op(
     return out, stats, gates, lse, index, count
 
 
-@attention_op.register_fake
+@torch.library.register_fake(f"{NAMESPACE}::attention", lib=LIBRARY)
 def _(projected, heads, shared, active, head_dim):
     batch, tokens, _ = projected.shape
     routed = heads - shared
@@ -206,7 +277,7 @@ def _(projected, heads, shared, active, head_dim):
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
+@operator
 def attention_backward_op(
     grad_out: Tensor,
     grad_stats: Tensor,
@@ -235,7 +306,7 @@ def attention_backward_op(
     return grad_projected
 
 
-@attention_backward_op.register_fake
+@torch.library.register_fake(f"{NAMESPACE}::attention_backward", lib=LIBRARY)
 def _(grad_out, grad_stats, projected, out, gates, lse, index, count, shared, head_dim):
     return torch.empty_like(projected, memory_format=torch.contiguous_format)
 
@@ -260,7 +331,9 @@ def _backward(ctx, grad_out, grad_stats, *_):
     return grad, None, None, None, None
 
 
-attention_op.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd(
+    f"{NAMESPACE}::attention", _backward, setup_context=_save, lib=LIBRARY
+)
 
 
 def moh_attention_triton(

@@ -130,12 +130,15 @@ def _check(setting: str, backend: str, backends: tuple[str, ...], x: Tensor) -> 
 
 def compute_capability(x: Tensor) -> tuple[int, int] | None:
     """Return the compute capability of the input's NVIDIA GPU, ``None`` without GPU or Triton."""
-    return _capability_of(x.device.index) if x.is_cuda and not torch.version.hip else None
+    return capability_of(x.device.index) if x.is_cuda else None
 
 
 @torch.compiler.assume_constant_result
-def _capability_of(device: int) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if _triton_installed() else None
+def capability_of(device: int) -> tuple[int, int] | None:
+    """Return the compute capability of GPU number ``device``, as :func:`compute_capability`."""
+    if torch.version.hip or not _triton_installed():
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 @torch.compiler.assume_constant_result

@@ -44,10 +44,9 @@ PLAIN = _block(32, 32, 32, 1)
 TUNED_HEAD_DIMS = (64, 72)
 
 
-def launch_configuration(kernel: str, projected: torch.Tensor, head_dim: int) -> dict:
+def launch_configuration(kernel: str, dtype: torch.dtype, tokens: int, head_dim: int) -> dict:
     """Return block sizes, warps and pipeline stages of a kernel for this input."""
-    tokens = projected.shape[1]
-    if projected.dtype == torch.float32 or head_dim not in TUNED_HEAD_DIMS:
+    if dtype == torch.float32 or head_dim not in TUNED_HEAD_DIMS:
         return dict(PLAIN)
     rows = LAUNCH[kernel, head_dim != 64]
     return dict(next(config for first, config in rows if tokens >= first))

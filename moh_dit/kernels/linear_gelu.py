@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..common.compat import addmm_gelu, is_plain_linear
 from .backends import GPU_DTYPES, GPU_LINEAR_GELU, NAMESPACE, compute_capability
+from .launching import LIBRARY, operator
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_gelu", mutates_args=())
+@operator
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return ``gelu(x Wᵀ + b)`` (…, M) in the dtype of x, for x (…, C) and weight (M, C).
 
@@ -21,12 +22,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return addmm_gelu(bias, x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
 
 
-@linear_gelu.register_kernel("cpu")
+@torch.library.impl(LIBRARY, "linear_gelu", "CPU")
 def _(x, weight, bias):  # on a CPU, torch's fused GELU is the exact one, not the tanh form
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
-@linear_gelu.register_fake
+@torch.library.register_fake(f"{NAMESPACE}::linear_gelu", lib=LIBRARY)
 def _(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 

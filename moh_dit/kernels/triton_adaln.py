@@ -5,6 +5,8 @@ row several times if it does not fit in registers, and once more for each gradie
 over tokens.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from .backends import LAYER_NORM_EPSILON, NAMESPACE
 from .block_sizes import cdiv, next_power_of_2, previous_power_of_2
+from .launching import LIBRARY, Launch, operator
 
 
 @triton.jit
@@ -186,33 +189,61 @@ def run_forward(x, gate, branch, shift, scale, columns_each=FORWARD):
     gate, shift, scale = _with_equal_strides(gate, shift, scale)
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     residual, out, statistics = _new_results(x, branch, shift)
-    adaln_forward[(tokens, batch)](
-        x, gate, branch, shift, scale, residual, out, statistics, tokens, scale.stride(0),
-        LAYER_NORM_EPSILON, C=width, RESIDUAL=branch is not None, BLOCK=next_power_of_2(width),
-        num_warps=_warps(width, columns_each),
+    modulation_stride = scale.stride(0)
+    launch = _forward_launch(
+        *_kinds(x, gate, branch, shift, scale), tokens, modulation_stride, width, columns_each
+    )
+    launch(
+        (tokens, batch, 1), x, gate, branch, shift, scale, residual, out, statistics, tokens,
+        modulation_stride, LAYER_NORM_EPSILON,
     )  # fmt: skip
     return residual, out, statistics
+
+
+@lru_cache(maxsize=256)
+def _forward_launch(device, dtypes, tokens, modulation_stride, width, columns_each):
+    return Launch(
+        adaln_forward, C=width, RESIDUAL=dtypes[1] is not None, BLOCK=next_power_of_2(width),
+        num_warps=_warps(width, columns_each),
+    )  # fmt: skip
 
 
 def run_backward(grad_residual, grad_out, x, statistics, gate, branch, scale, config=BACKWARD):
     """Run the backward kernel; arguments and results are those of :func:`adaln_backward_op`."""
     batch, tokens, width = x.shape
-    tokens_each, columns_each, stages = config
     gate, scale = _with_equal_strides(gate, scale)
     x, grad_residual, grad_out = (t.contiguous() for t in (x, grad_residual, grad_out))
     branch = None if branch is None else branch.contiguous()
     grad_x, grad_branch, grad_modulation = _new_gradients(x, branch, scale)
-    tiles = cdiv(tokens, tokens_each)
+    tiles = cdiv(tokens, config[0])
     # Partial sums are added afterwards, in a fixed order, so every run gives the same bits.
     sums = x.new_empty(batch, tiles, grad_modulation.shape[1], width, dtype=torch.float32)
-    main = previous_power_of_2(width)
-    rest = next_power_of_2(width - main) if width > main else 0
-    adaln_backward[(tiles, batch)](
-        x, gate, branch, scale, statistics, grad_residual, grad_out, grad_x, grad_branch, sums,
-        tokens, scale.stride(0), C=width, RESIDUAL=branch is not None, C0=main, C1=rest,
-        TOKENS=tokens_each, STAGES=stages, num_warps=_warps(width, columns_each),
+    modulation_stride = scale.stride(0)
+    launch = _backward_launch(
+        *_kinds(x, gate, branch, scale, grad_residual, grad_out), tokens, modulation_stride, width,
+        config,
+    )  # fmt: skip
+    launch(
+        (tiles, batch, 1), x, gate, branch, scale, statistics, grad_residual, grad_out, grad_x,
+        grad_branch, sums, tokens, modulation_stride,
     )  # fmt: skip
     return grad_x, grad_branch, grad_modulation.copy_(sums.sum(1))
+
+
+@lru_cache(maxsize=256)
+def _backward_launch(device, dtypes, tokens, modulation_stride, width, config):
+    tokens_each, columns_each, stages = config
+    main = previous_power_of_2(width)
+    rest = next_power_of_2(width - main) if width > main else 0
+    return Launch(
+        adaln_backward, C=width, RESIDUAL=dtypes[1] is not None, C0=main, C1=rest,
+        TOKENS=tokens_each, STAGES=stages, num_warps=_warps(width, columns_each),
+    )  # fmt: skip
+
+
+def _kinds(x: Tensor, *others: Tensor | None) -> tuple[int, tuple[torch.dtype | None, ...]]:
+    """Return the device and the dtypes of tensors; ``None`` has no dtype."""
+    return x.get_device(), (x.dtype, *(None if each is None else each.dtype for each in others))
 
 
 def _warps(width: int, columns_each: int) -> int:
@@ -248,7 +279,7 @@ def _new_gradients(
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::adaln", mutates_args=())
+@operator
 def adaln_op(
     x: Tensor, gate: Tensor | None, branch: Tensor | None, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,12 +293,12 @@ def adaln_op(
         return run_forward(x, gate, branch, shift, scale)
 
 
-@adaln_op.register_fake
+@torch.library.register_fake(f"{NAMESPACE}::adaln", lib=LIBRARY)
 def _(x, gate, branch, shift, scale):
     return _new_results(x, branch, shift)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::adaln_backward", mutates_args=())
+@operator
 def adaln_backward_op(
     grad_residual: Tensor,
     grad_out: Tensor,
@@ -285,7 +316,7 @@ def adaln_backward_op(
         return run_backward(grad_residual, grad_out, x, statistics, gate, branch, scale)
 
 
-@adaln_backward_op.register_fake
+@torch.library.register_fake(f"{NAMESPACE}::adaln_backward", lib=LIBRARY)
 def _(grad_residual, grad_out, x, statistics, gate, branch, scale):
     return _new_gradients(x, branch, scale)
 
