@@ -20,6 +20,7 @@ from PIL import Image
 
 from fid_eval.progress import progress_bar
 
+from ..checkpoints.outputs import record_output
 from ..common.atomic_write import atomic_output
 from ..common.cli import save_config
 from ..common.errors import UserError
@@ -74,6 +75,7 @@ def measure_head_load(config: HeadLoadConfig) -> None:
                 sheet = draw_maps(pipeline, maps, finals, load, layer, rows)
                 sheet.save(folder / "head-maps.png")
             save_config(config, folder / "settings.yaml")
+        record_output(config.checkpoint, "head load", output, config)
         print(f"wrote {output}: {', '.join(path.name for path in sorted(output.iterdir()))}")
     if state.num_processes > 1:
         state.destroy_process_group()

@@ -1,54 +1,38 @@
 """Write one self-contained HTML file about a run, or about several runs side by side."""
 
-import base64
-import io
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..common.atomic_write import atomic_write
 from ..common.errors import UserError
 from ..common.version import __version__
-from ..sampling.output_formats import encode_image
 from ..training.config import TrainConfig, flatten
 from .config import ReportConfig
-from .report_charts import COLORS, colored_series, head_load_chart, line_chart
+from .report_charts import COLORS, Marks, colored_series, head_load_chart, line_chart
+from .report_outputs import embed_grids, embed_outputs, format_number, set_rows, sweep_charts
 from .run_reader import Run, read_run_folders
 
 TEMPLATE = "report.html.jinja"
-MAX_PNG_BYTES = 150_000  # larger pictures are stored as WebP
-WEBP_QUALITY = 85
 # Logged quantities: title, key, whether the axis is logarithmic.
 LEARNING = [
-    ("Noise MSE", "mse", True),
     ("VLB of the variance, bits/dim", "vlb", True),
     ("Load balance (1 is balanced)", "balance", False),
     ("Gradient norm before clipping", "grad_norm", True),
     ("Learning rate", "learning_rate", False),
 ]
+LOSSES = (("mse", "-"), ("held_out_loss", "--"), ("train_sample_loss", ":"))
+MIN_PAUSE = 1.0  # seconds; shorter pauses are not marked
 SPEED = [
-    ("Images per second", "images_per_second", False),
     ("Model FLOP utilisation", "mfu", False),
     ("Fraction of time spent waiting for data", "data_wait", False),
 ]
 MIN_SPREAD = 0.05  # the colours of relative head load cover at least 1 ± MIN_SPREAD
 NOT_COMPARED = ("run_dir", "resume")
-
-
-@dataclass
-class Grid:
-    """A sample grid as a data URI, with its size in pixels."""
-
-    step: int
-    uri: str
-    width: int
-    height: int
 
 
 def write_report(config: ReportConfig) -> None:
@@ -87,6 +71,7 @@ def render_report(folders: list[Path], max_grids: int = 24) -> str:
     )
     loads, spread = head_load_charts(runs)
     grids = {run.name: embed_grids(run, max_grids) for run in runs}
+    pictures = embed_outputs(runs, max_grids)
     return environment.get_template(TEMPLATE).render(
         version=__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -94,14 +79,20 @@ def render_report(folders: list[Path], max_grids: int = 24) -> str:
         colors=COLORS,
         summary=summary_rows(runs),
         differences=setting_differences(runs),
-        learning=logged_charts(runs, LEARNING),
+        learning=[*loss_chart(runs), *logged_charts(runs, LEARNING)],
+        held_out=any(run.series("held_out_loss")[0] for run in runs),
         loads=loads,
         spread=spread,
         grids=grids,
         steps=sorted({grid.step for some in grids.values() for grid in some}),
         metric_charts=metric_charts(runs),
         metric_table=metric_rows(runs),
-        speed=logged_charts(runs, SPEED),
+        pictures=pictures,
+        sets=set_rows(runs),
+        set_metrics=list(dict.fromkeys(k for run in runs for r in run.results for k in r.metrics)),
+        sweeps=sweep_charts(runs),
+        speed=[*speed_chart(runs), *logged_charts(runs, SPEED)],
+        pauses=pause_texts(runs),
         environments=environments(runs),
     )
 
@@ -110,16 +101,18 @@ def summary_rows(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """Return the rows of the summary: a label and one value per run."""
     rows: list[tuple[str, list[str]]] = [
         ("steps", [_progress(run) for run in runs]),
-        ("complete checkpoints", [_number(len(run.checkpoints)) for run in runs]),
+        ("complete checkpoints", [format_number(len(run.checkpoints)) for run in runs]),
     ]
     for label, key in (("last loss", "loss"), ("last noise MSE", "mse"),
                        ("last load balance", "balance")):  # fmt: skip
-        rows.append((label, [_number(next(reversed(run.series(key)[1]), None)) for run in runs]))
+        rows.append(
+            (label, [format_number(next(reversed(run.series(key)[1]), None)) for run in runs])
+        )
     for key in metric_keys(runs):
         last = [next(reversed(run.metrics(key)[1]), None) for run in runs]
-        rows.append((f"last {key}", [_number(value) for value in last]))
+        rows.append((f"last {key}", [format_number(value) for value in last]))
     rates = [run.series("images_per_second")[1] for run in runs]
-    rows.append(("median images per second", [_number(_median(rate)) for rate in rates]))
+    rows.append(("median images per second", [format_number(_median(rate)) for rate in rates]))
     shares = [("median model FLOP utilisation", "mfu"), ("median wait for data", "data_wait")]
     for label, key in shares:
         found = [_median(run.series(key)[1]) for run in runs]
@@ -173,6 +166,52 @@ def logged_charts(
     return charts
 
 
+def loss_chart(runs: list[Run]) -> list[tuple[str, str]]:
+    """Return title and chart of the noise MSE in training and on held-out images."""
+    series = [
+        line
+        for key, dashes in LOSSES
+        for line in colored_series((r.series(key) for r in runs), dashes)
+    ]
+    chart = line_chart("Noise MSE", series, log=True)
+    return [("Noise MSE", chart)] if chart else []
+
+
+def speed_chart(runs: list[Run]) -> list[tuple[str, str]]:
+    """Return title and chart of the throughput, with the pauses and restarts of each run."""
+    marks = [
+        Marks(color, [step for step, _ in pauses(run)], restarts(run))
+        for color, run in zip(COLORS, runs, strict=False)
+    ]
+    series = colored_series(run.series("images_per_second") for run in runs)
+    chart = line_chart("Images per second", series, marks=marks)
+    return [("Images per second", chart)] if chart else []
+
+
+def pauses(run: Run) -> list[tuple[int, float]]:
+    """Return the step and the seconds of each pause for saving, sampling or measuring."""
+    steps, seconds = run.series("paused_seconds")
+    return [pair for pair in zip(steps, seconds, strict=True) if pair[1] >= MIN_PAUSE]
+
+
+def restarts(run: Run) -> list[int]:
+    """Return the steps from which training was resumed."""
+    return [start["start_step"] for start in run.starts if start.get("start_step")]
+
+
+def pause_texts(runs: list[Run]) -> list[str]:
+    """Return for each run how long it paused and how often it was resumed."""
+    texts = []
+    for run in runs:
+        found, resumed = pauses(run), len(restarts(run))
+        total = sum(seconds for _, seconds in found)
+        parts = [f"{len(found)} pauses, {total:,.0f} s in total"] if found else []
+        parts += [f"resumed {resumed} {'time' if resumed == 1 else 'times'}"] if resumed else []
+        if parts:
+            texts.append(f"{run.name}: {', '.join(parts)}")
+    return texts
+
+
 def head_load_charts(runs: list[Run]) -> tuple[dict[str, list[tuple[str, str]]], float]:
     """Return ``(layer, SVG)`` of the head load over training for each run, and the colour spread.
 
@@ -188,8 +227,14 @@ def head_load_charts(runs: list[Run]) -> tuple[dict[str, list[tuple[str, str]]],
     charts: dict[str, list[tuple[str, str]]] = {}
     for run in runs:
         steps = [entry["step"] for entry in run.log if entry.get("head_load")]
+        first = run.first_heads
         charts[run.name] = [
-            (f"layer {layer}", head_load_chart(f"{run.name}, layer {layer}", steps, load, spread))
+            (
+                f"layer {layer}",
+                head_load_chart(
+                    f"{run.name}, layer {layer}", steps, load, spread, first.get(layer, 0)
+                ),
+            )
             for layer, load in loads[run.name].items()
         ]
     return charts, spread
@@ -232,9 +277,9 @@ def metric_rows(runs: list[Run]) -> list[dict[str, Any]]:
                 {
                     "run": run.name,
                     "step": f"{entry['step']:,}",
-                    "samples": _number(samples.get("count")),
-                    "reference": f"{reference.get('name', '–')} ({_number(images)})",
-                    "values": {key: _number(entry["metrics"].get(key)) for key in keys},
+                    "samples": format_number(samples.get("count")),
+                    "reference": f"{reference.get('name', '–')} ({format_number(images)})",
+                    "values": {key: format_number(entry["metrics"].get(key)) for key in keys},
                     "warnings": entry.get("warnings") or [],
                 }
             )
@@ -255,33 +300,5 @@ def environments(runs: list[Run]) -> list[tuple[str, dict[str, str]]]:
     return starts
 
 
-def embed_grids(run: Run, max_grids: int) -> list[Grid]:
-    """Return at most ``max_grids`` sample grids, evenly spaced and including the last one."""
-    steps = list(run.grids)
-    if len(steps) > max_grids:
-        kept = np.linspace(len(steps) - 1, 0, max_grids).round().astype(int)[::-1]
-        run.missing.append(f"{len(steps) - max_grids} of {len(steps)} sample grids are left out")
-        steps = [steps[index] for index in kept]
-    return [_embedded(step, run.grids[step]) for step in steps]
-
-
-def _embedded(step: int, path: Path) -> Grid:
-    content, kind = path.read_bytes(), "png"
-    with Image.open(io.BytesIO(content)) as image:
-        width, height = image.size
-        if len(content) > MAX_PNG_BYTES:
-            smaller = encode_image(image.convert("RGB"), "WEBP", quality=WEBP_QUALITY)
-            if len(smaller) < len(content):
-                content, kind = smaller, "webp"
-    uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    return Grid(step, uri, width, height)
-
-
 def _median(values: list[float]) -> float | None:
     return median(values) if values else None
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,19 +1,21 @@
 """Read run folders for a report. A run may be incomplete, damaged or still in progress."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
 
-from ..checkpoints.runs import checkpoint_step, list_checkpoints
+from ..checkpoints.outputs import Output, read_outputs
+from ..checkpoints.runs import checkpoint_name, checkpoint_step, list_checkpoints
 from ..common.cli import load_config
 from ..common.errors import UserError
 from ..sampling.set_shards import flatten_dict
 from ..training.config import TrainConfig, flatten
 from ..training.run_log import read_log
+from .set_results import SetResult, find_results
 
 RUN_CONTENTS = ("config.yaml", "log.jsonl", "environment.jsonl", "samples", "evaluations",
                 "checkpoints")  # fmt: skip
@@ -32,7 +34,10 @@ class Run:
         evaluations: metrics and their conditions, in order of their steps.
         grids: path of each sample grid, by step.
         checkpoints: steps of the complete checkpoints.
+        outputs: files and folders that were made from the run.
+        results: results of ``fid-eval`` for sample sets of the run.
         missing: descriptions of everything that is missing or could not be read.
+        notes: facts about the report that are no fault of the run.
     """
 
     name: str
@@ -43,13 +48,34 @@ class Run:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     grids: dict[int, Path] = field(default_factory=dict)
     checkpoints: list[int] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+    results: list[SetResult] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def step(self) -> int:
         """Return the last step of any log entry, evaluation, grid or checkpoint."""
         ends = [entry["step"] for entry in self.log[-1:] + self.evaluations[-1:]]
         return max([*ends, *self.grids, *self.checkpoints], default=0)
+
+    @property
+    def first_heads(self) -> dict[str, int]:
+        """Return the number of the first routed head of each routed layer; 0 if it is unknown.
+
+        Heads are numbered as in the layer: the shared heads come first.
+        """
+        for entry in reversed(self.log):
+            if "shared_heads" in entry:
+                return entry["shared_heads"]
+        if not self.checkpoints:
+            return {}
+        folder = self.folder / "checkpoints" / checkpoint_name(self.checkpoints[-1])
+        try:  # logs of 0.1.0 do not contain the numbers
+            shared = json.loads((folder / "transformer" / "config.json").read_text())
+            return {str(i): s or 0 for i, s in enumerate(shared["num_shared_heads"])}
+        except (OSError, ValueError, LookupError, TypeError):
+            return {}
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Return the steps and values of a logged quantity."""
@@ -90,16 +116,20 @@ def read_run_folder(folder: Path, name: str) -> Run:
     """Read one run folder; list missing and damaged parts in ``Run.missing``."""
     run = Run(name, folder)
     run.config = _read_config(run)
-    run.log = [e for e in _read_entries(run, "log.jsonl") if "loss" in e and "step" in e]
+    run.log = [e for e in _read_entries(run, "log.jsonl") if "step" in e]
     run.starts = _read_entries(run, "environment.jsonl")
     run.evaluations = _read_evaluations(run)
     run.grids = _read_grids(run)
     run.checkpoints = [checkpoint_step(path) for path in list_checkpoints(folder)]
+    run.outputs, problems = read_outputs(folder)
+    run.missing += problems
+    sets = [output.path for output in run.outputs if output.kind == "set"]
+    run.results = find_results(folder, sets)
     if not run.checkpoints:
-        run.missing.append("no complete checkpoint")
+        run.notes.append("there is no complete checkpoint yet")
     planned = run.config.get("num_steps")
     if planned and run.step < planned:
-        run.missing.append(f"not finished: step {run.step:,} of {planned:,}")
+        run.notes.append(f"the run has not finished: step {run.step:,} of {planned:,}")
     return run
 
 
@@ -143,20 +173,10 @@ def _read_evaluations(run: Run) -> list[dict[str, Any]]:
             found.append({"step": int(entry["step"]), **entry, "metrics": dict(entry["metrics"])})
         except (ValueError, KeyError, TypeError):
             run.missing.append(f"evaluations/{path.name} (cannot be read)")
-    if not found:
-        run.missing.append("no evaluation")
     return found
 
 
 def _read_grids(run: Run) -> dict[int, Path]:
-    grids = {}
-    for path in sorted((run.folder / "samples").glob("step-*.png")):
-        try:
-            with Image.open(path) as image:
-                image.load()
-            grids[int(path.stem.removeprefix("step-"))] = path
-        except (OSError, ValueError, SyntaxError):
-            run.missing.append(f"samples/{path.name} (cannot be read)")
-    if not grids:
-        run.missing.append("no samples")
-    return grids
+    names = ((path, re.fullmatch(r"step-(\d+)\.png", path.name))
+             for path in (run.folder / "samples").glob("step-*.png"))  # fmt: skip
+    return dict(sorted((int(name[1]), path) for path, name in names if name))

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..checkpoints.opening import load_pipeline
+from ..checkpoints.outputs import Kind, record_output
 from ..checkpoints.runs import resolve_checkpoint
 from ..common.atomic_write import atomic_output
 from ..common.disk_space import require_disk_space
@@ -66,7 +67,17 @@ def sample(config: SampleConfig) -> None:
     if state.num_processes > 1:
         state.destroy_process_group()
     if state.is_main_process:
+        record_output(config.checkpoint, output_kind(config), output, config)
         print(f"wrote {output}; its settings are in {settings_path(output).name}")
+
+
+def output_kind(config: SampleConfig) -> Kind:
+    """Return what the output of these settings is."""
+    if config.num_samples is not None:
+        return "set"
+    if Path(config.output).suffix in ANIMATIONS:
+        return "animation"
+    return "strip" if config.interpolate else "sweep" if config.rows or config.columns else "grid"
 
 
 def start_processes(device: str) -> PartialState:

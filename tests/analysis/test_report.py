@@ -19,10 +19,18 @@ from moh_dit.analysis.report import (
     setting_differences,
     write_report,
 )
-from moh_dit.analysis.report_charts import MAX_POINTS, Series, downsample, line_chart
+from moh_dit.analysis.report_charts import (
+    MAX_POINTS,
+    Series,
+    downsample,
+    head_load_chart,
+    line_chart,
+)
 from moh_dit.analysis.run_reader import read_run_folders
+from moh_dit.checkpoints.outputs import record_output
 from moh_dit.common.cli import save_config
 from moh_dit.common.errors import UserError
+from moh_dit.sampling.config import SampleConfig
 from moh_dit.training.config import ModelConfig, TrainConfig
 
 VOID = {"meta", "img", "input", "wbr", "br", "link", "path", "use", "image"}
@@ -86,7 +94,7 @@ def make_run(folder, steps=4, **settings):
 
 def test_a_complete_run(tmp_path):
     page = Page(text := render_report([make_run(tmp_path / "a", batch_size=7)]))
-    assert "Missing or left out" not in page.text
+    assert "Missing or damaged" not in page.text
     for words in ("40 of 40", "batch_", "7", "256", "125", "25", "abacus", "Note: few samples",
                   "50.0 %", "25.0 %", "fid, lower is better", "layer 1"):  # fmt: skip
         assert words in page.text, words
@@ -101,6 +109,91 @@ def test_a_complete_run(tmp_path):
     # mse, vlb, balance, gradient norm, learning rate; head load; fid; speed, MFU, waiting.
     assert len(page.all("svg")) == 10
     assert text.count("currentColor") > 50
+
+
+def record(run, name, kind="set", **settings):
+    """Write an output of a run and record it."""
+    config = SampleConfig(checkpoint=str(run), output=name, **settings)
+    path = run / name
+    Image.new("RGB", (8, 8)).save(path) if kind == "grid" else path.write_bytes(b"")
+    record_output(str(run / "checkpoints" / "step-00000040"), kind, path, config)
+    return path
+
+
+def write_results(file, **sets):
+    entries = [dict(name=name, metrics={"fid": fid}, samples={"count": 5}, warnings=["too few"])
+               for name, fid in sets.items()]  # fmt: skip
+    document = dict(settings={}, reference={"name": "train.npz"}, extractors={"inception": {}})
+    file.write_text(json.dumps(dict(document, sets=entries)))
+
+
+def test_outputs_and_their_metrics_are_shown(tmp_path):
+    run = make_run(tmp_path / "a")
+    (run / "checkpoints" / "step-00000040" / "transformer").mkdir()
+    record(run, "grid.png", "grid", seed=5, guidance_scale=1.5)
+    record(run, "gone.png", "grid").unlink()
+    record(run, "one.npz", num_samples=5, guidance_scale=1.5)
+    record(run, "two.npz", num_samples=5, guidance_scale=2.0)
+    write_results(run / "metrics.json", **{"a/one.npz": 12.5})
+    page = Page(render_report([run]))
+    text = " ".join(page.text)
+    assert "grid after step 40, guidance 1.5, 250 steps, seed 5" in text
+    assert [i["alt"] for i in page.all("img")][-1].startswith("grid after step 40, guidance 1.5")
+    assert "a/one.npz after step 40, guidance 1.5" in text
+    assert "two.npz after step 40, guidance 2.0" in text
+    assert "12.5" in text
+    assert "Note: too few" in text
+    assert "fid of a" not in text  # one measured set is no sweep
+    write_results(run / "metrics.json", **{"a/one.npz": 12.5, "two.npz": 3.5})
+    assert "fid of a" in Page(render_report([run])).text
+    (read,) = read_run_folders([run])
+    assert [result.path.name for result in read.results] == ["one.npz", "two.npz"]
+    record(run, "three.npz", num_samples=5, guidance_scale=2.0, num_inference_steps=50)
+    write_results(tmp_path / "elsewhere.json", **{"a/one.npz": 1.0})
+    write_results(run / "more.json", **{"a/three.npz": 30.25})
+    text = render_report([run])
+    assert "guidance_scale</" in text  # the axes of the surface
+    assert "num_inference_steps</" in text
+    assert "30.25" in text
+
+
+def test_an_output_that_cannot_be_recorded_is_named(tmp_path, capsys):
+    run = make_run(tmp_path / "a")
+    (run / "checkpoints" / "step-00000040" / "transformer").mkdir()
+    (run / "outputs.jsonl").mkdir()
+    record(run, "one.npz")
+    assert "one.npz is not recorded in" in capsys.readouterr().err
+    (run / "outputs.jsonl").rmdir()
+    (run / "outputs.jsonl").write_text('[1]\n{"path": 3}\n')
+    assert "outputs.jsonl: line 2 cannot be read" in Page(render_report([run])).text
+
+
+def test_heads_are_numbered_as_in_the_layer(tmp_path):
+    run = make_run(tmp_path / "a")
+    assert read_run_folders([run])[0].first_heads == {}
+    config = run / "checkpoints" / "step-00000040" / "transformer" / "config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps({"num_shared_heads": [None, 3]}))
+    assert read_run_folders([run])[0].first_heads == {"0": 0, "1": 3}
+    chart = head_load_chart("layer 1", [10, 20], np.ones((2, 4)), 0.1, first_head=3)
+    labels = [text for text in Page(chart).text if text.isdigit()]
+    assert labels[-4:] == ["3", "4", "5", "6"]
+
+
+def test_pauses_restarts_and_held_out_loss_are_shown(tmp_path):
+    run = make_run(tmp_path / "a")
+    with (run / "log.jsonl").open("a") as log:
+        log.write(json.dumps(dict(step=40, held_out_loss=0.5, paused_seconds=7.2)) + "\n")
+    with (run / "environment.jsonl").open("a") as starts:
+        starts.write(json.dumps({"start_step": 20}) + "\n")
+    text = " ".join(Page(render_report([run])).text)
+    assert "a: 1 pauses, 7 s in total, resumed 1 time" in text
+    assert "dashed on held-out images" in text
+    only = make_run(tmp_path / "b", steps=1)
+    (only / "samples" / "step-00000020.png").unlink()
+    page = Page(render_report([only]))
+    assert not page.all("input")  # no slider for a single grid
+    assert not page.all("script")
 
 
 def test_the_report_loads_no_other_files(tmp_path):
@@ -152,7 +245,7 @@ def test_a_damaged_run_has_a_report_that_lists_missing_parts(tmp_path):
     assert "samples/step-00000040.png (cannot be read)" in missing
     assert "evaluations/step-00000040.json (cannot be read)" in missing
     assert "an_old_setting" in missing
-    assert "not finished: step 40 of 50" in missing
+    assert "The run has not finished: step 40 of 50." in missing
     assert [image["data-step"] for image in page.all("img")] == ["20"]
 
 
@@ -162,9 +255,9 @@ def test_any_part_alone_makes_a_report(tmp_path, name):
     (tmp_path / "part").mkdir()
     (whole / name).rename(tmp_path / "part" / name)
     page = Page(render_report([tmp_path / "part"]))
-    assert "Missing or left out" in page.text
+    assert "Missing or damaged" in page.text
     both = Page(render_report([tmp_path / "part", make_run(tmp_path / "other")]))
-    assert "part: no evaluation" in both.text
+    assert "part: There is no complete checkpoint yet." in " ".join(both.text)
 
 
 def test_names_and_settings_are_escaped(tmp_path):
@@ -181,7 +274,7 @@ def test_many_grids_are_thinned_evenly_with_the_last(tmp_path):
         Image.new("RGB", (8, 8)).save(folder / "samples" / f"step-{step:08d}.png")
     page = Page(render_report([folder], max_grids=4))
     assert [int(image["data-step"]) for image in page.all("img")] == [20, 100, 160, 240]
-    assert "8 of 12 sample grids are left out" in page.text
+    assert "8 of 12 sample grids are left out" in " ".join(page.text)
 
 
 def test_large_pictures_shrink(tmp_path):
