@@ -71,7 +71,7 @@ def _parse_evaluation(argv: list[str], parser: Parser) -> argparse.Namespace:
         options.jobs = jobs
         return options
     options.samples = [sample for sample in options.samples if not _is_sidecar(sample)]
-    if not options.samples:
+    if not options.samples and not options.check:
         raise EvaluationError(f"no sample sets to compare with {options.reference}")
     options.jobs = [Job(sample, sample) for sample in options.samples]
     return options

@@ -19,6 +19,7 @@ from .networks.extractors import get_extractor
 from .reconstruction import evaluate_reconstructions
 from .references import save_reference
 from .report import Document, document_of, table, write_csv, write_json, write_plot
+from .sets.checking import check_sets
 from .sets.decoding import Preprocess
 
 
@@ -37,6 +38,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    if options.check:
+        paths = [options.reference, *(job.path for job in options.jobs)]
+        return check_sets(paths, _preprocess(options), options.quiet)
     settings = _arguments_of(Evaluator, options) | _arguments_of(Runtime, options)
     settings["weights"] = _by_extractor(options.weights, options.extractor)
     settings["weights_sha256"] = _by_extractor(options.weights_sha256, options.extractor)
@@ -50,6 +54,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise EvaluationError(failed[0]["error"])
     run_on_rank0(lambda: _write_outputs(document, failed, options))
     return 1 if failed else 0
+
+
+def _preprocess(options: argparse.Namespace) -> Preprocess:
+    return Preprocess(options.resize, options.crop, options.background, options.strict)
 
 
 def _arguments_of(function: Callable, options: argparse.Namespace) -> dict[str, Any]:
@@ -87,7 +95,7 @@ def _stats(options: argparse.Namespace) -> int:
         get_extractor(name, weights.get(name), sha256.get(name)) for name in dict.fromkeys(names)
     ]
     runtime = Runtime(**_arguments_of(Runtime, options))
-    preprocess = Preprocess(options.resize, options.crop)
+    preprocess = _preprocess(options)
     images, seed = options.images, options.seed
     written = save_reference(
         options.source, options.output, extractor, runtime, preprocess, images, seed, others

@@ -37,7 +37,7 @@ def describe_labels(labels: Tensor | None) -> dict[str, Any]:
 def describe_samples(
     opened: ImageSet, features: Features, prefer_statistics: bool
 ) -> dict[str, Any]:
-    """Return name, hash, counts, labels and image size of a sample set."""
+    """Return name, hash, counts, labels, image size and conversions of a sample set."""
     labels = features.labels
     if labels is None and opened.images is not None and opened.images.labels is not None:
         labels = torch.from_numpy(opened.images.labels)
@@ -50,6 +50,7 @@ def describe_samples(
         "statistics_count": opened.metadata.get("count"),
         "image_size": opened.image_size,
         "sha256": opened.content_hash(),
+        "reading": opened.facts(),
     }
 
 
@@ -62,6 +63,7 @@ def describe_reference(opened: ImageSet, prefer_statistics: bool) -> dict[str, A
         "sha256": opened.content_hash(),
         "statistics_count": opened.metadata.get("count"),
         "image_count": opened.count,
+        "reading": opened.facts(),
     }
 
 

@@ -47,6 +47,8 @@ class Evaluator:
             not tell it.
         resize: resize images to this number of pixels, square; None keeps them.
         crop: crop the centre when resizing, instead of stretching.
+        background: colour behind transparent pixels, a name or "#rrggbb".
+        strict: refuse images that are not 8-bit RGB, and tars without an end mark.
         runtime: how the network runs; the arguments of ``Runtime``: device, batch_size, workers,
             precision, compile, cache and quiet.
 
@@ -69,10 +71,12 @@ class Evaluator:
         reference_extractor: str | None = None,
         resize: int | None = None,
         crop: bool = False,
+        background: str = "white",
+        strict: bool = False,
         **runtime: Any,
     ) -> None:
         rank_and_world_size()  # Initialize the process group on all ranks together.
-        self.preprocess = Preprocess(resize, crop)
+        self.preprocess = Preprocess(resize, crop, background, strict)
         self.explicit = metrics is not None
         self.names = metric_checks.check_metrics(metrics or DEFAULT_METRICS)
         self.runtime = Runtime(**runtime)
@@ -316,6 +320,8 @@ class Evaluator:
             result.warnings += conditions.convention_warnings(
                 names, result.samples, result.reference
             )
+        for described in (self.reference, opened):
+            result.warnings += described.remarks()
         result.warnings += conditions.identity_warnings(
             self.reference,
             opened,

@@ -11,7 +11,11 @@ from torch import Tensor
 from .atomic_write import atomic_path, remove_leftovers
 from .errors import describe_error
 from .networks.extractors import Extractor
+from .sets.decoding import POLICY_VERSION
 from .sets.image_set import ImageSet
+
+# The key of the checksum; safetensors writes several keys in random order.
+CHECKSUM = f"sha256, decoding policy {POLICY_VERSION}"
 
 
 def cache_folder(
@@ -40,7 +44,7 @@ def save_chunk(folder: Path, chunk: int, layers: dict[str, Tensor]) -> None:
     """Save the features of a chunk, with a checksum."""
     layers = {key: value.cpu().contiguous() for key, value in layers.items()}
     with atomic_path(_chunk_file(folder, chunk)) as temporary:
-        save_file(layers, temporary, {"sha256": _checksum(folder, chunk, layers)})
+        save_file(layers, temporary, {CHECKSUM: _checksum(folder, chunk, layers)})
 
 
 def load_chunk(
@@ -61,7 +65,10 @@ def load_chunk(
     try:
         with safe_open(path, framework="pt") as file:
             layers = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            checksum = (file.metadata() or {}).get("sha256")
+            metadata = file.metadata() or {}
+            checksum = metadata.get(CHECKSUM)
+        if checksum is None and metadata:
+            return None, f"{path.name} is of images decoded by another policy (docs/data.md)"
         if checksum is None:
             return None, f"{path.name} has no checksum, as files of fid-eval 0.1.0"
         if checksum != _checksum(folder, chunk, layers):

@@ -13,6 +13,8 @@ from .errors import EvaluationError, describe_error
 from .evaluator import Evaluator
 from .jobs_file import Job
 from .report import Document, versions, write_json
+from .sets.decoding import POLICY_VERSION
+from .sets.encoded import EncodedReader
 from .sets.image_set import ImageSet
 from .time_limit import time_limit
 
@@ -161,6 +163,9 @@ def _earlier_entry(earlier: Document | None, job: Job, found: ImageSet) -> dict[
     for entry in earlier["sets"] if earlier else []:
         if entry["name"] != job.name or "error" in entry or entry["asked"] != job.metrics:
             continue
+        policy = entry["samples"].get("reading", {}).get("policy", 1)  # 0.1.0 stores none
+        if policy != POLICY_VERSION and isinstance(found.images, EncodedReader):
+            continue  # The same files are decoded to other pixels now.
         sha256 = found.content_hash()
         if sha256 is not None and entry["samples"]["sha256"] == sha256:
             return entry

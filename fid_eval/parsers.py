@@ -92,6 +92,10 @@ def _add_size_options(add: Callable) -> None:
         help="resize images to SIZE × SIZE pixels, stretched (default: keep their size)")
     add("--crop", action="store_true",
         help="with --resize: crop the centre instead of stretching, as ADM does")
+    add("--background", default="white", metavar="COLOUR",
+        help="colour behind transparent pixels, a name or #rrggbb (default: white)")
+    add("--strict", action="store_true",
+        help="refuse images that are not 8-bit RGB, and tars without an end mark")
 
 
 def _add_machine_options(add: Callable) -> None:
@@ -162,6 +166,8 @@ def evaluation_parser(prog: str) -> Parser:
     add = results.add_argument
     add("--csv", metavar="FILE.csv", help="write a table, one row per set")
     add("--plot", metavar="FILE.png", help="plot metrics over the sets")
+    add("--check", action="store_true",
+        help="decode all images of all sets, report what was found, and compute nothing")
     add("--plot_metrics", type=_name_list, metavar="A,B,…", help="metrics to plot (default: all)")
     add("--json", action="store_true", help="print JSON instead of a table")
     return parser

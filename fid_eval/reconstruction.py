@@ -37,6 +37,8 @@ def evaluate_reconstructions(
     backbone: LpipsBackbone = "vgg",
     resize: int | None = None,
     crop: bool = False,
+    background: str = "white",
+    strict: bool = False,
     **runtime: Any,
 ) -> Result:
     """Compare each image with its reconstruction, and the sets by the Fréchet distance.
@@ -55,6 +57,8 @@ def evaluate_reconstructions(
         backbone: of LPIPS: "vgg" or "alex".
         resize: resize both sets to this number of pixels, square; None keeps them.
         crop: crop the centre when resizing, instead of stretching.
+        background: colour behind transparent pixels, a name or "#rrggbb".
+        strict: refuse images that are not 8-bit RGB, and tars without an end mark.
         runtime: how the networks run; the arguments of ``Runtime``.
 
     Returns:
@@ -67,7 +71,8 @@ def evaluate_reconstructions(
     names = check_reconstruction_metrics(metrics)
     if rank_and_world_size()[1] > 1:
         raise EvaluationError("reconstructions are evaluated by one process; start only one")
-    settings, preprocess = Runtime(**runtime), Preprocess(resize, crop)
+    settings = Runtime(**runtime)
+    preprocess = Preprocess(resize, crop, background, strict)
     paths, hashes = weights or {}, weights_sha256 or {}
     reference = open_set(originals, preprocess, _name_of(originals, "originals"))
     samples: ImageSet | Reconstruct = reconstructions

@@ -16,7 +16,7 @@ from .features import Features, Runtime, extract
 from .foreign_references import open_foreign
 from .networks.extractors import Extractor
 from .saved_references import REFERENCE_SUFFIX, check_reference_exists, saved_references
-from .sets.decoding import AS_IS, Preprocess
+from .sets.decoding import AS_IS, POLICY_VERSION, Preprocess
 from .sets.image_set import STATISTICS_OF_LAYER, ImageSet
 from .sets.loading import CHUNK
 from .sets.opening import open_set
@@ -203,6 +203,7 @@ def save_reference(
             "others": {each.name: each.identity() for each in others},
             "network_precision": runtime.precision,
             "resize": str(preprocess),
+            "decoding": POLICY_VERSION,
             "image_size": list(arrays["arr_0"].shape[1:3]),
             "source": opened.name,
             "source_sha256": opened.content_hash(),

@@ -99,6 +99,8 @@ def _notes(document: Document) -> list[str]:
             f"reference: {reference['name']} ({reference['kind']}{images}; "
             f"Fréchet distance from {source})"
         )
+        if classes := reference.get("reading", {}).get("classes"):
+            lines.append(f"classes: {classes}")
     for name, extractor in document["extractors"].items():
         digits = (extractor.get("sha256") or "unknown")[:12]
         lines.append(f"extractor: {name}, weights {digits}, {extractor['network_precision']}")

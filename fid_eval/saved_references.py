@@ -8,10 +8,14 @@ from .errors import EvaluationError, nearest_name
 REFERENCE_SUFFIX = ".npz"
 
 
+def home() -> Path:
+    """Return the folder of saved references and listings: $FID_EVAL_HOME or ~/.cache/fid_eval."""
+    return Path(os.environ.get("FID_EVAL_HOME", "~/.cache/fid_eval")).expanduser()
+
+
 def reference_folder() -> Path:
-    """Return the folder of saved references, in $FID_EVAL_HOME or ~/.cache/fid_eval."""
-    cache = Path(os.environ.get("FID_EVAL_HOME", "~/.cache/fid_eval")).expanduser()
-    return cache / "references"
+    """Return the folder of saved references."""
+    return home() / "references"
 
 
 def saved_references() -> dict[str, Path]:
@@ -20,8 +24,10 @@ def saved_references() -> dict[str, Path]:
 
 
 def is_local_path(source: str) -> bool:
-    """Return whether ``source`` names one file or folder, not a URL or a pattern of files."""
-    return not source.startswith(("hf:", "hf-stream:")) and not any(c in source for c in "*{")
+    """Return whether ``source`` is a path, not a URL, a pattern or a folder within an archive."""
+    if source.startswith(("hf:", "hf-stream:")) or any(c in source for c in "*{"):
+        return False
+    return not any(parent.is_file() for parent in Path(source).expanduser().parents)
 
 
 def check_reference_exists(source: str) -> None:
@@ -41,5 +47,7 @@ def check_samples_exist(sources: list[str]) -> None:
 
     If only some of them are missing, the others are evaluated and the missing ones are reported.
     """
-    if all(is_local_path(path) and not os.path.exists(Path(path).expanduser()) for path in sources):
+    if sources and all(
+        is_local_path(path) and not os.path.exists(Path(path).expanduser()) for path in sources
+    ):
         raise EvaluationError(f"{sources[0]}: no such file or folder")

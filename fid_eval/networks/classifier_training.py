@@ -158,6 +158,8 @@ def train_classifier(
     flip: bool = False,
     resize: int | None = None,
     crop: bool = False,
+    background: str = "white",
+    strict: bool = False,
 ) -> None:
     """Train a classifier, write it to ``output`` and print its accuracy on held-out images.
 
@@ -175,6 +177,8 @@ def train_classifier(
         flip: mirror half of the training images.
         resize: resize images to this side in pixels.
         crop: crop the centre instead of stretching.
+        background: colour behind transparent pixels.
+        strict: refuse images that are not 8-bit RGB, and tars without an end mark.
 
     Raises:
         EvaluationError: ``output`` exists, or ``data`` or ``held_out`` is not suitable.
@@ -183,7 +187,7 @@ def train_classifier(
         raise EvaluationError(f"{output}: exists and is not overwritten; choose another --output")
     if output.suffix != ".safetensors":
         raise EvaluationError(f"{output}: --output must end in .safetensors")
-    preprocess = Preprocess(resize, crop)
+    preprocess = Preprocess(resize, crop, background, strict)
     source = open_set(data, preprocess)
     if isinstance(held_out, float) or held_out.endswith(".txt"):
         training, measured = split(read_images(source, workers), held_out, seed)

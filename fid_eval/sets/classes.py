@@ -56,6 +56,9 @@ def number_labels(
         label, item = printable(str(values[index])[:60]), printable(items[index])
         return EvaluationError(f"{where} has the label {label!r} for {item}; {reason}")
 
+    for index, value in enumerate(values):
+        if value is None or value == "":
+            raise refuse(index, "add the label, or remove the image")
     numbers = [_number(value) for value in values]
     if None not in numbers:
         for index, number in enumerate(numbers):
@@ -68,8 +71,6 @@ def number_labels(
             raise refuse(int(labels.argmax()), f"classes.json names only {len(given)} classes")
         return labels, given
     for index, value in enumerate(values):
-        if value is None or value == "":
-            raise refuse(index, "add the label, or remove the image")
         if not isinstance(value, str):
             is_number = numbers[index] is not None
             reason = "other labels are class names" if is_number else "labels must be integers"

@@ -5,6 +5,7 @@ Training and evaluation decode with these functions. docs/data.md states the pol
 
 import io
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +39,12 @@ FIRST_FRAME = "first of several frames"
 COLOUR_OF_MODE = {"1": "black and white", "P": "palette", "PA": "palette", "L": "grey"} | {
     "LA": "grey", "La": "grey"
 }  # fmt: skip
+
+
+def describe_conversions(counts: Mapping[str, int]) -> str:
+    """Return the numbers of converted images as one line; empty without any."""
+    counted = [f"{count:,} × {kind}" for kind, count in sorted(counts.items())]
+    return f"conversions: {', '.join(counted)}" if counted else ""
 
 
 class BadImage(ValueError):

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..atomic_write import atomic_path
 from ..errors import EvaluationError
+from ..saved_references import home
 from .decoding import BadImage
 from .files import FolderFiles, Names, read_file
 from .layouts import CLASS_FILE, LABEL_FILES, Skipped, Tree, is_hidden, is_image
@@ -101,9 +102,8 @@ def _leads_to_parent(folder: str) -> bool:
 
 
 def _listing_file(path: Path) -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    return Path(cache) / "fid_eval" / "listings" / f"{name}.npz"
+    return home() / "listings" / f"{name}.npz"
 
 
 def _save(file: Path, walk: _Walk, names: Names, sizes: np.ndarray) -> None:

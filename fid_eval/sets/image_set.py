@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from .classes import names_of_numbers, summarize_classes
+from .decoding import POLICY_VERSION, describe_conversions
 from .hashing import path_hash
 from .layouts import Skipped
 from .readers import ImageReader
@@ -82,9 +83,10 @@ class ImageSet:
         return names_of_numbers(self.labels, self.name)
 
     def facts(self) -> dict[str, Any]:
-        """Return the classes, and the numbers of conversions and skipped files, for results."""
+        """Return the decoding policy, classes, and numbers of conversions and skipped files."""
         names = self.names_of_classes()
         return {
+            "policy": POLICY_VERSION,
             "classes": summarize_classes(names) if names else None,
             "conversions": dict(self.images.conversions) if self.images is not None else {},
             "skipped": dict(self.skipped.counts),
@@ -93,10 +95,7 @@ class ImageSet:
     def remarks(self) -> list[str]:
         """Return sentences on conversions, skipped files and peculiarities of the set."""
         conversions = self.images.conversions if self.images is not None else {}
-        counted = [f"{count:,} × {kind}" for kind, count in sorted(conversions.items())]
-        remarks = [*self.notes, str(self.skipped)]
-        if counted:
-            remarks.append(f"conversions: {', '.join(counted)}")
+        remarks = [*self.notes, str(self.skipped), describe_conversions(conversions)]
         return [f"{self.name}: {remark}" for remark in remarks if remark]
 
     def hash_ahead(self) -> None:

@@ -18,8 +18,8 @@ class EncodeConfig:
     output: str
     """Folder to write. It must not exist, unless resume is set."""
     data: str = "digits"
-    """"digits", a folder with one sub-folder for each class, tar shards, or a Hugging Face data set
-    hf://OWNER/NAME. With ?streaming=true, images are encoded as they arrive and not stored."""
+    """"digits", a folder with one sub-folder for each class, .zip, .npz, .tar, or a Hugging Face
+    data set hf://OWNER/NAME. With ?streaming=true, images are encoded as they arrive."""
     image_size: int = 32
     """Side of the images in pixels."""
     autoencoder: str | None = None
@@ -54,7 +54,7 @@ class ExportConfig:
     """Write images and labels as `arr_0` (uint8 NHWC) and `arr_1` (int64) of one .npz file."""
 
     data: str
-    """"digits", a folder with one sub-folder for each class, tar shards, or hf://OWNER/NAME."""
+    """"digits", a folder with one sub-folder for each class, .zip, .npz, .tar, or hf://OWNER/NAME."""
     output: str
     """File to write, ending in .npz. It must not exist."""
     image_size: int = 32

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from diffusers import ModelMixin
 
 from fid_eval.progress import progress_bar
@@ -30,7 +31,15 @@ from ..common.folder_lock import FolderLock
 from ..common.paths import choose_autoencoder
 from .config import EncodeConfig
 from .hub_stream import HubStream
-from .images import ImageSet, index_batches, is_stream, open_images, read_batches
+from .images import (
+    ImageSet,
+    conversions_of,
+    index_batches,
+    is_stream,
+    open_images,
+    print_conversions,
+    read_batches,
+)
 from .latent_shards import FORMAT, SHARD_PREFIX, prepare_folder, write_index, write_latent_shard
 from .latents import encode_views
 
@@ -103,8 +112,10 @@ def _encode_data(
             moments = np.concatenate([no_images, *parts], axis=1, dtype=plan["dtype"])
             lock.check()
             write_latent_shard(folder / name, moments, np.concatenate(labels))
+    conversions = gather_object([conversions_of(source)])
     state.wait_for_everyone()
     if state.is_main_process:
+        print_conversions(config.data, conversions)
         if isinstance(source, HubStream):
             names = source.finish(folder)
         else:

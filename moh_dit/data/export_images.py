@@ -13,7 +13,14 @@ from fid_eval.progress import progress_bar
 from ..common.atomic_write import atomic_output
 from ..common.paths import require_new_output
 from .config import ExportConfig
-from .images import ImageSet, index_batches, open_images, read_batches
+from .images import (
+    ImageSet,
+    conversions_of,
+    index_batches,
+    open_images,
+    print_conversions,
+    read_batches,
+)
 
 
 def export_npz(config: ExportConfig) -> None:
@@ -28,6 +35,7 @@ def export_npz(config: ExportConfig) -> None:
     with atomic_output(output) as aside:
         _write_npz(aside, images, config.num_workers)
         require_new_output(output)  # another program may have written it meanwhile
+    print_conversions(config.data, [conversions_of(images)])
     size = config.image_size
     print(
         f"wrote {output}: {len(images)} images of {size}×{size} pixels, "

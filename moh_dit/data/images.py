@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fid_eval.progress import progress_bar
 from fid_eval.sets.classes import summarize_classes
-from fid_eval.sets.decoding import Preprocess
+from fid_eval.sets.decoding import Preprocess, describe_conversions
 from fid_eval.sets.hugging_face import is_hub_url, parse_hub_url
 from fid_eval.sets.opening import open_set
 from fid_eval.sets.readers import ArrayReader
@@ -143,10 +143,16 @@ def is_stream(source: str | Path) -> bool:
         return is_hub_url(str(source)) and parse_hub_url(str(source)).streaming
 
 
-def conversion_report(conversions: Counter[str]) -> str:
-    """Return the conversions of decoded images as one line, empty without any."""
-    counted = [f"{count:,} × {kind}" for kind, count in sorted(conversions.items())]
-    return f"conversions: {', '.join(counted)}" if counted else ""
+def conversions_of(images: Any) -> Counter[str]:
+    """Return the numbers of conversions that images count while they are read, to be updated."""
+    counts: Counter[str] | None = getattr(images, "conversions", None)
+    return Counter() if counts is None else counts
+
+
+def print_conversions(source: str, counts: Iterable[Counter[str]]) -> None:
+    """Print the conversions that all processes have counted, if there are any."""
+    if line := describe_conversions(sum(counts, Counter())):
+        print(f"{source}: {line}", file=sys.stderr)
 
 
 def load_batch(images: ImageSet, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -175,7 +181,7 @@ def read_batches(
         num_workers=num_workers,
         collate_fn=_keep_numpy,
     )
-    conversions = getattr(images, "conversions", Counter())
+    conversions = conversions_of(images)
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
@@ -195,7 +201,7 @@ class _BatchReader(Dataset):
         self.images = images
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Any, ...] | UserError:
-        conversions = getattr(self.images, "conversions", None) or Counter()
+        conversions = conversions_of(self.images)
         before = conversions.copy()
         try:
             return *load_batch(self.images, indices), conversions - before

@@ -24,7 +24,7 @@ from fid_eval.progress import progress_bar
 
 from ..autoencoder import autoencoder_identity, encode_moments, moments_shape
 from ..common.errors import UserError
-from .images import ImageSet, index_batches, read_batches
+from .images import ImageSet, conversions_of, index_batches, print_conversions, read_batches
 from .latent_shards import FORMAT, INDEX_FILE, LABELS_FILE, PLAN_FILE, content_hash
 from .pixels import to_float
 
@@ -96,6 +96,8 @@ def encode_images(
             moments[:, start:stop] = encode_views(vae, pixels, flip)
             bar.update(len(pixels))
             start = stop
+    if progress:
+        print_conversions("images", [conversions_of(images)])
     return LatentMoments(moments, images.labels, images.class_names)
 
 

@@ -75,7 +75,7 @@ class DataConfig:
     """Training data and autoencoder"""
 
     source: str = "digits"
-    """Images: "digits" (embedded), a folder with one sub-folder per class, tar shards, or
+    """Images: "digits" (embedded), a folder with one sub-folder per class, .zip, .npz, .tar, or
     hf://OWNER/NAME (docs/data.md). They are encoded when the run starts: into memory on one
     process, into the run folder on several."""
     latents: str | None = None

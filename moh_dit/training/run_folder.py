@@ -19,7 +19,7 @@ from ..data.latents import open_latents
 from .checkpoint_checks import move_aside
 from .config import TrainConfig, flatten
 from .run_log import environment
-from .training_data import TrainingData
+from .training_data import CLASS_FILE, TrainingData
 from .training_state import remove_unfinished, write_in_run
 
 # Settings that may change when a run is resumed. All others define what the run computes.
@@ -80,7 +80,10 @@ def check_same_data(run: Path, identity: dict[str, Any]) -> None:
         return
     try:
         before = json.loads((run / DATA_FILE).read_text())
-        known = {name: before[name] for name in identity if name != "held_out"}
+        # Runs of version 0.1.0 store neither classes nor the decoding policy.
+        stored = identity.keys() - ({"classes", "decoding"} - before.keys()) - {"held_out"}
+        known = {name: before[name] for name in stored}
+        policy = known.pop("decoding", identity["decoding"])
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{run / DATA_FILE} is damaged ({error}); remove it to resume with the present data "
@@ -97,6 +100,11 @@ def check_same_data(run: Path, identity: dict[str, Any]) -> None:
         raise UserError(
             f"run {run} started with other data: {difference}; give the original data, or choose a "
             "new --run_dir"
+        )
+    if policy != identity["decoding"]:
+        print(
+            f"{run} started with version {policy} of the decoding policy; images are now decoded "
+            f"by version {identity['decoding']}"
         )
 
 
@@ -130,7 +138,7 @@ def prepare_run_folder(
                   f"--trackers '[{', '.join(before)}]'")  # fmt: skip
     save_config(config, run / CONFIG_FILE)
     atomic_write(run / DATA_FILE, json.dumps(data.identity, indent=1).encode())
-    atomic_write(run / "classes.json", json.dumps(data.class_names, indent=1).encode())
+    atomic_write(run / CLASS_FILE, json.dumps(data.class_names, indent=1).encode())
     with (run / "environment.jsonl").open("a") as file:  # one line per start
         file.write(json.dumps({"start_step": start_step, **environment()}) + "\n")
     for name, part in (("vae", data.vae), ("scheduler", scheduler)):

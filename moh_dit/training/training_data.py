@@ -1,5 +1,6 @@
 """Open the training set of a run and load its micro-batches."""
 
+import json
 import math
 from collections.abc import Generator
 from pathlib import Path
@@ -8,6 +9,8 @@ import psutil
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import Tensor
+
+from fid_eval.sets.decoding import POLICY_VERSION
 
 from ..autoencoder import autoencoder_identity, moments_shape
 from ..common.disk_space import format_bytes
@@ -21,6 +24,8 @@ from ..data.latents import LatentSet, encode_images, open_latents
 from .config import TrainConfig
 from .held_out_split import HeldOutSplit, split_images, splits_data
 from .step_inputs import BatchPartition, MicroBatchSampler, load_micro_batches
+
+CLASS_FILE = "classes.json"  # in a run folder
 
 
 class TrainingData:
@@ -39,8 +44,8 @@ class TrainingData:
         latent_shape: shape (C, h, w) of the latents of an image.
         moments_shape: shape of its moments, (2C, h, w), or (C, h, w) without a posterior.
         split: training images and held-out images; ``None`` if the run trains on all images.
-        identity: kind, number and content hash of the data, the hash of the autoencoder, and of
-            the held-out images. It does not depend on paths.
+        identity: kind, number and content hash of the data, the hash of the autoencoder, the
+            decoding policy, the class names and the held-out images. It does not depend on paths.
 
     Raises:
         UserError: unreadable data, latents of another autoencoder or size, or images whose latents
@@ -75,7 +80,10 @@ class TrainingData:
             images = self.images = run_on_main_process(
                 accelerator,
                 lambda: open_images(
-                    config.source, config.image_size, skip_unreadable=config.skip_unreadable
+                    config.source,
+                    config.image_size,
+                    skip_unreadable=config.skip_unreadable,
+                    earlier_classes=_earlier_classes(Path(run_config.run_dir)),
                 ),
             )
             self.class_names, self.labels = images.class_names, images.labels
@@ -89,6 +97,8 @@ class TrainingData:
                 "images": len(self.labels),
                 "content": content_hash(),
                 "autoencoder": autoencoder_identity(vae),
+                "decoding": POLICY_VERSION,
+                "classes": list(self.class_names),
             },
         )
         self.split: HeldOutSplit | None = None
@@ -163,3 +173,9 @@ class TrainingData:
         sampler = MicroBatchSampler(len(self.latents), partition, seed, flip, start_step, images)
         device = self.accelerator.device
         return load_micro_batches(self.latents, sampler, self.num_workers, device)
+
+
+def _earlier_classes(run: Path) -> list[str] | None:
+    """Return the class names of a run to be resumed, in order; None for a new run."""
+    file = run / CLASS_FILE
+    return json.loads(file.read_text()) if file.is_file() else None

@@ -141,3 +141,12 @@ def test_equal_images_with_other_labels_share_features_but_not_labels(tmp_path):
         found.append(evaluate((images, [i % 2 for i in range(40)]), made, **given))
     assert found[0]["class_fd_projection"] == pytest.approx(0, abs=1e-9)
     assert found[1]["class_fd_projection"] > 1e-3
+
+
+def test_features_of_another_decoding_policy_are_computed_again(sets, tmp_path, monkeypatch):
+    reference, samples = ((images, labels) for images, labels in sets)
+    evaluate(reference, samples, **options(cache=tmp_path))
+    monkeypatch.setattr("fid_eval.feature_cache.CHECKSUM", "sha256, decoding policy 99")
+    result = evaluate(reference, samples, **options(cache=tmp_path))
+    assert sum("decoded by another policy" in warning for warning in result.warnings) == 2
+    assert result.samples["images_per_second"] is not None

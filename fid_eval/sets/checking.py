@@ -1,0 +1,50 @@
+"""Read all images of sets and report what was found (``fid-eval --check``)."""
+
+from collections.abc import Sequence
+
+from ..errors import EvaluationError, describe_error
+from ..progress import progress_bar
+from .classes import summarize_classes
+from .decoding import Preprocess
+from .encoded import EncodedReader
+from .loading import CHUNK
+from .opening import open_set
+
+
+def check_sets(paths: Sequence[str], preprocess: Preprocess, quiet: bool = False) -> int:
+    """Read all images of each set, and print their number, classes, conversions and errors.
+
+    Returns:
+        The exit code: 0, or 1 if one of several sets cannot be used.
+
+    Raises:
+        EvaluationError: the only set cannot be used.
+    """
+    code = 0
+    for path in paths:
+        try:
+            for line in _check(path, preprocess, quiet):
+                print(line, flush=True)
+        except Exception as error:
+            if len(paths) == 1:
+                raise
+            print(f"error: {describe_error(error, path)}", flush=True)
+            code = 1
+    return code
+
+
+def _check(path: str, preprocess: Preprocess, quiet: bool) -> list[str]:
+    opened = open_set(path, preprocess, check_headers=False)
+    reader = opened.images
+    if reader is None or reader.count is None:
+        raise EvaluationError(f"{path}: holds no images that can be checked")
+    with progress_bar(reader.count, desc=path, unit=" images", enabled=not quiet) as bar:
+        if isinstance(reader, EncodedReader):
+            if bad := reader.check_contents(bar.update):
+                raise EvaluationError(f"{path}: {reader.describe_bad(bad)}")
+        else:
+            for start in range(0, reader.count, CHUNK):
+                bar.update(len(reader.read(start, min(start + CHUNK, reader.count))))
+    names = opened.names_of_classes()
+    classes = summarize_classes(names) if names else "no labels"
+    return [f"{path}: {reader.count:,} images, {classes}", *opened.remarks()]
