@@ -191,6 +191,47 @@ def table(rows, columns):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
 
 
+def draw_curves(path, rows, columns):
+    """Draw images/s over the batch size, a line for each combination of other columns.
+
+    A second panel shows each line over the line of the same settings with the first model.
+
+    Args:
+        path: file to write; ``None`` for none.
+        rows: results with "model", "batch" and "images_per_s".
+        columns: other columns that tell lines apart. Those with a single value are not named.
+    """
+    if not path:
+        return
+    from matplotlib import pyplot
+
+    columns = [name for name in columns if len({row[name] for row in rows}) > 1]
+    lines = collections.defaultdict(dict)
+    for row in rows:
+        line = row["model"], *(row[name] for name in columns)
+        lines[line].setdefault(row["batch"], []).append(row["images_per_s"])
+    figure, (speed, ratio) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for (model, *others), points in lines.items():
+        means = {batch: statistics.fmean(values) for batch, values in sorted(points.items())}
+        label = ", ".join(map(str, (model, *others)))
+        speed.plot(means.keys(), means.values(), marker="o", label=label)
+        base = lines[rows[0]["model"], *others]
+        over = {b: v / statistics.fmean(base[b]) for b, v in means.items() if b in base}
+        ratio.plot(over.keys(), over.values(), marker="o")
+    speed.set(xscale="log", ylabel="images/s")
+    speed.set_ylim(bottom=0)
+    ratio.set(xscale="log", ylabel=f"over {rows[0]['model']}")
+    batches = sorted({row["batch"] for row in rows})
+    for axes in (speed, ratio):
+        axes.set_xlabel("images per step")
+        axes.set_xticks(batches, batches, minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    speed.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def write_json(path, rows):
     if path:
         with open(path, "w") as file:

@@ -1,6 +1,8 @@
 """Time train_dit.py with latents on disk, on one GPU and on all GPUs of a machine.
 
     python benchmarks/trainer.py --work /tmp/trainer [--parts data single ...] [--json out.json]
+    python benchmarks/trainer.py --work /tmp/trainer --parts data single --batch 16 32 64 128 \\
+        --cuda_graphs auto false --plot trainer.png
 
 Prints images/s, MFU, peak memory, time waiting for data, and the speed-up over one GPU. Values are
 medians over the log entries after the first. Latents are 4×32×32, as for 256 px and a factor-8
@@ -14,6 +16,7 @@ and compares its final state, byte for byte, with an uninterrupted run.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -26,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from common import environment, table, write_json
+from common import draw_curves, environment, table, write_json
 from PIL import Image
 
 from moh_dit.training.run_log import read_log
@@ -96,10 +99,9 @@ def finish(process: subprocess.Popen, folder: Path) -> None:
     process.wait()
 
 
-def result(folder: Path, log: Path, preset: str, launch: str, gpus: int, batch: int) -> dict:
-    """Return a row of the table from the log of a run."""
+def result(folder: Path, log: Path, **row) -> dict:
+    """Return a row of the table from the log of a run; ``row`` has its first columns."""
     entries = logged(folder)
-    row = dict(model=preset, launch=launch, gpus=gpus, batch=batch)
     if len(entries) < ENTRIES:
         print(log.read_text()[-3000:])
         return row | dict(images_per_s=float("nan"))
@@ -113,8 +115,11 @@ def result(folder: Path, log: Path, preset: str, launch: str, gpus: int, batch: 
     )  # fmt: skip
 
 
-def measure(work: Path, launch: str, batch: int, preset: str) -> list[dict]:
-    """Train on each GPU separately, all at the same time ("single"), or on all GPUs together."""
+def measure(work: Path, launch: str, batch: int, cuda_graphs: str, preset: str) -> list[dict]:
+    """Train on each GPU separately, all at the same time ("single"), or on all GPUs together.
+
+    ``batch`` is the number of images per GPU.
+    """
     count = torch.cuda.device_count()
     processes = 1 if launch == "single" else count
     start = [sys.executable]
@@ -122,15 +127,19 @@ def measure(work: Path, launch: str, batch: int, preset: str) -> list[dict]:
         start = launcher({"ddp": "ddp_8gpu.yaml", "fsdp2": "fsdp2.yaml"}[launch], count)
     jobs = []
     for gpu in range(count // processes):
-        name = f"{preset.replace('/', '_')}, {launch} {gpu}"
-        command, folder = training(work, name, preset, batch * processes, start)
+        name = f"{preset.replace('/', '_')}, {batch}, {cuda_graphs}, {launch} {gpu}"
+        command, folder = training(
+            work, name, preset, batch * processes, start, cuda_graphs=cuda_graphs
+        )
         log = work / f"{name}.log"
         jobs.append((run(command, log, str(gpu) if launch == "single" else None), folder, log))
     for process, folder, _ in jobs:
         finish(process, folder)
     return [
-        result(folder, log, preset, launch, processes, batch * processes) for _, folder, log in jobs
-    ]
+        result(folder, log, model=preset, launch=launch, gpus=processes, gpu=gpu,
+               batch=batch * processes, cuda_graphs=cuda_graphs)
+        for gpu, (_, folder, log) in enumerate(jobs)
+    ]  # fmt: skip
 
 
 def checked_resume(work: Path, preset: str) -> dict:
@@ -162,14 +171,20 @@ def main():
     parser.add_argument("--work", type=Path, required=True, help="folder for data and runs")
     parser.add_argument("--parts", nargs="+", default=["data", "single", "resume", "ddp", "fsdp2"])
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--batch", type=int, default=160, help="images per GPU and step")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[160], help="images per GPU and step"
+    )
+    parser.add_argument(
+        "--cuda_graphs", nargs="+", choices=["auto", "true", "false"], default=["auto"]
+    )
     parser.add_argument("--resume_model", default="MoH-DiT-S/2-75")
     parser.add_argument("--json")
+    parser.add_argument("--plot", help="file for curves of images/s over the batch size")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     print(environment(), torch.cuda.device_count(), "GPUs")
     rows: list[dict] = []
-    alone: dict[str, float] = {}
+    alone: dict[tuple, float] = {}
     for part in args.parts:
         began = time.monotonic()
         if part == "data":
@@ -177,15 +192,16 @@ def main():
         elif part == "resume":
             print(checked_resume(args.work, args.resume_model))
         else:
-            for preset in args.models:
-                new = measure(args.work, part, args.batch, preset)
+            for case in itertools.product(args.batch, args.cuda_graphs, args.models):
+                new = measure(args.work, part, *case)
                 if part == "single":
-                    alone[preset] = statistics.mean(row["images_per_s"] for row in new)
+                    alone[case] = statistics.mean(row["images_per_s"] for row in new)
                 for row in new:
-                    row["scaling"] = row["images_per_s"] / alone.get(preset, float("nan"))
+                    row["scaling"] = row["images_per_s"] / alone.get(case, float("nan"))
                 rows += new
+                write_json(args.json, rows)
             table(rows, list(rows[-1]))
-            write_json(args.json, rows)
+            draw_curves(args.plot, rows, ["launch", "cuda_graphs"])
         print(f"{part}: {time.monotonic() - began:.0f} s", flush=True)
 
 

@@ -1,8 +1,10 @@
 """Time a whole training step: forward and backward pass, fused AdamW, EMA.
 
     python benchmarks/training.py [--models ...] [--sizes 256 512] [--json training.json]
+    python benchmarks/training.py --batch 16 32 64 128 --ways python graph --plot training.png
 
-Prints images/s, milliseconds (medians) and peak memory. Weights are float32 with bf16 autocast and
+Prints images/s, milliseconds (medians) and peak memory. A step is launched from Python, or as one
+CUDA graph (``--ways``). Weights are float32 with bf16 autocast and
 blocks compiled; all models use the fastest dense attention backend of torch. ``--loss_after N``
 first trains N steps on synthetic images and prints the mean loss of the last quarter. Images, noise
 and timesteps are the same for every model and precision.
@@ -10,15 +12,25 @@ and timesteps are the same for every model and precision.
 
 import argparse
 import gc
+import itertools
 import statistics
 
 import torch
 import torch.nn.functional as F
-from common import environment, fastest_dense, kernel_times, table, time_steps, write_json
+from common import (
+    draw_curves,
+    environment,
+    fastest_dense,
+    kernel_times,
+    table,
+    time_steps,
+    write_json,
+)
 from float8 import float8_linears
 from peers import add_arguments, build, compiled, initialise
 
 from moh_dit.common.compat import move_towards_
+from moh_dit.common.cuda_graphs import capture_graph
 
 BATCH = {256: 160, 512: 40}
 
@@ -36,7 +48,7 @@ def draw(generator, x, t, y, noise):
     x.copy_(kept.sqrt() * images + (1 - kept).sqrt() * noise)
 
 
-def measure(name, pixels, batch, args):
+def measure(name, pixels, batch, way, args):
     torch.manual_seed(args.seed)
     torch._dynamo.reset()
     with torch.device("cuda"):
@@ -46,7 +58,8 @@ def measure(name, pixels, batch, args):
         noise = torch.randn(batch, 4, pixels // 8, pixels // 8)
     generator = torch.Generator("cuda").manual_seed(args.seed)
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0, fused=True,
+                                  capturable=way == "graph")  # fmt: skip
     average, rate = [p.detach().clone() for p in weights], torch.tensor(1e-4, device="cuda")
 
     def step():
@@ -61,15 +74,23 @@ def measure(name, pixels, batch, args):
         return error
 
     torch.cuda.reset_peak_memory_stats()
-    with fastest_dense(), float8_linears(args.float8):
+    # One stream for all steps and the capture: the accumulators of gradients remember theirs.
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with fastest_dense(), float8_linears(args.float8), torch.cuda.stream(stream):
         losses = []
         for _ in range(args.loss_after):
             draw(generator, x, t, y, noise)
             losses.append(step().item())
-        milliseconds = time_steps(step, args.seconds)
+        call = step
+        if way == "graph":
+            for _ in range(3):
+                step()
+            call = capture_graph(step)
+        milliseconds = time_steps(call, args.seconds)
         if args.profile:
-            kernel_times(step)
-    row = dict(model=name, pixels=pixels, batch=batch, ms=milliseconds,
+            kernel_times(call)
+    row = dict(model=name, pixels=pixels, batch=batch, way=way, ms=milliseconds,
                images_per_s=1000 * batch / milliseconds,
                peak_GiB=torch.cuda.max_memory_allocated() / 2**30)  # fmt: skip
     if losses:
@@ -80,23 +101,29 @@ def measure(name, pixels, batch, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_arguments(parser, BATCH, seconds=3.0)
-    parser.add_argument("--batch", type=int, help="batch size (default: by size)")
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: by size)")
+    parser.add_argument(
+        "--ways", nargs="+", choices=["python", "graph"], default=["python"], help="how to launch"
+    )
+    parser.add_argument("--plot", help="file for curves of images/s over the batch size")
     parser.add_argument("--loss_after", type=int, default=0, help="train N steps, print the loss")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and images")
     args = parser.parse_args()
     print(environment())
     rows = []
-    for pixels in args.sizes:
-        for name in args.models:
-            row = measure(name, pixels, args.batch or BATCH[pixels], args)
-            dense = next((r for r in rows if r["pixels"] == pixels), row)
-            row[f"over {args.models[0]}"] = row["images_per_s"] / dense["images_per_s"]
-            row["memory over"] = row["peak_GiB"] / dense["peak_GiB"]
-            rows.append(row)
-            gc.collect()
-            torch.cuda.empty_cache()
-            table([row], list(row))
-            write_json(args.json, rows)
+    cases = [(pixels, batch) for pixels in args.sizes for batch in args.batch or [BATCH[pixels]]]
+    for (pixels, batch), way, name in itertools.product(cases, args.ways, args.models):
+        row = measure(name, pixels, batch, way, args)
+        same = [r for r in rows if (r["pixels"], r["batch"], r["way"]) == (pixels, batch, way)]
+        dense = same[0] if same else row
+        row[f"over {args.models[0]}"] = row["images_per_s"] / dense["images_per_s"]
+        row["memory over"] = row["peak_GiB"] / dense["peak_GiB"]
+        rows.append(row)
+        gc.collect()
+        torch.cuda.empty_cache()
+        table([row], list(row))
+        write_json(args.json, rows)
+    draw_curves(args.plot, rows, ["way", "pixels"])
     table(rows, list(rows[0]))
 
 
