@@ -13,6 +13,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .evaluator import Evaluator, Result, evaluate
+    from .reconstruction import evaluate_reconstructions
     from .sets.readers import Share
 
 # Import each name on first use, so that `import fid_eval` and --help are fast.
@@ -21,8 +22,17 @@ _EXPORTS = {
     "Result": "evaluator",
     "Share": "sets.readers",
     "evaluate": "evaluator",
+    "evaluate_reconstructions": "reconstruction",
 }
-__all__ = ["EvaluationError", "Evaluator", "Result", "Share", "__version__", "evaluate"]
+__all__ = [
+    "EvaluationError",
+    "Evaluator",
+    "Result",
+    "Share",
+    "__version__",
+    "evaluate",
+    "evaluate_reconstructions",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -134,6 +134,7 @@ def write_csv(document: Document, path: Path) -> None:
     for entry in document["sets"]:
         samples, metrics = entry.get("samples", {}), entry.get("metrics", {})
         row = {"name": entry["name"], "images": samples.get("count")}
+        row["labels"] = samples.get("labels")
         row |= {key: metrics.get(key) for key in keys}
         for key in with_interval:
             bounds = entry.get("intervals", {}).get(key, (None, None))
