@@ -1,6 +1,6 @@
 """Load an autoencoder, encode images into latents, and decode latents into images."""
 
-from .adapters import LatentScaling
+from .adapters import LatentScaling, adapter_of
 from .codec import (
     autoencoder_identity,
     decode_latents,
@@ -19,6 +19,7 @@ __all__ = [
     "EMBEDDED",
     "PIXELS",
     "LatentScaling",
+    "adapter_of",
     "autoencoder_identity",
     "decode_latents",
     "downsampling_factor",

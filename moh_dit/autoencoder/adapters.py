@@ -4,6 +4,7 @@ An adapter encodes images, returns the normalisation of the latents, and decodes
 statistics of latents in their configuration, some in buffers, and some apply them themselves.
 """
 
+import threading
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -140,11 +141,15 @@ class Flux2Adapter(Adapter):
 class QwenImageAdapter(Adapter):
     """Use ``AutoencoderKLQwenImage``, which encodes videos: an image is a video of one frame."""
 
+    _lock = threading.Lock()  # the class stores the state of a call on the autoencoder
+
     def encode(self, images: Tensor) -> Tensor:
-        return super().encode(images[:, :, None])[:, :, 0]
+        with self._lock:
+            return super().encode(images[:, :, None])[:, :, 0]
 
     def decode(self, latents: Tensor) -> Tensor:
-        return super().decode(latents[:, :, None])[:, :, 0]
+        with self._lock:
+            return super().decode(latents[:, :, None])[:, :, 0]
 
 
 ADAPTERS: dict[str, type[Adapter]] = {

@@ -31,19 +31,28 @@ class EncodeConfig:
     """Stored precision of the moments. float16 halves the files; relative rounding error 5e-4."""
     tf32: bool = False
     """Encode with TF32 on NVIDIA GPUs: faster, with relative errors of about 1e-3."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16 encodes with bf16 autocast: faster on GPUs, with relative errors of about 1e-2."""
+    compile: bool = False
+    """Compile the encoder with torch.compile."""
     batch_size: int = 64
     """Images that are read and moved to the device at once. It does not change the latents."""
     skip_unreadable: bool = False
     """Skip images that cannot be read instead of stopping."""
-    num_workers: int = 0
-    """Data-loader workers per process; for a stream, threads that decode images."""
+    num_workers: int | None = None
+    """Data-loader workers per process; for a stream, threads that decode images (default: the
+    cores of the machine, divided among its processes; 0 for fewer than 256 images)."""
     resume: bool = False
     """Continue an unfinished encoding, or start if there is none."""
+    verify: bool = False
+    """Compare all files of finished latents in output with their hashes; encode nothing."""
 
     def check_paths(self) -> None:
         """Raise ``UserError`` if an input is missing, or the output exists without ``resume``."""
         from .latent_shards import check_latents_output
 
+        if self.verify:
+            return
         paths.require_data(self.data)
         paths.require_autoencoder(paths.choose_autoencoder(self.autoencoder, self.data))
         check_latents_output(Path(self.output), self.resume)

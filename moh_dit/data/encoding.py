@@ -1,19 +1,25 @@
 """Encode a data set into sharded latents with any number of processes, resumable and reproducible.
 
 Each of n processes encodes every n-th missing shard of an image set, or every n-th file of a stream
-(``hub_stream``). ``latent_shards`` writes the files. The network always encodes ``IMAGES_PER_PASS``
-images together, grouped independently of the number of processes, batch size and threads. The
+(``hub_stream``). ``latent_shards`` writes the files. The network always encodes the same number of
+images in one pass, grouped independently of the number of processes, batch size and threads. The
 latents are therefore the same, bit for bit.
+
+Data-loader workers decode images, a pool encodes the passes, and a thread writes shards. All three
+work at the same time.
 """
 
 import contextlib
+import functools
+import itertools
 import math
+import operator
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +28,9 @@ from accelerate.utils import gather_object
 from diffusers import ModelMixin
 
 from fid_eval.progress import progress_bar
+from fid_eval.sets.decoding import POLICY_VERSION
 
-from ..autoencoder import autoencoder_identity, latent_scaling, load_autoencoder, moments_shape
+from ..autoencoder import load_autoencoder, moments_shape
 from ..common.disk_space import require_disk_space
 from ..common.distributed import own_folder, run_on_main_process
 from ..common.errors import UserError
@@ -40,15 +47,34 @@ from .images import (
     print_conversions,
     read_batches,
 )
-from .latent_shards import FORMAT, SHARD_PREFIX, prepare_folder, write_index, write_latent_shard
-from .latents import encode_views
+from .latent_index import MOMENTS
+from .latent_shards import (
+    FORMAT,
+    SHARD_PREFIX,
+    earlier_plan,
+    prepare_folder,
+    write_file,
+    write_index,
+    write_latent_shard,
+)
+from .latents import autoencoder_facts, encode_views, open_latents
+from .read_ahead import default_workers, map_ahead
 
-IMAGES_PER_PASS = 8
+IMAGES_PER_PASS = 8  # on a CPU, where several passes run in parallel
+PIXELS_PER_PASS = 2**20  # on a GPU
 MAX_IMAGES_PER_SHARD = 4096
 MAX_BYTES_PER_SHARD = 256 * 2**20
 TIMEOUT = timedelta(days=1)  # processes wait while rank 0 checks the data, and for the last shard
 
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # uint8 (B, S, S, 3) and int64 (B,)
+
+
+class _Pass(NamedTuple):
+    """Images that are encoded together, and later their moments."""
+
+    shard: str  # file name
+    content: np.ndarray  # uint8 (n, S, S, 3), or moments (1 or 2, n, 2C, h, w)
+    labels: np.ndarray  # int64 (n,)
 
 
 def encode_data(config: EncodeConfig, images: ImageSet | None = None) -> None:
@@ -62,6 +88,9 @@ def encode_data(config: EncodeConfig, images: ImageSet | None = None) -> None:
         UserError: bad data, an output that exists or is in use, or resuming with other settings or
             data.
     """
+    if config.verify:
+        _verify(Path(config.output))
+        return
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
     vae = load_autoencoder(choose_autoencoder(config.autoencoder, config.data))
     state.wait_for_everyone()  # every process has checked the output before rank 0 creates it
@@ -76,44 +105,31 @@ def _encode_data(
     state: PartialState,
     lock: FolderLock,
 ) -> None:
-    source, plan = run_on_main_process(state, lambda: _prepare(config, vae, images))
+    source, plan = run_on_main_process(state, lambda: _prepare(config, vae, images, state.device))
     folder = Path(config.output)
     every_nth = slice(state.process_index, None, state.num_processes)
-    batch_size = _whole_passes(config.batch_size)
+    batch_size = _whole_passes(config.batch_size, plan)
     shards: Iterator[tuple[str, Batches]]
     if isinstance(source, HubStream):
         total = source.num_images
-        threads = max(1, config.num_workers)
+        threads = config.num_workers or default_workers(total) or 1
         shards = source.parts(folder, plan["images_per_shard"], batch_size, threads, every_nth)
     else:
         present = set(os.listdir(folder))
         missing = [i for i in range(_num_shards(plan)) if _shard_name(plan, i) not in present]
-        total = sum(len(_image_range(plan, shard)) for shard in missing[every_nth])
-        shards = _read_shards(source, plan, missing[every_nth], batch_size, config.num_workers)
+        missing = missing[every_nth]
+        total = sum(len(_image_range(plan, shard)) for shard in missing)
+        workers = default_workers(total) if config.num_workers is None else config.num_workers
+        shards = _read_shards(source, plan, missing, batch_size, workers)
     state.wait_for_everyone()  # every process has listed the existing shards
-    vae = vae.to(state.device)
-    with (
-        _reproducible_threads(state.device, config.tf32) as pool,
-        progress_bar(
-            total,
-            desc=f"encoding, 1 of {n}" if (n := state.num_processes) > 1 else "encoding",
-            unit="img",
-            enabled=state.is_main_process,
-        ) as bar,
-    ):
-        for name, batches in shards:
-            parts: list[np.ndarray] = []
-            labels: list[np.ndarray] = [np.empty(0, np.int64)]
-            for pixels, batch_labels in batches:
-                parts += _encode(pixels, vae, plan, pool)
-                labels.append(batch_labels)
-                bar.update(len(batch_labels))
-            no_images = np.empty((1 + plan["flipped"], 0, *plan["moments_shape"]), plan["dtype"])
-            moments = np.concatenate([no_images, *parts], axis=1, dtype=plan["dtype"])
-            lock.check()
-            write_latent_shard(folder / name, moments, np.concatenate(labels))
+    with progress_bar(
+        total,
+        desc=f"encoding, 1 of {n}" if (n := state.num_processes) > 1 else "encoding",
+        unit="img",
+        enabled=state.is_main_process,
+    ) as bar:
+        _encode_shards(config, plan, vae.to(state.device), shards, bar.update, lock)
     conversions = gather_object([conversions_of(source)])
-    state.wait_for_everyone()
     if state.is_main_process:
         print_conversions(config.data, conversions)
         if isinstance(source, HubStream):
@@ -125,8 +141,14 @@ def _encode_data(
     state.wait_for_everyone()
 
 
+def _verify(folder: Path) -> None:
+    store = open_latents(folder)
+    store.verify()
+    print(f"latents {folder}: all files of {len(store)} images are as they were written")
+
+
 def _prepare(
-    config: EncodeConfig, vae: ModelMixin, images: ImageSet | None
+    config: EncodeConfig, vae: ModelMixin, images: ImageSet | None, device: torch.device
 ) -> tuple[ImageSet | HubStream, dict[str, Any]]:
     """Check all settings, create the folder, and return the image source and the plan."""
     folder = Path(config.output)
@@ -139,7 +161,10 @@ def _prepare(
     if is_stream(config.data):
         source = HubStream(config.data, config.image_size, skip_unreadable=skip)
     else:
-        source = images or open_images(config.data, config.image_size, skip_unreadable=skip)
+        classes = earlier_plan(folder).get("class_names")
+        source = images or open_images(
+            config.data, config.image_size, skip_unreadable=skip, earlier_classes=classes
+        )
     flipped = config.horizontal_flip
     image_bytes = math.prod(shape) * (1 + flipped) * np.dtype(config.dtype).itemsize
     images_per_shard = min(MAX_IMAGES_PER_SHARD, MAX_BYTES_PER_SHARD // image_bytes)
@@ -148,61 +173,146 @@ def _prepare(
         "format": FORMAT,
         "num_images": num_images,
         "image_size": config.image_size,
-        "moments_shape": list(shape),
+        "arrays": {MOMENTS: {"dtype": config.dtype, "shape": list(shape)}},
         "flipped": flipped,
-        "dtype": config.dtype,
         "tf32": config.tf32,
-        "images_per_shard": _whole_passes(images_per_shard),
+        "mixed_precision": config.mixed_precision,
+        "images_per_pass": _images_per_pass(config.image_size, device),
         "autoencoder": {
-            "identity": autoencoder_identity(vae),
             "name": choose_autoencoder(config.autoencoder, config.data),
-            **latent_scaling(vae).statistics(),
+            **autoencoder_facts(vae),
         },
         "data": {"source": config.data, "fingerprint": source.fingerprint()},
+        "decoding_policy": POLICY_VERSION,
         "class_names": source.class_names,
     }
-    prepare_folder(folder, plan)
+    plan["images_per_shard"] = _whole_passes(images_per_shard, plan)
+    plan = prepare_folder(folder, plan)
     written = sum(path.stat().st_size for path in folder.glob(f"{SHARD_PREFIX}*.npy"))
     if num_images is not None:
         require_disk_space(folder, num_images * image_bytes - written, f"output folder {folder}")
     return source, plan
 
 
+def _images_per_pass(image_size: int, device: torch.device) -> int:
+    if device.type == "cpu":
+        return IMAGES_PER_PASS
+    return min(256, max(IMAGES_PER_PASS, PIXELS_PER_PASS // image_size**2))
+
+
 def _read_shards(
     images: ImageSet, plan: dict[str, Any], shards: list[int], batch_size: int, num_workers: int
 ) -> Iterator[tuple[str, Batches]]:
-    """Yield the file name and the batches of each of these shards."""
-    for shard in shards:
-        batches = index_batches(_image_range(plan, shard), batch_size)
-        yield _shard_name(plan, shard), read_batches(images, batches, num_workers)
+    """Yield the file name and the batches of each of these shards, which must be read in order."""
+    indices = [index_batches(_image_range(plan, shard), batch_size) for shard in shards]
+    # One loader for all shards: its workers start once and read ahead across shards.
+    batches = read_batches(images, list(itertools.chain(*indices)), num_workers)
+    for shard, parts in zip(shards, indices, strict=True):
+        yield _shard_name(plan, shard), itertools.islice(batches, len(parts))
 
 
-def _whole_passes(count: int) -> int:
-    """Round a number of images down to whole forward passes, but at least to one pass."""
-    return max(1, count // IMAGES_PER_PASS) * IMAGES_PER_PASS
+def _encode_shards(
+    config: EncodeConfig,
+    plan: dict[str, Any],
+    vae: ModelMixin,
+    shards: Iterator[tuple[str, Batches]],
+    count: Callable[[int], Any],
+    lock: FolderLock,
+) -> None:
+    """Encode the images of all shards and write them in order; a name without images is a marker.
+
+    Args:
+        config, plan: settings.
+        vae: the autoencoder, on its device.
+        shards: file name and batches of each shard.
+        count: called with the number of images that were encoded.
+        lock: ownership of the output folder, checked before each file.
+    """
+    folder, on_cpu = Path(config.output), vae.device.type == "cpu"
+    in_bf16 = config.mixed_precision == "bf16"
+    if not on_cpu and (in_bf16 or config.tf32) and all(p.dim() < 5 for p in vae.parameters()):
+        vae.to(memory_format=torch.channels_last)  # the layout of tensor cores
+    if config.compile and hasattr(vae, "encoder"):
+        vae.encoder.compile()
+    encode = functools.partial(
+        _encode_pass,
+        vae=vae,
+        plan=plan,
+        dtype=config.dtype,
+        autocast=torch.bfloat16 if in_bf16 else None,
+    )
+    with (
+        _reproducible_threads(vae.device, config.tf32) as (pool, num_threads),
+        ThreadPoolExecutor(1) as writer,
+    ):
+        encoded = map_ahead(pool, encode, _passes(shards, plan), 2 * num_threads)
+        writing: Future[None] | None = None
+        for name, group in itertools.groupby(encoded, operator.attrgetter("shard")):
+            passes = []
+            for each in group:
+                passes.append(each)
+                count(len(each.labels))
+            if writing is not None:
+                writing.result()  # at most two shards are in memory
+            lock.check()
+            writing = writer.submit(_write_shard, folder / name, passes)
+        if writing is not None:
+            writing.result()
 
 
-def _encode(
-    pixels: np.ndarray, vae: ModelMixin, plan: dict[str, Any], pool: ThreadPoolExecutor
-) -> Iterator[np.ndarray]:
-    """Yield the moments of a batch in order, (1 or 2, at most IMAGES_PER_PASS, 2C, h, w) each."""
+def _passes(shards: Iterator[tuple[str, Batches]], plan: dict[str, Any]) -> Iterator[_Pass]:
+    """Cut the batches of each shard into passes. The last pass of a shard has no images."""
+    size, side = plan.get("images_per_pass", IMAGES_PER_PASS), plan["image_size"]
+    for name, batches in shards:
+        for pixels, labels in batches:
+            for start in range(0, len(pixels), size):
+                part = slice(start, start + size)
+                yield _Pass(name, pixels[part], labels[part])
+        yield _Pass(name, np.empty((0, side, side, 3), np.uint8), np.empty(0, np.int64))
 
-    def encode(part: np.ndarray) -> np.ndarray:
-        padded = np.resize(part, (IMAGES_PER_PASS, *part.shape[1:]))  # np.resize repeats images
-        moments = encode_views(vae, padded, plan["flipped"])[:, : len(part)]
-        return moments.numpy().astype(plan["dtype"])
 
-    starts = range(0, len(pixels), IMAGES_PER_PASS)
-    return pool.map(encode, [pixels[i : i + IMAGES_PER_PASS] for i in starts])
+def _encode_pass(
+    images: _Pass,
+    *,
+    vae: ModelMixin,
+    plan: dict[str, Any],
+    dtype: str,
+    autocast: torch.dtype | None,
+) -> _Pass:
+    """Encode the images of a pass, padded to the number of images of every pass."""
+    count, size = len(images.labels), plan.get("images_per_pass", IMAGES_PER_PASS)
+    if count == 0:
+        shape = moments_shape(vae, plan["image_size"])
+        return images._replace(content=np.empty((1 + plan["flipped"], 0, *shape), dtype))
+    padded = np.resize(images.content, (size, *images.content.shape[1:]))  # repeats images
+    moments = encode_views(vae, padded, plan["flipped"], autocast)
+    return images._replace(content=moments[:, :count].numpy().astype(dtype))
+
+
+def _write_shard(path: Path, passes: list[_Pass]) -> None:
+    if path.suffix == ".npy":
+        moments = np.concatenate([each.content for each in passes], axis=1)
+        write_latent_shard(path, moments, np.concatenate([each.labels for each in passes]))
+    else:
+        write_file(path, b"")
+
+
+def _whole_passes(count: int, plan: dict[str, Any]) -> int:
+    """Round a number of images down to whole passes, but at least to one pass."""
+    size = plan.get("images_per_pass", IMAGES_PER_PASS)
+    return max(1, count // size) * size
 
 
 @contextlib.contextmanager
-def _reproducible_threads(device: torch.device, tf32: bool) -> Iterator[ThreadPoolExecutor]:
-    """Yield a thread pool in which a forward pass always gives the same bits.
+def _reproducible_threads(
+    device: torch.device, tf32: bool
+) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """Yield a thread pool in which a forward pass always gives the same bits, and its size.
 
     On a CPU, the bits of a convolution depend on its number of threads, and launchers set that
     number according to the number of processes. Each pass therefore uses one thread, and
-    several passes run in parallel.
+    several passes run in parallel. On a GPU, one thread queues a pass while the other waits for
+    its moments.
     """
     num_threads = torch.get_num_threads()
     on_cpu = device.type == "cpu"
@@ -212,11 +322,11 @@ def _reproducible_threads(device: torch.device, tf32: bool) -> Iterator[ThreadPo
     cudnn.allow_tf32 = matmul.allow_tf32 = tf32
     try:
         with ThreadPoolExecutor(
-            num_threads if on_cpu else 1,
+            num_workers := num_threads if on_cpu else 2,
             initializer=torch.set_num_threads,
             initargs=(1 if on_cpu else num_threads,),
         ) as pool:
-            yield pool
+            yield pool, num_workers
     finally:
         torch.set_num_threads(num_threads)
         cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before

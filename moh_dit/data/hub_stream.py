@@ -31,7 +31,7 @@ from fid_eval.sets.hugging_face import (
 
 from ..common.errors import UserError
 from .image_sources import user_errors
-from .latent_shards import SHARD_PREFIX, write_file
+from .latent_shards import SHARD_PREFIX
 
 Batch = tuple[np.ndarray, np.ndarray]  # uint8 (B, S, S, 3) and int64 (B,)
 Item = TypeVar("Item")
@@ -85,7 +85,8 @@ class HubStream:
     ) -> Iterator[tuple[str, Iterator[Batch]]]:
         """Yield file name and batches of each part of these files that must still be encoded.
 
-        All batches of a part must be read before the next part is requested.
+        All batches of a part must be read before the next part is requested. After the last part of
+        a file comes the name of its marker without batches. Write it empty, after the parts.
 
         Raises:
             UserError: an unreadable image (unless skipped), a missing label, or a lost connection.
@@ -102,7 +103,7 @@ class HubStream:
                 part_rows = itertools.chain([first], itertools.islice(rows, rows_per_part - 1))
                 name = f"{SHARD_PREFIX}{number:05}-{part:05}.npy"
                 yield name, _read_ahead(self._batches(part_rows, batch_size, threads))
-            write_file(done, b"")
+            yield done.name, iter(())  # written after the parts of the file
 
     def finish(self, folder: Path) -> list[str]:
         """Return the file names of all parts in order. All files must be finished."""

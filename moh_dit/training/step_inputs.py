@@ -4,16 +4,17 @@ Both depend only on (seed, step), not on the number of processes or on earlier d
 therefore resume exactly on any number of processes, and checkpoints contain no RNG state.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ..common.compat import shut_down_workers
+from ..common.errors import UserError
 from ..data.latents import LatentSet
 from .preemption import Preemption
 
@@ -98,9 +99,13 @@ class MicroBatchSampler:
 def load_micro_batches(
     latents: LatentSet, sampler: MicroBatchSampler, num_workers: int, device: torch.device
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Yield posterior moments (b, 2C, h, w) and labels (b,) on ``device``, without end."""
+    """Yield posterior moments (b, 2C, h, w) and labels (b,) on ``device``, without end.
+
+    Raises:
+        UserError: a damaged record of latents, with the same message from any worker.
+    """
     loader = DataLoader(
-        latents,
+        _BatchReader(latents),
         batch_sampler=sampler,
         collate_fn=_return_unchanged,
         num_workers=num_workers,
@@ -110,12 +115,31 @@ def load_micro_batches(
     with Preemption.blocked():
         batches: Any = iter(loader)
     try:
-        for moments, labels in batches:
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            moments, labels = batch
             yield moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     finally:
         # Workers ignore SIGTERM, so shut them down explicitly.
         if num_workers:
             shut_down_workers(batches)
+
+
+class _BatchReader(Dataset):
+    """Read batches, and return a ``UserError`` as a value.
+
+    If a data-loader worker raised it, the user would see a traceback.
+    """
+
+    def __init__(self, latents: LatentSet):
+        self.latents = latents
+
+    def __getitems__(self, items: Sequence[tuple[int, bool]]) -> Any:
+        try:
+            return self.latents.__getitems__(items)
+        except UserError as error:
+            return error
 
 
 def _return_unchanged(batch: Any) -> Any:

@@ -16,6 +16,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "index.json").write_text('{"shards": []}')
     (tmp_path / "begun").mkdir()

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from fid_eval.sets.decoding import POLICY_VERSION
+from moh_dit.__main__ import run_command
 from moh_dit.autoencoder import autoencoder_identity, encode_moments, load_autoencoder
 from moh_dit.common.errors import UserError
 from moh_dit.data import encoding
@@ -22,8 +25,10 @@ from moh_dit.data import latent_shards as shards
 from moh_dit.data.config import EncodeConfig
 from moh_dit.data.encoding import encode_data
 from moh_dit.data.images import load_batch, open_images
-from moh_dit.data.latents import LatentMoments, LatentStore, encode_images, open_latents
+from moh_dit.data.latents import LatentMoments, encode_images, open_latents
 from moh_dit.data.pixels import to_float
+from moh_dit.data.stored_arrays import StoredArray
+from moh_dit.training.step_inputs import load_micro_batches
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +122,7 @@ def test_store_gives_what_memory_gives(config, images, vae, small_shards, dtype,
         "labels.npy",
         "moments-00000-of-00002.npy",
         "moments-00001-of-00002.npy",
+        "moments.crc32.npy",
     ]
     assert len(store) == 13
     assert store.class_names == expected.class_names
@@ -208,7 +214,7 @@ def test_same_bits_whatever_the_number_of_processes(tmp_path):
         patch.setattr(encoding, "MAX_IMAGES_PER_SHARD", 8)
         encode_data(EncodeConfig(**{**options, "output": str(tmp_path / "one")}))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
-    assert len(contents(tmp_path / "one")) == 5
+    assert len(contents(tmp_path / "one")) == 6
 
 
 def test_resume_after_a_kill(config, tmp_path, monkeypatch, small_shards):
@@ -270,9 +276,21 @@ def test_another_autoencoder_is_refused(config, vae, tmp_path):
         open_latents(config.output, load_autoencoder("digits"))
     with pytest.raises(UserError, match="no mirrored images"):
         open_latents(config.output, vae, flip=True)
-    index = json.loads((Path(config.output) / "index.json").read_text())
+    file = Path(config.output) / "index.json"
+    index = json.loads(file.read_text())
+    assert index["format"] == 2
+    assert index["decoding_policy"] == POLICY_VERSION
     assert index["autoencoder"]["identity"] == autoencoder_identity(vae)
     assert index["autoencoder"]["factor"] == 0.5
+    for fact, other, words in (
+        ("factor", 0.25, r"another factor of the autoencoder \(0\.25, now 0\.5\)"),
+        ("adapter_version", 0, "another adapter version"),
+        ("class", "AutoencoderTiny", "another class"),
+    ):
+        changed = {**index, "autoencoder": {**index["autoencoder"], fact: other}}
+        file.write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=words):
+            open_latents(config.output, vae)
 
 
 def test_damage_is_found(config, small_shards, tmp_path):
@@ -280,8 +298,16 @@ def test_damage_is_found(config, small_shards, tmp_path):
     shard = Path(config.output) / "moments-00001-of-00002.npy"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-4] + b"abcd")
-    with pytest.raises(UserError, match=r"moments-00001-of-00002\.npy are damaged"):
-        open_latents(config.output).verify()
+    damaged = r"latents.moments-00001-of-00002\.npy are damaged: record 4 \(image 12, mirrored\)"
+    store = open_latents(config.output)
+    with pytest.raises(UserError, match=damaged):
+        store.verify()
+    with pytest.raises(UserError, match=damaged):
+        store.__getitems__([(3, False), (12, True)])
+    store.__getitems__([(3, False), (12, False)])  # other records are good
+    sampler = [[(12, True)]]
+    with pytest.raises(UserError, match=f"^latents .*{damaged}[^\n]*$"):  # one line from a worker
+        next(load_micro_batches(store, sampler, 1, torch.device("cpu")))
     shard.write_bytes(whole[:-4])
     with pytest.raises(UserError, match="incomplete"):
         open_latents(config.output)[12, False]
@@ -292,6 +318,55 @@ def test_damage_is_found(config, small_shards, tmp_path):
         open_latents(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         open_latents(tmp_path / "nowhere")
+
+
+def test_the_command_verifies(config, small_shards, monkeypatch, capsys):
+    encode_data(config)
+    monkeypatch.setattr(
+        "sys.argv", ["moh-dit encode", "--output", config.output, "--verify", "true"]
+    )
+    run_command("encode")
+    assert "all files of 13 images are as they were written" in capsys.readouterr().out
+    checksums = Path(config.output) / "moments.crc32.npy"
+    checksums.write_bytes(checksums.read_bytes()[:-1] + b"x")
+    with pytest.raises(SystemExit) as stop:
+        run_command("encode")
+    assert stop.value.code == 2
+    assert "moments.crc32.npy are damaged" in capsys.readouterr().err
+
+
+def test_several_shapes_and_further_arrays(tmp_path):
+    """Format 2 holds shards of several shapes, and arrays beside the moments."""
+    rng = np.random.default_rng(0)
+    shapes = [(4, 2, 6), (4, 3, 4)]
+    moments = [rng.standard_normal((2, n, *shape), np.float32)
+               for n, shape in zip((3, 2), shapes, strict=True)]  # fmt: skip
+    features = [rng.standard_normal((2, n, 5)).astype(np.float16) for n in (3, 2)]
+    arrays, shards = {}, [{"num_images": 3, "arrays": {}}, {"num_images": 2, "arrays": {}}]
+    for name, parts in (("moments", moments), ("features", features)):
+        for number, part in enumerate(parts):
+            np.save(tmp_path / f"{name}-{number}.npy", part)
+            entry = {"file": f"{name}-{number}.npy", "sha256": "", "shape": part.shape[2:]}
+            shards[number]["arrays"][name] = entry
+        checksums = [[zlib.crc32(record) for part in parts for record in part[flip]]
+                     for flip in (0, 1)]  # fmt: skip
+        np.save(tmp_path / f"{name}.crc32.npy", np.array(checksums, np.uint32))
+        crc32 = {"file": f"{name}.crc32.npy", "sha256": ""}
+        arrays[name] = {"dtype": str(parts[0].dtype), "shape": None, "crc32": crc32}
+    np.save(tmp_path / "labels.npy", np.arange(5))
+    index = dict(format=2, arrays=arrays, shards=shards, flipped=True, class_names=["a"] * 5)
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    store = open_latents(tmp_path)
+    items = [(4, True), (3, False)]
+    torch.testing.assert_close(
+        store.__getitems__(items)[0].numpy(), np.stack([moments[1][1, 1], moments[1][0, 0]])
+    )
+    np.testing.assert_array_equal(
+        store.arrays["features"].read([(4, True), (0, False)]),
+        np.stack([features[1][1, 1], features[0][0, 0]]),
+    )
+    with pytest.raises(UserError, match="2 shapes, but one shape is required"):
+        store.moments_shape  # noqa: B018
 
 
 def test_a_full_disk_is_reported(config, monkeypatch, tmp_path):
@@ -342,9 +417,9 @@ print(opened - before, peak - before, moments.nbytes * 160)
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     opened, peak, read = map(int, result.stdout.split())
-    assert read > 2.4 * LatentStore.RESIDENT_BYTES  # more was read than may stay resident
+    assert read > 2.4 * StoredArray.RESIDENT_BYTES  # more was read than may stay resident
     assert opened < 64 * 2**20
-    assert peak < 2 * LatentStore.RESIDENT_BYTES
+    assert peak < 2 * StoredArray.RESIDENT_BYTES
 
 
 def make_synthetic_store(folder, num_images, images_per_shard=4096):
@@ -360,15 +435,17 @@ def make_synthetic_store(folder, num_images, images_per_shard=4096):
                 file, {"descr": "<f4", "fortran_order": False, "shape": (2, count, *shape)}
             )
             file.truncate(file.tell() + 2 * count * 8 * 32 * 32 * 4)
-        shards.append({"file": name, "num_images": count, "sha256": ""})
+        shards.append({"num_images": count, "arrays": {"moments": {"file": name, "sha256": ""}}})
     np.save(folder / "labels.npy", np.arange(num_images) % 1000)
+    checksum = zlib.crc32(np.zeros(shape, np.float32))
+    np.save(folder / "moments.crc32.npy", np.full((2, num_images), checksum, np.uint32))
+    crc32 = {"file": "moments.crc32.npy", "sha256": ""}
     index = dict(
-        format=1,
+        format=2,
         num_images=num_images,
         image_size=256,
-        moments_shape=shape,
+        arrays={"moments": {"dtype": "float32", "shape": shape, "crc32": crc32}},
         flipped=True,
-        dtype="float32",
         images_per_shard=images_per_shard,
         autoencoder=dict(identity="", name="synthetic"),
         class_names=[str(i) for i in range(1000)],

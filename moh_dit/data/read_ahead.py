@@ -1,0 +1,43 @@
+"""Compute ahead of the consumer, so that reading, encoding and writing overlap."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+FEW_IMAGES = 256  # decoded in less time than workers need to start
+
+
+def map_ahead(
+    pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
+) -> Iterator[Result]:
+    """Yield ``function(item)`` of each item in order.
+
+    ``depth`` results are computed ahead in the pool. Items are taken from their iterator in the
+    calling thread, which continues while the pool computes.
+    """
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def default_workers(num_images: int | None) -> int:
+    """Return the number of data-loader workers that decode images for this process.
+
+    It is the number of cores, divided by the number of processes on this machine, and 0 for few
+    images.
+
+    Args:
+        num_images: images to decode; ``None`` if unknown.
+    """
+    if num_images is not None and num_images < FEW_IMAGES:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
