@@ -35,7 +35,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def train(run: Path, model: str, num_steps: int = NUM_STEPS, **settings) -> Trainer:
+def train(run: Path, model: str, num_steps: int = NUM_STEPS, **settings) -> None:
     AcceleratorState._reset_state()
     torch.cuda.reset_peak_memory_stats()
     trainer = Trainer(
@@ -45,8 +45,8 @@ def train(run: Path, model: str, num_steps: int = NUM_STEPS, **settings) -> Trai
             optimizer=OptimizerConfig(learning_rate=1e-3, max_grad_norm=1.0), **settings,
         )
     )  # fmt: skip
+    trainer.accelerator.end_training = lambda: None  # keep the process group for the next run
     trainer.train()
-    return trainer
 
 
 def state(run: Path) -> dict[str, bytes]:

@@ -111,7 +111,8 @@ def result(folder: Path, log: Path, **row) -> dict:
 
     return row | dict(
         images_per_s=middle("images_per_second"), mfu=middle("mfu"),
-        peak_GiB=middle("peak_memory_gib"), data_wait=middle("data_wait"), loss=middle("loss"),
+        peak_GiB=middle("peak_memory_gib"), reserved_GiB=middle("peak_reserved_gib"),
+        data_wait=middle("data_wait"), loss=middle("loss"),
     )  # fmt: skip
 
 

@@ -246,6 +246,7 @@ class StepStatistics:
             entry["mfu"] = entry["images_per_second"] / self.peak_images_per_second
         if torch.cuda.is_available():
             entry["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            entry["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         if self.load is not None and counted:
             sizes = [a.num_heads - (a.num_shared_heads or 0) for a in self.layers.values()]
             loads = (self.load / counted).split(sizes)

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.infer_config import LABEL_TABLE, infer_config, state_difference
 from ..checkpoints.opening import OpenedCheckpoint, open_checkpoint
+from ..common.compat import skip_update_if
 from ..common.cuda_graphs import leave_default_stream
 from ..common.errors import UserError
 from ..diffusion.objectives import Objective
@@ -208,6 +209,20 @@ def create_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.A
         betas=config.betas,
         fused=True,
     )
+
+
+def create_optimizer_state(optimizer: torch.optim.AdamW) -> None:
+    """Create the moments of all parameters, which AdamW otherwise does in its first step.
+
+    Moments created after a forward pass lie between freed activations, and keep the allocator from
+    returning that memory to the GPU before a CUDA graph is captured.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    skip_update_if(optimizer, torch.ones((), dtype=torch.bool, device=parameters[0].device))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def weight_decay_groups(

@@ -38,6 +38,7 @@ from .setup import (
     checkpoint_block,
     create_model,
     create_optimizer,
+    create_optimizer_state,
     learning_rate_factor,
     make_accelerator,
     trainable_parameters,
@@ -165,6 +166,8 @@ class Trainer:
         self.start_step = 0
         if self.checkpoint is not None:
             self.start_step = self.state.restore(self.checkpoint)
+        else:
+            create_optimizer_state(adamw)
 
     def train(self) -> None:
         """Train up to ``num_steps``. After SIGTERM, save and exit with code 75.

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from moh_dit.checkpoints.runs import list_checkpoints
-from moh_dit.training.config import ModelConfig, OptimizerConfig, TrainConfig
+from moh_dit.training.config import EvaluationConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 MODEL = dict(hidden_size=32, depth=2, num_heads=4, num_shared_heads=[4, 1],
@@ -20,7 +20,11 @@ NUM_STEPS = 12
 
 
 def tiny_config(run_dir, **options):
-    options = dict(num_steps=NUM_STEPS, batch_size=8, checkpoint_every=3, log_every=2) | options
+    defaults = dict(
+        num_steps=NUM_STEPS, batch_size=8, checkpoint_every=3, log_every=2,
+        evaluation=EvaluationConfig(num_inference_steps=2),
+    )  # fmt: skip
+    options = defaults | options
     return TrainConfig(
         run_dir=str(run_dir),
         model=ModelConfig(**(MODEL | options.pop("model", {}))),
@@ -40,7 +44,8 @@ def command(run_dir, *extra, processes=1):
     return [*launcher, str(ROOT / "train_dit.py"), f"--run_dir={run_dir}", *model,
             f"--num_steps={NUM_STEPS}", "--batch_size=8", "--checkpoint_every=3", "--log_every=2",
             "--optimizer.learning_rate=1e-2", "--optimizer.max_grad_norm=1",
-            "--ema_decays=[0.9, 0.5]", "--keep_checkpoints=3", *extra]  # fmt: skip
+            "--ema_decays=[0.9, 0.5]", "--keep_checkpoints=3",
+            "--evaluation.num_inference_steps=2", *extra]  # fmt: skip
 
 
 def environment():
