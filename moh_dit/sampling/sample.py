@@ -169,10 +169,11 @@ def parse_labels(pipeline: MoHDiTPipeline, text: str | None) -> list[int]:
     if text is None:
         return list(range(pipeline.transformer.config.num_classes))
     names = set(pipeline.config.class_names or [])
+    longest = 1 + max((name.count(",") for name in names), default=0)
     parts = text.split(",")
     labels = []
     while parts:
-        for length in range(len(parts), 0, -1):
+        for length in range(min(longest, len(parts)), 0, -1):
             if (name := ",".join(parts[:length]).strip()) in names or length == 1:
                 labels.append(name)
                 parts = parts[length:]

@@ -81,7 +81,8 @@ class DataConfig:
     latents: str | None = None
     """Folder written by moh-dit encode, used instead of source; for data larger than memory."""
     num_workers: int = 2
-    """Data-loader workers per training process, for latents on disk."""
+    """Data-loader workers per training process: they decode the images to encode, if there are
+    thousands, and read latents from disk."""
     image_size: int = 32
     """Side of the square training images in pixels."""
     autoencoder: str | None = None

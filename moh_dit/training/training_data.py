@@ -23,9 +23,11 @@ from ..data.latent_shards import INDEX_FILE
 from ..data.latents import LatentSet, encode_images, open_latents
 from .config import TrainConfig
 from .held_out_split import HeldOutSplit, split_images, splits_data
+from .preemption import Preemption
 from .step_inputs import BatchPartition, MicroBatchSampler, load_micro_batches
 
 CLASS_FILE = "classes.json"  # in a run folder
+WORKERS_FROM = 4096  # images; workers take longer to start than fewer images to decode
 
 
 class TrainingData:
@@ -139,8 +141,11 @@ class TrainingData:
         if self.images is None:
             return
         config, folder = self.config, run_dir / "latents"
+        workers = config.num_workers if len(self.images) >= WORKERS_FROM else 0
         if self.accelerator.num_processes == 1 and not folder.exists():
-            self._latents = encode_images(self.images, self.vae, flip=config.horizontal_flip)
+            flip = config.horizontal_flip
+            with Preemption.blocked():  # data-loader workers inherit the blocked SIGTERM
+                self._latents = encode_images(self.images, self.vae, flip=flip, num_workers=workers)
             self.num_workers = 0
             return
         if not (folder / INDEX_FILE).exists():
@@ -151,9 +156,11 @@ class TrainingData:
                 autoencoder=config.autoencoder,
                 horizontal_flip=config.horizontal_flip,
                 skip_unreadable=config.skip_unreadable,
+                num_workers=workers,
                 resume=True,
             )
-            encode_data(encoding, self.images)
+            with Preemption.blocked():
+                encode_data(encoding, self.images)
         store = open_latents(folder, self.vae, flip=config.horizontal_flip)
         if self.identity["content"] != store.index["data"]["fingerprint"]:
             raise UserError(

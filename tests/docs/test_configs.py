@@ -55,6 +55,8 @@ def test_it_trains(name, tiny_data, tmp_path):
         config.data.latents, config.data.num_workers = str(tiny_data / "latents"), 0
     else:
         config.data.source = str(tiny_data / "images")
+    if config.evaluation.held_out is not None:
+        config.evaluation.held_out = str(tiny_data / "images")
     # Narrow, but with every layer and head of the recipe.
     config.model.hidden_size, config.model.head_dim = 16, 2
     config.num_steps, config.batch_size, config.compile = 2, 4, False
@@ -66,7 +68,7 @@ def test_it_trains(name, tiny_data, tmp_path):
         create_model(config, objective, (4, 8, 8), 5).save_pretrained(tmp_path / "pretrained")
         config.init_from = str(tmp_path / "pretrained")
     Trainer(config).train()
-    (entry,) = read_log(tmp_path / "run" / "log.jsonl")
+    entry, *_ = read_log(tmp_path / "run" / "log.jsonl")
     assert torch.tensor(entry["loss"]).isfinite()
     trained = load_pipeline(tmp_path / "run").transformer.config
     if config.model.preset is not None:
