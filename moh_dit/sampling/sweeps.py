@@ -76,7 +76,12 @@ def parse_axis(text: str, parse_labels: Callable[[str], list[int]]) -> Axis:
         raise UserError(f"rows/columns {text!r}: the values of {name} must be {kind}") from None
 
 
-def sample_sweep(
+def sample_sweep(*arguments: Any, **options: Any) -> Image.Image:
+    """Draw the images of :func:`sample_cells`, which takes the same arguments, as a sheet."""
+    return draw_sheet(*sample_cells(*arguments, **options))
+
+
+def sample_cells(
     load: Callable[[str], MoHDiTPipeline],
     settings: SamplingSettings,
     rows: Axis,
@@ -85,8 +90,8 @@ def sample_sweep(
     class_label: int = 0,
     weights: str = "transformer",
     **options: Any,
-) -> Image.Image:
-    """Sample a sheet whose cells differ only in the values of ``rows`` and ``columns``.
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """Sample images that differ only in the values of ``rows`` and ``columns``.
 
     Args:
         load: returns the pipeline with the given weights.
@@ -94,8 +99,11 @@ def sample_sweep(
         rows, columns: the two axes, with different names.
         class_label: class of all cells unless an axis varies it.
         weights: weights of all cells unless an axis varies them.
-        options: ``batch_size``, ``decode_batch_size`` and ``guidance_model`` of
+        options: ``batch_size``, ``decode_batch_size``, ``guidance_model`` and ``on_step`` of
             :func:`~moh_dit.sampling.engine.generate`.
+
+    Returns:
+        ``(images, rows, columns)``: uint8 (rows, columns, H, W, 3), and the labels of the axes.
 
     Raises:
         UserError: before any work, for values that do not fit the model or each other.
@@ -128,4 +136,4 @@ def sample_sweep(
         for row, _ in enumerate(rows.values)
     ]
     any_pipeline = next(iter(pipelines.values()))
-    return draw_sheet(np.array(sheet), rows.labels(any_pipeline), columns.labels(any_pipeline))
+    return np.array(sheet), rows.labels(any_pipeline), columns.labels(any_pipeline)

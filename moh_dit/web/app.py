@@ -2,6 +2,7 @@
 
     GET    /                    the page
     GET    /model               classes, schedulers, defaults and limits, as JSON
+    GET    /first               a grid of samples that came with the model, if there is one
     POST   /images              sample images; streams the progress as lines of JSON
     GET    /images/ID/FILE      results: grid.png, cells.png, settings.yaml, head_load.json
     DELETE /images/ID           cancel
@@ -22,7 +23,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -33,14 +34,16 @@ from .service import ImageService
 
 PAGE = Path(__file__).parent / "page"
 MAX_REQUEST_BYTES = 1 << 16
+SECONDS_TO_UPLOAD = 10
 KEEP_ALIVE_SECONDS = 15  # proxies close connections that are silent for a minute
 MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".yaml": "text/plain; charset=utf-8",
                ".json": "application/json"}  # fmt: skip
+CLOSE = {"connection": "close"}
 # Headers of every response. The browser may load resources only from this server, and other pages
 # may not embed this one.
 HEADERS = [
-    ("content-security-policy", "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
-     "form-action 'none'"),
+    ("content-security-policy", "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; "
+     "base-uri 'none'; form-action 'none'"),
     ("x-content-type-options", "nosniff"),
     ("referrer-policy", "no-referrer"),
     ("cache-control", "no-store"),
@@ -84,8 +87,16 @@ def create_app(service: ImageService, jobs: JobQueue, allowed_hosts: list[str]) 
     async def model(request: Request) -> Response:
         return JSONResponse(service.model_info())
 
+    async def first(request: Request) -> Response:
+        if service.first_picture is None:
+            raise HTTPException(404, "this model came without samples")
+        return FileResponse(service.first_picture)
+
     async def make(request: Request) -> Response:
-        settings = service.parse_request(await read_json(request))
+        try:
+            settings = service.parse_request(await read_json(request))
+        except ClientDisconnect:  # nobody waits for an answer
+            return Response(status_code=400)
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def notify() -> None:
@@ -131,6 +142,7 @@ def create_app(service: ImageService, jobs: JobQueue, allowed_hosts: list[str]) 
         routes=[
             Route("/", page),
             Route("/model", model),
+            Route("/first", first),
             Route("/images", make, methods=["POST"]),
             Route("/images/{id}", cancel, methods=["DELETE"]),
             Route("/images/{id}/{name}", file),
@@ -148,15 +160,20 @@ async def read_json(request: Request) -> Any:
     this server's consent.
 
     Raises:
-        HTTPException: the body is not JSON, or too large.
+        HTTPException: the body is not JSON, too large, or takes longer than ``SECONDS_TO_UPLOAD``.
+        ClientDisconnect: the client closed the connection before the end of the body.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise HTTPException(415, "a request must be JSON, with content-type: application/json")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_REQUEST_BYTES:
-            raise HTTPException(413, f"a request may have at most {MAX_REQUEST_BYTES} bytes")
+    try:
+        async with asyncio.timeout(SECONDS_TO_UPLOAD):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_REQUEST_BYTES:
+                    raise HTTPException(413, f"a request has at most {MAX_REQUEST_BYTES} bytes")
+    except TimeoutError:
+        raise HTTPException(408, "the request did not arrive in time", CLOSE) from None
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -165,9 +182,9 @@ async def read_json(request: Request) -> Any:
 
 async def error_response(request: Request, error: Exception) -> Response:
     """Answer any error with ``{"error": "one line"}``."""
-    status, text = 400, str(error)
+    status, text, headers = 400, str(error), None
     if isinstance(error, HTTPException):
-        status, text = error.status_code, error.detail
+        status, text, headers = error.status_code, error.detail, error.headers
     elif isinstance(error, QueueFull):
         status = 503
-    return JSONResponse({"error": text}, status)
+    return JSONResponse({"error": text}, status, headers)

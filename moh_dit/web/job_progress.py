@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ class JobProgress:
         ends = np.linspace(0, steps - 1, previews + 1).round().astype(int)
         self.preview_steps = set(ends[:-1].tolist()) - {steps - 1}
         self.done, self.total, self.preview_count = 0, steps * math.prod(shape), 0
+        self.start = time.monotonic()
         self.cells: np.ndarray | None = None
         self.lock = threading.Lock()
 
@@ -63,7 +65,12 @@ class JobProgress:
                 self._update_preview(positions[real], pictures)
             # The page fetches preview.jpg again whenever the number "picture" changes.
             self.job.publish(
-                "running", done=self.done, total=self.total, picture=self.preview_count
+                "running",
+                done=self.done,
+                total=self.total,
+                images=math.prod(self.shape),
+                seconds=round(time.monotonic() - self.start, 2),
+                picture=self.preview_count,
             )
 
     def _update_preview(self, positions: np.ndarray, pictures: np.ndarray) -> None:

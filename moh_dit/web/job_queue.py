@@ -137,7 +137,8 @@ class JobQueue:
             return "failed", {"error": "the server failed to sample; see the traceback in its log"}
 
     def _finish(self, job: Job, status: str, **details: Any) -> None:
-        self._finished.append(job)
+        if status == "done":  # cancelled requests must not replace the images of other visitors
+            self._finished.append(job)
         job.publish(status, **details)
         self._publish_positions()
 

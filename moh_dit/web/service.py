@@ -7,27 +7,45 @@ import reprlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..analysis.head_load import HeadLoad, HeadLoadRecorder
-from ..checkpoints.runs import resolve_checkpoint
+from ..checkpoints.runs import checkpoint_step, resolve_checkpoint
 from ..common.cli import nearest_key
 from ..common.errors import UserError
 from ..diffusion.samplers import samplers_for
 from ..pipeline.pipeline import MoHDiTPipeline
 from ..sampling.config import SampleConfig
 from ..sampling.engine import use_settings
-from ..sampling.grids import class_name, draw_sheet, sample_rows
+from ..sampling.grids import class_name, draw_sheet, sample_blends, sample_rows
 from ..sampling.output_formats import encode_sheet, to_png
 from ..sampling.sample import parse_labels, provenance_comments, settings_yaml
+from ..sampling.sweeps import Axis, parse_axis, sample_cells
 from .config import DemoConfig
 from .job_progress import JobProgress, tile
 from .job_queue import Job
 
 MAX_NAME_LENGTH = 200
+# Names of samplers on the page; others appear by the name of the option.
+SAMPLER_NAMES = {
+    "ddpm": "DDPM, stochastic",
+    "ddim": "DDIM",
+    "dpmsolver++": "DPM-Solver++ (2nd order)",
+    "sde-dpmsolver++": "DPM-Solver++ SDE, stochastic",
+    "unipc": "UniPC",
+    "euler": "Euler",
+    "heun": "Heun (two evaluations per step)",
+    "euler-ancestral": "Euler ancestral, stochastic",
+    "flow-euler": "Euler (flow)",
+    "flow-heun": "Heun (flow, two evaluations per step)",
+    "flow-dpmsolver++": "DPM-Solver++ (flow)",
+    "flow-unipc": "UniPC (flow)",
+}
 
 
 class ImageService:
@@ -47,6 +65,7 @@ class ImageService:
         trained = pipeline.scheduler.config.num_train_timesteps
         self.max_inference_steps = min(config.max_inference_steps, trained)
         self.name = run_name(config.checkpoint)
+        self.first_picture = find_picture(config.checkpoint)
         defaults = config.to_sample_config()
         steps = min(defaults.num_inference_steps, self.max_inference_steps)
         self.defaults = replace(defaults, num_inference_steps=steps)
@@ -60,7 +79,11 @@ class ImageService:
         return {
             "name": self.name,
             "classes": [class_name(self.pipeline, label) for label in classes],
-            "schedulers": samplers_for(self.pipeline.config.prediction_type),
+            "schedulers": [
+                {"value": name, "name": SAMPLER_NAMES.get(name, name)}
+                for name in samplers_for(self.pipeline.config.prediction_type)
+            ],
+            "first_picture": self.first_picture is not None,
             "guidance_scale": self.defaults.guidance_scale,
             "num_inference_steps": self.defaults.num_inference_steps,
             "max_inference_steps": self.max_inference_steps,
@@ -89,6 +112,15 @@ class ImageService:
         labels = self.pipeline.label_ids(given.pop("class_labels", []))
         if not labels:
             raise UserError("no class is chosen; choose at least one")
+        text, scales = self._labels_text(labels), given.pop("guidance_scales", None)
+        if scales is not None:
+            given |= dict(rows=f"class_labels={text}", columns=f"guidance_scale={scales}")
+            values = self._axis(given["columns"]).values
+            if infinite := [value for value in values if not math.isfinite(value)]:
+                raise UserError(f"guidance_scale is {infinite[0]}; give finite numbers")
+            given["images_per_class"] = len(values)
+        if "interpolate" in given:
+            given["images_per_class"] = given["interpolate"]
         config = replace(self.defaults, **given)
         config.check()
         count = len(labels) * config.images_per_class
@@ -104,7 +136,7 @@ class ImageService:
             )
         use_settings(self.pipeline, config)
         output = f"{self.name}-seed{config.seed}.png"
-        return replace(config, class_labels=self._labels_text(labels), output=output)
+        return replace(config, class_labels=text, output=output)
 
     def run_job(self, job: Job) -> dict[str, Any]:
         """Sample the images of ``job.request``, which comes from :meth:`parse_request`.
@@ -114,7 +146,8 @@ class ImageService:
         ``settings.yaml``, and ``head_load.json`` if the model has routed heads.
 
         Returns:
-            For JSON: ``name`` of the sheet, ``rows`` (class names), ``columns`` and ``head_load``.
+            For JSON: ``name`` of the sheet, ``rows`` (class names), ``columns`` (their number),
+            ``column_names`` (empty for images of each class) and ``head_load``.
 
         Raises:
             Cancelled: the job was cancelled; raised within one step.
@@ -129,33 +162,51 @@ class ImageService:
             recording = HeadLoadRecorder(model, num_train_timesteps=trained)
         shape = (len(labels), config.images_per_class)
         chosen, _ = use_settings(self.pipeline, config)
+        previews = 0 if config.columns else self.config.previews  # a sweep has several samplings
         try:
             with recording as recorder:
-                images, names = sample_rows(
-                    self.pipeline,
+                images, names, columns = self._sample(
                     config,
                     labels,
-                    config.images_per_class,
                     batch_size=config.batch_size,
                     decode_batch_size=config.batch_size,
-                    on_step=JobProgress(chosen, config, shape, job, recorder, self.config.previews),
+                    on_step=JobProgress(chosen, config, shape, job, recorder, previews),
                 )
         except torch.OutOfMemoryError:
             raise UserError("the GPU has not enough memory; request fewer images") from None
         job.raise_if_cancelled()
         settings = settings_yaml(config, self.comments)
         job.files = {
-            "grid.png": encode_sheet(draw_sheet(images, names), settings),
+            "grid.png": encode_sheet(draw_sheet(images, names, columns), settings),
             "cells.png": to_png(tile(images)),
             "settings.yaml": settings.encode(),
         }
-        details = {"name": config.output, "rows": names, "columns": config.images_per_class}
+        details = {
+            "name": config.output,
+            "rows": names,
+            "columns": config.images_per_class,
+            "column_names": columns,
+        }
         if recorder is None:
             return details
         load = recorder.result()
         all_names = [class_name(self.pipeline, label) for label in load.classes]
         job.files["head_load.json"] = json.dumps(load.to_dict(all_names)).encode()
         return {**details, "head_load": summarize(load, all_names)}
+
+    def _sample(
+        self, config: SampleConfig, labels: list[int], **options: Any
+    ) -> tuple[np.ndarray, list[str], list[str]]:
+        """Return images (rows, columns, H, W, 3) and the labels of rows and columns."""
+        if config.columns is not None and config.rows is not None:
+            axes = self._axis(config.rows), self._axis(config.columns)
+            return sample_cells(lambda weights: self.pipeline, config, *axes, **options)
+        if config.interpolate:
+            return sample_blends(self.pipeline, config, labels, config.interpolate, **options)
+        return *sample_rows(self.pipeline, config, labels, config.images_per_class, **options), []
+
+    def _axis(self, text: str) -> Axis:
+        return parse_axis(text, partial(parse_labels, self.pipeline))
 
     def _labels_text(self, labels: list[int]) -> str:
         """Return classes as text for the settings: by name if that is unambiguous, else by id."""
@@ -213,7 +264,24 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "num_inference_steps": (_whole_number, "a whole number"),
     "scheduler": (_name, "the name of a sampler"),
     "seed": (_whole_number, "a whole number"),
+    "interpolate": (_whole_number, "a whole number"),
+    "guidance_scales": (_name, "numbers, separated by commas"),
 }
+
+
+def find_picture(checkpoint: str) -> Path | None:
+    """Return the newest sample grid of a run up to its checkpoint, or that of a model card."""
+    path = Path(checkpoint)
+    if (path / "model_index.json").is_file():
+        return next(path.glob("samples.png"), None)
+    run, folder = resolve_checkpoint(path)
+    grids = {
+        int(name[1]): grid
+        for grid in (run / "samples").glob("step-*.png")
+        if (name := re.fullmatch(r"step-(\d+)\.png", grid.name))
+    }
+    steps = [step for step in grids if step <= checkpoint_step(folder)]
+    return grids[max(steps)] if steps else None
 
 
 def run_name(checkpoint: str) -> str:

@@ -6,6 +6,7 @@ import socket
 import threading
 
 import torch
+from PIL import Image
 
 from moh_dit.autoencoder import load_autoencoder
 from moh_dit.data.digits import DIGIT_NAMES
@@ -32,6 +33,8 @@ def write_run(folder, **model):
     make_scheduler().save_pretrained(folder / "scheduler")
     (folder / "classes.json").write_text(json.dumps(DIGIT_NAMES))
     (folder / "config.yaml").write_text("run_dir: digits\n")
+    (folder / "samples").mkdir()
+    Image.new("RGB", (64, 64), "gray").save(folder / "samples" / "step-00000002.png")
     return folder
 
 

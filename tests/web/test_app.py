@@ -3,6 +3,7 @@
 import http.client
 import json
 import re
+import socket
 import time
 from contextlib import closing
 from pathlib import Path
@@ -90,7 +91,9 @@ def test_a_request_is_followed_to_its_files(address, service):
     with connect(address) as connection:
         _, _, model = ask(connection, "GET", "/model")
         assert model["classes"] == list("0123456789")
-        assert "flow-euler" not in model["schedulers"]
+        assert {"value": "ddim", "name": "DDIM"} in model["schedulers"]
+        assert "flow-euler" not in [scheduler["value"] for scheduler in model["schedulers"]]
+        assert ask(connection, "GET", "/first")[1]["content-type"] == "image/png"
         making = Making(connection)
         done = making.until("done")
         assert (done["rows"], done["columns"], done["id"]) == (["3"], 2, making.id)
@@ -128,6 +131,21 @@ def test_mistakes_have_an_error_message(address, method, path, body, headers, st
         got, _, content = ask(connection, method, path, body, **headers)
     assert got == status
     assert message in content["error"]
+
+
+def test_unfinished_uploads_end_without_a_traceback(address, monkeypatch, capfd):
+    head = b"POST /images HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    monkeypatch.setattr(moh_dit.web.app, "SECONDS_TO_UPLOAD", 0.2)
+    port = int(address.rstrip("/").rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as aborted:
+        aborted.sendall(head + b"Content-Length: 100\r\n\r\n{")
+    with socket.create_connection(("127.0.0.1", port)) as stalled:
+        stalled.sendall(head + b"Content-Length: 100\r\n\r\n{")
+        answer = b""
+        while part := stalled.recv(4096):  # until the server closes the connection
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_unknown_file_is_an_error(address):

@@ -64,7 +64,7 @@ def visit(browser, address):
     for context in contexts:
         context.close()
     assert not problems
-    assert all(url.startswith(address) for url in asked_for)
+    assert all(url.removeprefix("blob:").startswith(address) for url in asked_for)
 
 
 def expect(locator):
@@ -105,14 +105,55 @@ def test_generate_a_digit_and_change_a_setting(visit, service, tmp_path):
     cells = page.locator(".cell")
     assert cells.count() == 4
     assert cells.nth(3).get_attribute("aria-label") == "8, image 2"
-    assert "cells.png" in cells.nth(3).evaluate("cell => cell.style.backgroundImage")
-    shares = page.locator("#heat td").all_text_contents()
+    assert 'url("blob:' in cells.nth(3).evaluate("cell => cell.style.backgroundImage")
+    shares = page.locator("#heat td:not(.even)").all_text_contents()[1:]
     assert sum(map(int, shares)) == pytest.approx(100, abs=1)
     page.select_option("#view", label="8")
-    assert page.locator("#heat td").all_text_contents() != shares
+    assert page.locator("#heat td:not(.even)").all_text_contents()[1:] != shares
+    assert page.locator("#heat th[scope=col]").first.text_content() == "head 2"
+    # The gallery has the results; one of them is sampled again with another seed.
+    expect(page.locator("#made button")).to_have_count(3)
+    page.locator("#made button").nth(2).click()
+    expect(page.locator("#caption")).to_contain_text("seed 1")
+    page.click("#again")
+    expect(page.locator("#made button")).to_have_count(4)
+    assert page.input_value("[name=seed]") not in ("1", "2")
+    expect(page.locator("#status")).to_have_text("Done.")
 
 
-def test_a_wrong_value_is_reported_and_results_remain(visit):
+def test_blend_and_guidance_sweep(visit):
+    page = visit()
+    expect(page.locator("#first-image")).to_be_visible()
+    choose(page, "3", "8")
+    page.select_option("#mode", "interpolate")
+    page.fill("[name=interpolate]", "3")
+    generate(page)
+    expect(page.locator("#first-image")).to_be_hidden()
+    cells = page.locator(".cell")
+    assert [cells.nth(i).get_attribute("aria-label") for i in range(3)] == [
+        "3, 0 %", "3, 50 %", "3, 100 %"
+    ]  # fmt: skip
+    page.select_option("#mode", "sweep")
+    page.fill("[name=guidance_scales]", "1, 4")
+    expect(page.locator("#count")).to_have_text("4 of at most 20 images")
+    page.press("[name=guidance_scales]", "Enter")  # the keyboard suffices
+    expect(page.locator("#caption")).to_contain_text("guidance 1, 4")
+    assert cells.nth(3).get_attribute("aria-label") == "8, guidance 4"
+
+
+def test_a_model_without_samples_makes_a_first_grid(browser, tmp_path):
+    run = write_run(tmp_path / "digits")
+    (run / "samples" / "step-00000002.png").unlink()
+    with serving(ImageService(load_pipeline(run), demo_config(run))) as address:
+        page = browser.new_page()
+        page.goto(address)
+        expect(page.locator("#status")).to_have_text("Done.")
+        assert page.locator(".cell").count() == 4
+        assert page.input_value("[name=images_per_class]") == "4"
+        page.close()
+
+
+def test_a_wrong_value_is_reported_at_the_button(visit):
     page = visit()
     generate(page)
     for name, value, message in (
@@ -124,12 +165,15 @@ def test_a_wrong_value_is_reported_and_results_remain(visit):
         before = field.input_value()
         field.fill(value)
         page.click("#make")
-        expect(page.get_by_role("alert")).to_contain_text(message)
+        expect(page.locator("form").get_by_role("alert")).to_contain_text(message)
+        assert page.locator("#download").is_hidden()
+        assert page.locator(".cell").count() == 0
         field.fill(before)
     page.click("#none")
     page.click("#make")
     expect(page.get_by_role("alert")).to_contain_text("choose at least one")
-    assert page.locator("#download").is_visible()
+    page.locator("#made button").click()  # earlier images remain in the gallery
+    expect(page.locator("#download")).to_be_visible()
     page.click("#all")
     page.fill("[name=images_per_class]", "1")
     generate(page)
@@ -151,6 +195,7 @@ def test_two_users_queue_and_one_cancels(visit, gate):
     expect(second.locator("#status")).to_have_text("Done.")
     assert gate.evaluations == before + 4  # those of the second; the first ended within its step
     assert first.locator("#download").is_hidden()
+    assert first.locator(".cell").count() == 0
     generate(first)
 
 

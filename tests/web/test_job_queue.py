@@ -124,6 +124,11 @@ def test_old_results_are_discarded_and_ids_are_random(jobs, work):
     assert jobs.find(made[1].id) is made[1]
     assert len({job.id for job in made}) == len(made)
     assert min(len(job.id) for job in made) >= 22  # 128 bits
+    for _ in range(FINISHED_JOBS_KEPT):  # cancelled requests replace no results
+        jobs.submit(cancelled := Watched("x"))
+        jobs.cancel(cancelled)
+        cancelled.end()
+    assert jobs.find(made[1].id) is made[1]
 
 
 def test_closing_cancels_everything(work):

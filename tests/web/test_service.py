@@ -41,8 +41,9 @@ def pixels(png):
         return np.asarray(image)
 
 
-def test_the_command_line_reproduces_the_sheet(service, tmp_path, monkeypatch):
-    job, news = make(service, {**ASKED, "seed": "5", "guidance_scale": 1.5})
+@pytest.mark.parametrize("mode", [{}, {"interpolate": 3}, {"guidance_scales": "1, 2.5"}])
+def test_the_command_line_reproduces_the_sheet(service, tmp_path, monkeypatch, mode):
+    job, news = make(service, {**ASKED, "seed": "5", "guidance_scale": 1.5, **mode})
     assert news["name"] == "digits-step-00000002-seed5.png"
     (tmp_path / news["name"]).write_bytes(job.files["grid.png"])
     with Image.open(tmp_path / news["name"]) as sheet:
@@ -143,6 +144,10 @@ def test_cancelling_stops_within_a_step(run):
         ({"guidance_scale": 10**400}, "give a number"),
         ({"scheduler": "flow-euler"}, "those that fit are ddpm, ddim"),
         ({"scheduler": 3}, "scheduler is 3; give the name of a sampler"),
+        ({"interpolate": 1}, "interpolate is 1; it must be at least 2"),
+        ({"guidance_scales": "1,x"}, "the values of guidance_scale must be numbers"),
+        ({"guidance_scales": "1,inf"}, "guidance_scale is inf; give finite numbers"),
+        ({"guidance_scales": "1,2,3,4"}, "at most 6 are allowed per request"),
         ({"seed": -1}, "seed is -1; it must be between 0 and 2^64 - 1"),
         ({"seed": str(1 << 64)}, "it must be between 0 and 2^64 - 1"),
         ({"checkpoint": "/etc"}, "unknown setting 'checkpoint'"),
