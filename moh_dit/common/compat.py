@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -217,8 +218,15 @@ def without_compiled_call(module: nn.Module) -> Iterator[bool]:
         module._compiled_call_impl = before
 
 
+PLAIN_TENSORS = frozenset({Tensor, nn.Parameter})
 # Attributes that hooks of accelerate and diffusers set, see `is_plain_linear`.
 REPLACED_BY_HOOKS = ("forward", "_diffusers_hook", "_hf_hook", "_old_forward")
+
+
+@lru_cache(maxsize=1024)
+def _is_known(file: str) -> bool:
+    """Return whether a file, such as ``torch.nn.functional``, is of torch or of this package."""
+    return file.partition(".")[0] in ("torch", __name__.partition(".")[0])
 
 
 def forward_state(module: nn.Module, calls_forward: bool = True) -> tuple[list[int], str | None]:
@@ -239,24 +247,31 @@ def forward_state(module: nn.Module, calls_forward: bool = True) -> tuple[list[i
         hooks, with a replaced ``forward``, with weights of a special type, or with a class of
         another package. It is ``None`` if there is none.
     """
-    own = (__name__.partition(".")[0], "torch")
     state: list[int] = []
     obstacle = "all modules have hooks" if nn.modules.module._has_any_global_hook() else None
-    waiting = [("the model", module)]
-    while waiting:
-        name, part = waiting.pop()
-        attributes = vars(part)
+    waiting: list[nn.Module | None] = [module]
+    while waiting:  # as module.modules(), which takes four times as long
+        part = waiting.pop()
+        if part is None:
+            continue
+        attributes = part.__dict__
         if part is module and not calls_forward:
             attributes = {k: v for k, v in attributes.items() if k not in REPLACED_BY_HOOKS}
-        state += (id(part), *map(id, attributes.values()))
-        for tensor in (*part._parameters.values(), *part._buffers.values()):
-            if tensor is not None:
-                state.append(tensor.data_ptr())
-                if type(tensor) not in (Tensor, nn.Parameter):
-                    obstacle = f"{name} has weights of type {type(tensor).__name__}"
-        if type(part).__module__.partition(".")[0] not in own:
-            obstacle = f"{name} is a {type(part).__qualname__} of another package"
-        elif part._forward_hooks or part._forward_pre_hooks or "forward" in attributes:
-            obstacle = f"{name} has a hook or a replaced forward method"
-        waiting += ((f"{name}.{key}", child) for key, child in part._modules.items() if child)
-    return state, obstacle and obstacle.replace("the model.", "")
+        found = None
+        state.append(id(part))
+        state.extend(map(id, attributes.values()))
+        for tensors in (part._parameters, part._buffers):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    state.append(tensor.data_ptr())
+                    if type(tensor) not in PLAIN_TENSORS:
+                        found = f"has weights of type {type(tensor).__name__}"
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in attributes:
+            found = "has a hook or a replaced forward method"
+        if not _is_known(type(part).__module__):
+            found = f"is a {type(part).__qualname__} of another package"
+        if found is not None:
+            name = next(name for name, each in module.named_modules() if each is part)
+            obstacle = f"{name or 'the model'} {found}"
+        waiting.extend(part._modules.values())
+    return state, obstacle

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from threading import Lock
 from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
@@ -24,12 +24,17 @@ logger = logging.getLogger(__name__)
 
 def capture_graph(function: Callable[[], Any], pool: Any) -> Callable[[], Any]:
     """Capture ``function`` into a CUDA graph with memory from ``pool``; return its replay."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    graph, stream = torch.cuda.CUDAGraph(), capture_stream(torch.cuda.current_device())
     # "thread_local": other threads may call CUDA meanwhile.
     with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
         function()
     return graph.replay
+
+
+@lru_cache
+def capture_stream(device: int) -> torch.cuda.Stream:
+    """Return the stream for captures on a GPU; cuBLAS keeps a workspace for every stream."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass
@@ -178,7 +183,8 @@ class ForwardGraphs:
     def _captured(self, shared: SharedBuffers, function: Function) -> Callable[[], Any]:
         if self._pool is None and shared.output.is_cuda:
             self._pool = torch.cuda.graph_pool_handle()
-        return self.capture(lambda: shared.output.copy_(function(*shared.inputs)), self._pool)
+        with torch.cuda.device_of(shared.output):
+            return self.capture(lambda: shared.output.copy_(function(*shared.inputs)), self._pool)
 
     def _follow_current_stream(self, device: torch.device) -> None:
         """Let the current stream wait for the stream of the call before, which used the buffers."""
