@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 def capture_graph(function: Callable[[], Any], pool: Any) -> Callable[[], Any]:
     """Capture ``function`` into a CUDA graph with memory from ``pool``; return its replay."""
     graph, stream = torch.cuda.CUDAGraph(), capture_stream(torch.cuda.current_device())
-    # "thread_local": other threads may call CUDA meanwhile.
-    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+    # "relaxed": other threads may call CUDA, and kernels may be loaded at their first use.
+    with torch.cuda.graph(graph, pool, stream, capture_error_mode="relaxed"):
         function()
     return graph.replay
 
@@ -54,7 +54,7 @@ class SharedBuffers:
 
 
 class ForwardGraphs:
-    """Call modules by CUDA graphs where possible, in evaluation mode without gradients.
+    """Call modules by CUDA graphs where possible: in evaluation mode, no gradients, no autocast.
 
     The first call with inputs of some shapes runs the module as usual, which also compiles its
     kernels. The second call captures the same work. This and later calls replay it. The results are
@@ -104,7 +104,8 @@ class ForwardGraphs:
             UserError: the mode is True, but the module cannot be captured.
         """
         call = partial(first_output, module) if function is None else function
-        if torch.is_grad_enabled() or module.training:
+        # Under autocast, a capture would leave rounded weights in torch's cache of them.
+        if torch.is_grad_enabled() or module.training or torch.is_autocast_enabled("cuda"):
             return call(*inputs)
         state, obstacle = self._examine(module, inputs[0].device, function is None)
         if obstacle is not None:
@@ -209,11 +210,10 @@ def device_obstacle(device: torch.device) -> str | None:
 
 
 def global_settings() -> tuple:
-    """Return the settings of torch that choose kernels, which a graph therefore depends on."""
+    """Return the settings of torch that a graph and its buffers depend on."""
     return (
-        torch.is_autocast_enabled("cuda"),
-        torch.get_autocast_dtype("cuda"),
-        torch.get_float32_matmul_precision(),
+        torch.is_inference_mode_enabled(),  # its tensors cannot be changed outside of it
+        torch.backends.cuda.matmul.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.mem_efficient_sdp_enabled(),

@@ -106,6 +106,13 @@ def test_other_settings_need_another_graph(fake_capture):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert fake_capture.captures == 3
+    with torch.inference_mode():
+        sample(pipeline, "auto")
+    assert fake_capture.captures == 4
+    sample(pipeline, "auto")
+    with torch.autocast("cuda", torch.bfloat16):
+        sample(pipeline, "auto")
+    assert fake_capture.captures == 4
 
 
 def test_at_most_four_shapes_are_kept(fake_capture):
