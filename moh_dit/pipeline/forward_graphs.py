@@ -213,7 +213,7 @@ def global_settings() -> tuple:
     """Return the settings of torch that a graph and its buffers depend on."""
     return (
         torch.is_inference_mode_enabled(),  # its tensors cannot be changed outside of it
-        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cuda.matmul.fp32_precision == "tf32",
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.mem_efficient_sdp_enabled(),
