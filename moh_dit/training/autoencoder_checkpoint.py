@@ -35,7 +35,7 @@ from .config import flatten
 # Settings that may change on resume. The identity of the data is compared instead of its path.
 CHANGEABLE_ON_RESUME = (
     "output", "resume", "data", "num_workers", "cache_images_gib", "checkpoint_every", "compile",
-    "allow_tf32",
+    "allow_tf32", "perceptual_weights",
 )  # fmt: skip
 
 
@@ -48,6 +48,7 @@ class AutoencoderCheckpoint:
     images: ImageSet
     vae: AutoencoderKL
     optimizer: torch.optim.Optimizer
+    perceptual_sha256: str | None = None
 
     def save(self, step: int) -> None:
         """Write the checkpoint after ``step`` steps atomically; then delete the previous one.
@@ -113,8 +114,8 @@ class AutoencoderCheckpoint:
             )
         if identity != now:
             raise UserError(
-                f"{self.config.partial} was started with other data: give the original data, or "
-                "choose another output"
+                f"{self.config.partial} was started with other data or perceptual_weights: give "
+                "the original ones, or choose another output"
             )
         self.vae.load_state_dict(weights)
         restored = self.optimizer.state_dict()
@@ -133,10 +134,13 @@ class AutoencoderCheckpoint:
 
     def _identity(self) -> dict[str, Any]:
         """Return the facts that must be the same on resume, apart from the settings."""
-        return {
+        facts = {
             "num_processes": self.accelerator.num_processes,
             "data": self.images.fingerprint(),
         }
+        if self.perceptual_sha256 is not None:
+            facts["perceptual_weights"] = self.perceptual_sha256
+        return facts
 
     def _require_same_settings(self, path: Path) -> None:
         before, now = flatten(load_config(AutoencoderTrainingConfig, path)), flatten(self.config)

@@ -9,7 +9,7 @@ from ..common.paths import holds_files, require_autoencoder, require_data, requi
 
 LOWER_BOUNDS = {
     "num_steps": 1, "batch_size": 1, "num_held_out": 0, "num_workers": 0, "cache_images_gib": 0,
-    "checkpoint_every": 1,
+    "checkpoint_every": 1, "perceptual_weight": 0,
 }  # fmt: skip
 
 
@@ -51,6 +51,11 @@ class AutoencoderTrainingConfig:
     """Architecture of a new autoencoder."""
     reconstruction: Literal["l1", "mse"] = "mse"
     """Distance between image and reconstruction, averaged over pixels (range −1 … 1)."""
+    perceptual_weight: float = 0.0
+    """Weight of the perceptual distance LPIPS, which keeps texture sharp: 0.1 with mse, 1 with l1.
+    It needs pip install "moh-dit[metrics]"."""
+    perceptual_weights: str | None = None
+    """File with torchvision's weights of VGG-16, vgg16-397923af.pth (default: download it)."""
     kl_weight: float = 1e-4
     """Weight of the KL divergence to N(0, 1), averaged over latent values. A larger weight gives
     latents closer to a normal distribution, and blurrier reconstructions."""
@@ -103,6 +108,9 @@ class AutoencoderTrainingConfig:
         require_data(self.data)
         if self.init_from is not None:
             require_autoencoder(self.init_from)
+        weights = self.perceptual_weights
+        if weights is not None and not Path(weights).expanduser().is_file():
+            raise UserError(f"perceptual_weights {weights}: no such file")
         output = Path(self.output)
         if self.resume and output.exists():
             raise UserError(f"output {output} is already finished: give another name")
@@ -118,6 +126,10 @@ class AutoencoderTrainingConfig:
         for key, least in LOWER_BOUNDS.items():
             if not getattr(self, key) >= least:
                 raise UserError(f"{key} is {getattr(self, key)}: it must be at least {least}")
+        if self.perceptual_weight and self.image_size < 16:
+            raise UserError(
+                f"image_size is {self.image_size}: perceptual_weight needs at least 16 pixels"
+            )
         if self.batch_size % num_processes:
             raise UserError(
                 f"batch_size {self.batch_size} is not divisible by the number of processes, "

@@ -1,7 +1,8 @@
 """Train an autoencoder on any images, with a reconstruction loss and a KL loss.
 
-The loss is ``reconstruction + kl_weight · KL``. The reconstruction error is averaged over pixels,
-the KL divergence over latent values (Kingma & Welling 2014, eq. 10, with the weight of β-VAE).
+The loss is ``reconstruction + perceptual_weight · LPIPS + kl_weight · KL``. The reconstruction
+error is averaged over pixels, the KL divergence over latent values (Kingma & Welling 2014, eq. 10,
+with the weight of β-VAE).
 """
 
 import math
@@ -32,6 +33,7 @@ from .autoencoder_checkpoint import AutoencoderCheckpoint
 from .autoencoder_config import AutoencoderTrainingConfig
 from .autoencoder_results import measure, write_results
 from .image_cache import CachedImages, decoded_gib, pixel_batches
+from .perceptual import PerceptualLoss
 from .preemption import PREEMPTED, Preemption
 
 
@@ -79,12 +81,14 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> dict[str, float]:
     accelerator = _make_accelerator(config)
     config.check_values(accelerator.num_processes)
     latent_shape(vae, config.image_size)  # raises for a size that is not divisible
+    perceptual = PerceptualLoss(config, accelerator) if config.perceptual_weight else None
     with own_folder(accelerator, config.partial) as lock:
-        return _train_and_measure(vae, config, accelerator, preemption, lock)
+        return _train_and_measure(vae, perceptual, config, accelerator, preemption, lock)
 
 
 def _train_and_measure(
     vae: AutoencoderKL,
+    perceptual: PerceptualLoss | None,
     config: AutoencoderTrainingConfig,
     accelerator: Accelerator,
     preemption: Preemption,
@@ -107,7 +111,7 @@ def _train_and_measure(
     with Preemption.blocked():  # data-loader workers inherit the blocked SIGTERM
         images = _cache_if_small(images, config, accelerator)
     with preemption.deferred():
-        stopped = _train(vae, images, training, config, accelerator, preemption, lock)
+        stopped = _train(vae, perceptual, images, training, config, accelerator, preemption, lock)
         metrics = None
         if not stopped:
             measured = held_out if len(held_out) else training
@@ -149,6 +153,7 @@ def _cache_if_small(
 
 def _train(
     vae: AutoencoderKL,
+    perceptual: PerceptualLoss | None,
     images: ImageSet,
     training: np.ndarray,
     config: AutoencoderTrainingConfig,
@@ -174,7 +179,8 @@ def _train(
         fused=True if in_bf16 or device.type == "cuda" else None,
     )
     model, optimizer = accelerator.prepare(module, adamw)
-    checkpoint = AutoencoderCheckpoint(config, accelerator, images, vae, adamw)
+    sha256 = perceptual.sha256 if perceptual is not None else None
+    checkpoint = AutoencoderCheckpoint(config, accelerator, images, vae, adamw, sha256)
     start = checkpoint.restore() if config.resume else 0
     if start == config.num_steps:
         return False
@@ -203,7 +209,10 @@ def _train(
             pixels = pixels.to(memory_format=memory_format)
             decoded, kl = model(pixels, noise)
             error, kl = distance(decoded, pixels), kl.mean()
-            accelerator.backward(error + config.kl_weight * kl)
+            loss = error + config.kl_weight * kl
+            if perceptual is not None:
+                loss = loss + config.perceptual_weight * perceptual(decoded, pixels)
+            accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             for group in adamw.param_groups:
                 group["lr"] = config.learning_rate * lr_factor(step)

@@ -15,6 +15,8 @@ from helpers.processes import launch
 from helpers.training_runs import environment
 from PIL import Image
 
+from fid_eval.networks import lpips
+from fid_eval.sets.hashing import file_sha256
 from moh_dit.autoencoder import load_autoencoder
 from moh_dit.common.errors import UserError
 from moh_dit.data.images import open_images
@@ -23,6 +25,7 @@ from moh_dit.training.autoencoder_checkpoint import AutoencoderCheckpoint
 from moh_dit.training.autoencoder_config import AutoencoderConfig, AutoencoderTrainingConfig
 from moh_dit.training.autoencoder_training import train_autoencoder
 from moh_dit.training.image_cache import CachedImages, pixel_batches
+from moh_dit.training.perceptual import PerceptualLoss
 from moh_dit.training.preemption import PREEMPTED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -255,3 +258,54 @@ def train_on_this_rank(images, folder):
 def test_two_processes_stop_together_and_resume_exactly(images, tmp_path):
     launch(train_on_this_rank, images, tmp_path, num_processes=2)
     assert_same_output(tmp_path / "whole", tmp_path / "vae")
+
+
+@pytest.fixture
+def vgg_weights(tmp_path, monkeypatch):
+    """Write random weights of VGG-16, and accept them as the published ones."""
+    torchvision = pytest.importorskip("torchvision")
+    pytest.importorskip("torchmetrics")
+    torch.manual_seed(0)
+    state = torchvision.models.vgg16().features.state_dict()
+    path = tmp_path / "vgg16.pth"
+    torch.save({f"features.{name}": value for name, value in state.items()}, path)
+    monkeypatch.setitem(lpips.BACKBONES, "vgg", (file_sha256(path), path.name))
+    return path
+
+
+def test_the_perceptual_term_is_added_to_the_loss_and_resumes_exactly(
+    images, tmp_path, monkeypatch, vgg_weights
+):
+    options = dict(num_steps=3, checkpoint_every=1, perceptual_weights=str(vgg_weights))
+    train_autoencoder(config(images, tmp_path / "without", **options))
+    options["perceptual_weight"] = 1.0
+    train_autoencoder(config(images, tmp_path / "whole", **options))
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "without" / weights).read_bytes() != (
+        tmp_path / "whole" / weights
+    ).read_bytes()
+    interrupted_training(images, tmp_path / "vae", monkeypatch, 3, **options)
+    vgg_weights.rename(tmp_path / "moved.pth")
+    options["perceptual_weights"] = str(tmp_path / "moved.pth")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            PerceptualLoss, "sha256", property(lambda self: "other", lambda *_: None), False
+        )
+        with pytest.raises(UserError, match="other data or perceptual_weights"):
+            train_autoencoder(config(images, tmp_path / "vae", resume=True, **options))
+    train_autoencoder(config(images, tmp_path / "vae", resume=True, **options))
+    assert_same_output(tmp_path / "whole", tmp_path / "vae")
+
+
+def test_wrong_perceptual_settings_are_reported(images, tmp_path):
+    (tmp_path / "file.pth").write_bytes(b"weights")
+    for changes, words in (
+        (dict(perceptual_weights="nowhere.pth"), "perceptual_weights nowhere.pth: no such file"),
+        (dict(perceptual_weights=str(tmp_path / "file.pth")), "file.pth: the sha256 is"),
+        (dict(image_size=8), "image_size is 8: perceptual_weight needs at least 16 pixels"),
+        (dict(perceptual_weight=-1.0), r"perceptual_weight is -1\.0: it must be at least 0"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train_autoencoder(
+                config(images, tmp_path / "vae", **{"perceptual_weight": 1.0} | changes)
+            )
