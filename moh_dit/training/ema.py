@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..common.compat import move_towards_
 from ..common.errors import UserError
-from .sharding import gather_like, is_sharded, local_shard, shard_like
+from .sharding import CopyTensor, gather_like, is_sharded, local_shard, shard_like
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -76,6 +76,14 @@ class WeightAverage(Generic[Model]):
             shards = zip(self._full, self._averages, self._sharded_weights, strict=True)
             for full, shard, weight in shards:
                 full.copy_(gather_like(shard, weight))
+
+    def gather_state(self, copy: CopyTensor | None) -> dict[str, Tensor]:
+        """Return copies of the full average, see :func:`moh_dit.training.sharding.gather_state`."""
+        self.gather()
+        if copy is None:
+            return {}
+        state = self.model.state_dict()
+        return {name: copy(f"{self.name}.{name}", tensor) for name, tensor in state.items()}
 
 
 class Ema(WeightAverage[Model]):

@@ -3,7 +3,8 @@
 On one process and under DDP every tensor is a full tensor, and these functions return it unchanged.
 """
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+CopyTensor: TypeAlias = Callable[[str, Tensor], Tensor]  # takes a name and a tensor
 
 # One block is too short to hide FSDP2's per-group Python overhead.
 BLOCKS_PER_GROUP = 4
@@ -108,23 +111,35 @@ def free_gathered_weights(model: nn.Module) -> None:
 
 
 def gather_state(
-    named_parameters: list[tuple[str, Tensor]], optimizer: torch.optim.Optimizer
+    named_parameters: list[tuple[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    copy: CopyTensor | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gather all weights by name, and the optimizer state by ``"exp_avg.NAME"`` and so on.
 
-    Gathered tensors are moved to the CPU, because the GPU may lack memory for full tensors and
-    shards together.
+    Args:
+        named_parameters: the parameters by name.
+        optimizer: the optimizer with their state.
+        copy: called with the name of each full tensor and the tensor; returns what to keep of it.
+            One tensor after another is gathered, because the GPU may lack memory for full tensors
+            and shards together. ``None`` on ranks that keep nothing; they still take part.
+
+    Returns:
+        Two dictionaries of the kept tensors; empty if ``copy`` is ``None``.
     """
-    weights, moments = {}, {}
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+
+    def gather(kept: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+        full = full_tensor(tensor)
+        if copy is not None:
+            kept[name] = copy(name, full)
+
     for name, parameter in named_parameters:
         for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{key}.{name}"] = _gather_to_cpu(value)
-        weights[name] = _gather_to_cpu(parameter.detach())
+            gather(moments, f"{key}.{name}", value)
+        gather(weights, name, parameter.detach())
     return weights, moments
-
-
-def _gather_to_cpu(tensor: Tensor) -> Tensor:
-    return full_tensor(tensor).cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def restore_state(

@@ -191,7 +191,7 @@ class Trainer:
                 f"{self.run_dir} is complete at step {step}; to continue, increase --num_steps"
             )
             return
-        with self.preemption.deferred():
+        with self.preemption.deferred(), self.state.writer:
             stopped = self._run(step, missing)
         if stopped:
             accelerator.print(f"stopped by SIGTERM, saved {self.run_dir}; continue with --resume")
@@ -226,16 +226,17 @@ class Trainer:
                 with doing, self.start_up.first_step(accelerator.print):
                     statistics.add(*self._step(step, batches))
                 progress.update()
+                self.state.writer.check()
                 last = step == config.num_steps
                 stop = self.preemption.should_stop(accelerator, step)
                 if step % config.log_every == 0 or last or stop:
                     self._log_statistics(step)
                 with statistics.exclude_time():
-                    if step % (config.ema_snapshot_every or config.checkpoint_every) == 0 or last:
-                        self._check_finite()
-                        self.state.save_snapshot(self.run_dir, step)
-                    if step % config.checkpoint_every == 0 or last or stop:
-                        self._save(step)
+                    snapshot_every = config.ema_snapshot_every or config.checkpoint_every
+                    snapshot = step % snapshot_every == 0 or last
+                    checkpoint = step % config.checkpoint_every == 0 or last or stop
+                    if snapshot or checkpoint:
+                        self._save(step, checkpoint, snapshot)
                     due = self.evaluator.due(step, last)
                     interrupted = not stop and not self._evaluate(step, due)
                 if interrupted:
@@ -243,6 +244,8 @@ class Trainer:
                     if statistics.steps:
                         self._log_statistics(step)
                     self._save(step)
+            with progress.doing("saving"):
+                self.state.finish()
         accelerator.end_training()
         return stop
 
@@ -251,12 +254,14 @@ class Trainer:
         learning_rate = self.training_step.learning_rate
         self.progress.log(self.statistics.make_entry(step, learning_rate))
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, checkpoint: bool = True, snapshot: bool = False) -> None:
         self._check_finite()
         self.lock.check()
+        keep = self.config.keep_checkpoints
         with self.progress.doing("saving"):
-            self.state.save(self.run_dir, step, self.config.keep_checkpoints)
-            self.progress.plot()
+            self.state.save(self.run_dir, step, keep, checkpoint=checkpoint, snapshot=snapshot)
+            if checkpoint:
+                self.progress.plot()
 
     def _evaluate(self, step: int, due: DueOutputs) -> bool:
         """Write the samples and metrics that are due; return False if SIGTERM interrupted this."""
@@ -328,6 +333,7 @@ class Trainer:
         if self.config.on_nonfinite == "skip":
             self.accelerator.print(f"skipped the update of {report}")
             return
+        self.state.writer.wait()
         checkpoints = list_checkpoints(self.run_dir)
         saved = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint yet"
         raise UserError(

@@ -5,18 +5,17 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
 from ..checkpoints.opening import load_weights
 from ..checkpoints.runs import WEIGHTS, checkpoint_name, checkpoint_step, list_checkpoints
-from ..checkpoints.weight_files import open_weights
+from ..checkpoints.weight_files import State, open_weights
 from ..common.atomic_write import atomic_output
 from ..common.disk_space import require_disk_space
 from ..common.errors import UserError
@@ -28,6 +27,7 @@ from .checkpoint_checks import (
     average_folders,
     find_misfit,
 )
+from .checkpoint_writer import CheckpointWriter
 from .ema import PowerEma, WeightAverage
 from .sharding import gather_state, restore_state
 
@@ -42,29 +42,65 @@ class TrainingState:
     model: MoHDiTTransformer2DModel
     optimizer: torch.optim.Optimizer
     averages: WeightAverages
+    writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 
-    def save(self, run: Path, step: int, keep: int) -> Path:
-        """Write a checkpoint atomically, then delete all but the newest ``keep`` (0 keeps all).
+    def save(
+        self, run: Path, step: int, keep: int, *, checkpoint: bool = True, snapshot: bool = False
+    ) -> None:
+        """Copy the state aside, and write it in the background; all ranks must call this.
+
+        Both folders are written atomically. Wait for the last one with ``writer.wait()``.
+
+        Args:
+            run: the run folder.
+            step: number of completed steps.
+            keep: delete all checkpoints but the newest ``keep`` afterwards; 0 keeps all.
+            checkpoint: write a checkpoint.
+            snapshot: write a snapshot of the power-function averages for ``posthoc_ema``, if there
+                are any.
+
+        Raises:
+            UserError: the previous checkpoint could not be written; earlier ones are kept.
+        """
+        self.writer.wait()
+        is_main = self.accelerator.is_main_process
+        copy = self.writer.copy if is_main else None
+        averages = self.averages if checkpoint else self._power_averages()
+        states = {average.name: average.gather_state(copy) for average in averages}
+        parameters = list(self.model.named_parameters()) if checkpoint else []
+        weights, moments = gather_state(parameters, self.optimizer, copy)
+        if not is_main:
+            return
+        scaler = self.accelerator.scaler and json.dumps(self.accelerator.scaler.state_dict())
+        power = self._power_averages() if snapshot else []
+
+        def write() -> None:
+            final = run / "snapshots" / checkpoint_name(step)
+            if power and not final.exists():
+                with write_in_run(final, run) as partial:
+                    for each in power:
+                        _write_average(each, states[each.name], partial / each.name)
+            final = run / "checkpoints" / checkpoint_name(step)
+            if checkpoint and not final.exists():
+                with write_in_run(final, run) as partial:
+                    _write_state(partial, weights, moments, scaler)
+                    for average, folder in zip(self.averages, self._folders(), strict=True):
+                        _write_average(average, states[average.name], partial / folder)
+                for old in list_checkpoints(run)[:-keep] if keep else []:
+                    # Rename first: after a kill, every folder step-* is still complete.
+                    shutil.rmtree(old.rename(old.with_name(f".deleting-{old.name}")))
+                self.warn_if_disk_is_full(run)
+
+        self.writer.start(write)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is written; all ranks must call this.
 
         Raises:
             UserError: the disk is full or not writable; earlier checkpoints are kept.
         """
-        final = run / "checkpoints" / checkpoint_name(step)
-        weights, moments = gather_state(list(self.model.named_parameters()), self.optimizer)
-        for average in self.averages:
-            average.gather()
-        # Only rank 0 checks: other ranks may already see the folder it has just created.
-        if self.accelerator.is_main_process and not final.exists():
-            with write_in_run(final, run) as partial:
-                self._write_state(partial, weights, moments)
-                for average, folder in zip(self.averages, self._folders(), strict=True):
-                    _write_average(average, partial / folder)
-            for old in list_checkpoints(run)[:-keep] if keep else []:
-                # Rename first: if this process is killed, every folder step-* is still complete.
-                shutil.rmtree(old.rename(old.with_name(f".deleting-{old.name}")))
-            self.warn_if_disk_is_full(run)
+        self.writer.wait()
         self.accelerator.wait_for_everyone()
-        return final
 
     def warn_if_disk_is_full(self, run: Path) -> None:
         """Print a warning if the next checkpoint will not fit on the disk."""
@@ -78,22 +114,6 @@ class TrainingState:
 
     def _power_averages(self) -> list[PowerEma]:
         return [average for average in self.averages if isinstance(average, PowerEma)]
-
-    def save_snapshot(self, run: Path, step: int) -> None:
-        """Save the power-function averages of this step for ``posthoc_ema``.
-
-        Raises:
-            UserError: the disk is full or not writable.
-        """
-        averages = self._power_averages()
-        for average in averages:
-            average.gather()
-        final = run / "snapshots" / checkpoint_name(step)
-        if averages and self.accelerator.is_main_process and not final.exists():
-            with write_in_run(final, run) as partial:
-                for average in averages:
-                    _write_average(average, partial / average.name)
-        self.accelerator.wait_for_everyone()
 
     def restore(self, checkpoint: Path) -> int:
         """Load weights, optimizer and averages; return the step of the checkpoint.
@@ -118,19 +138,20 @@ class TrainingState:
     def _folders(self) -> list[str]:
         return average_folders([average.name for average in self.averages])
 
-    def _write_state(
-        self, checkpoint: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]
-    ) -> None:
-        (checkpoint / "state").mkdir()
-        save_file(weights, checkpoint / MODEL_FILE, metadata={"format": "pt"})
-        save_file(moments, checkpoint / OPTIMIZER_FILE)
-        if self.accelerator.scaler is not None:
-            (checkpoint / SCALER_FILE).write_text(json.dumps(self.accelerator.scaler.state_dict()))
+
+def _write_state(checkpoint: Path, weights: State, moments: State, scaler: str | None) -> None:
+    (checkpoint / "state").mkdir()
+    save_file(weights, checkpoint / MODEL_FILE, metadata={"format": "pt"})
+    save_file(moments, checkpoint / OPTIMIZER_FILE)
+    if scaler is not None:
+        (checkpoint / SCALER_FILE).write_text(scaler)
 
 
-def _write_average(average: WeightAverage[MoHDiTTransformer2DModel], folder: Path) -> None:
+def _write_average(
+    average: WeightAverage[MoHDiTTransformer2DModel], state: State, folder: Path
+) -> None:
     average.model.save_config(folder)
-    save_file(average.model.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def remove_unfinished(folder: Path) -> None:
