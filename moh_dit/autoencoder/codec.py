@@ -1,9 +1,11 @@
 """Encode images into latents, and decode latents into images, with any supported autoencoder."""
 
-import functools
 import hashlib
+import inspect
 import json
+from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
@@ -15,6 +17,7 @@ from .adapters import LatentScaling, adapter_class, adapter_of
 from .pixel_autoencoder import PixelAutoencoder
 
 PROBE_SIZE = 256  # divisible by the factor of every autoencoder
+_layouts: MutableMapping[ModelMixin, "LatentLayout"] = WeakKeyDictionary()
 
 
 class LatentLayout(NamedTuple):
@@ -32,9 +35,8 @@ def latent_scaling(vae: ModelMixin) -> LatentScaling:
         UserError: statistics whose number differs from the number of latent channels.
     """
     scaling = adapter_of(vae).scaling()
-    channels = latent_layout(vae).channels
     for value in (scaling.factor, scaling.shift):
-        if isinstance(value, Tensor) and len(value) != channels:
+        if isinstance(value, Tensor) and len(value) != (channels := latent_layout(vae).channels):
             raise UserError(
                 f"this autoencoder has {channels} latent channels, but statistics "
                 f"(mean and standard deviation) of {len(value)}: correct its configuration or "
@@ -45,25 +47,25 @@ def latent_scaling(vae: ModelMixin) -> LatentScaling:
 
 def latent_layout(vae: ModelMixin) -> LatentLayout:
     """Return channels and factor of the latents, found by encoding a probe without computation."""
-    return layout_of_config(type(vae).__name__, vae.config)
+    if vae not in _layouts:
+        _layouts[vae] = layout_of_config(type(vae).__name__, vae.config)
+    return _layouts[vae]
 
 
-def layout_of_config(class_name: str, config: Any) -> LatentLayout:
+def layout_of_config(class_name: str, config: Mapping[str, Any]) -> LatentLayout:
     """Return the layout of latents from the class and the configuration of an autoencoder.
 
     Raises:
         UserError: the class is not supported, or it does not encode RGB images.
     """
-    settings = json.dumps(dict(config), sort_keys=True, default=str)
-    return _probe(class_name, settings)
-
-
-@functools.cache
-def _probe(class_name: str, settings: str) -> LatentLayout:
-    adapter_type = adapter_class(class_name, "this autoencoder")
+    adapter_type, kind = (
+        adapter_class(class_name, "this autoencoder"),
+        autoencoder_class(class_name),
+    )
+    known = inspect.signature(kind).parameters
     try:
         with torch.device("meta"), torch.no_grad():
-            vae = autoencoder_class(class_name).from_config(json.loads(settings)).eval()
+            vae = kind(**{name: value for name, value in config.items() if name in known}).eval()
             adapter = adapter_type(vae)
             size = adapter.image_size or PROBE_SIZE
             record = adapter.encode(torch.empty(1, 3, size, size))

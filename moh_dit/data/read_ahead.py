@@ -1,10 +1,11 @@
 """Compute ahead of the consumer, so that reading, encoding and writing overlap."""
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,6 +27,20 @@ def map_ahead(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+class Waiting(Generic[Item]):
+    """Iterate over items and count the seconds that the consumer waits for them."""
+
+    def __init__(self, items: Iterable[Item]):
+        self.items, self.seconds = items, 0.0
+
+    def __iter__(self) -> Iterator[Item]:
+        start = time.perf_counter()
+        for item in self.items:
+            self.seconds += time.perf_counter() - start
+            yield item
+            start = time.perf_counter()
 
 
 def default_workers(num_images: int | None) -> int:
