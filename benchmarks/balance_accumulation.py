@@ -15,7 +15,8 @@ from accelerate import Accelerator
 
 from moh_dit.autoencoder import latent_scaling, load_autoencoder, sample_posterior
 from moh_dit.checkpoints.opening import load_pretrained
-from moh_dit.common.cli import load_config, shipped_configs
+from moh_dit.common.cli import load_config
+from moh_dit.common.config_files import shipped_configs
 from moh_dit.data.images import open_images
 from moh_dit.data.latents import encode_images
 from moh_dit.diffusion.objectives import NoiseObjective

@@ -26,7 +26,8 @@ from PIL import Image
 from moh_dit.autoencoder import latent_scaling, load_autoencoder, sample_posterior
 from moh_dit.checkpoints.opening import load_pretrained
 from moh_dit.checkpoints.runs import checkpoint_name
-from moh_dit.common.cli import load_config, shipped_configs
+from moh_dit.common.cli import load_config
+from moh_dit.common.config_files import shipped_configs
 from moh_dit.continue_tuning.model import MoHSettings, dense_to_moh, noisy_batches
 from moh_dit.data.digits import load_digit_images
 from moh_dit.data.images import open_images

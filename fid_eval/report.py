@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .atomic_write import atomic_path
+from .csv_cells import plain_cell
 from .errors import EvaluationError
 from .result import Result
 from .version import __version__
@@ -152,7 +153,7 @@ def write_csv(document: Document, path: Path) -> None:
             "torch": document["versions"]["torch"],
             "error": entry.get("error"),
         }
-        rows.append(row)
+        rows.append({key: plain_cell(value) for key, value in row.items()})
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

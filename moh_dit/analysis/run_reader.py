@@ -6,15 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..checkpoints.outputs import Output, read_outputs
 from ..checkpoints.runs import checkpoint_name, checkpoint_step, list_checkpoints
 from ..common.cli import load_config
+from ..common.config_files import read_yaml
 from ..common.errors import UserError
 from ..sampling.set_shards import flatten_dict
 from ..training.config import TrainConfig, flatten
-from ..training.run_log import read_log
+from ..training.run_log import read_lines
 from .set_results import SetResult, find_results
 
 RUN_CONTENTS = ("config.yaml", "log.jsonl", "environment.jsonl", "samples", "evaluations",
@@ -116,7 +115,8 @@ def read_run_folder(folder: Path, name: str) -> Run:
     """Read one run folder; list missing and damaged parts in ``Run.missing``."""
     run = Run(name, folder)
     run.config = _read_config(run)
-    run.log = [e for e in _read_entries(run, "log.jsonl") if "step" in e]
+    entries = _read_entries(run, "log.jsonl")
+    run.log = [entry for entry in entries if isinstance(entry.get("step"), int)]
     run.starts = _read_entries(run, "environment.jsonl")
     run.evaluations = _read_evaluations(run)
     run.grids = _read_grids(run)
@@ -143,8 +143,8 @@ def _read_config(run: Run) -> dict[str, Any]:
     except UserError as error:
         run.missing.append(f"config.yaml does not fit this version ({error})")
     try:  # show the settings all the same: another version may have written them
-        return flatten_dict(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+        return flatten_dict(read_yaml(path))
+    except (UserError, AttributeError):
         return {}
 
 
@@ -153,25 +153,27 @@ def _read_entries(run: Run, name: str) -> list[dict[str, Any]]:
     if not path.is_file():
         run.missing.append(name)
         return []
-    try:
-        entries = read_log(path)
-        lines = len(path.read_text().splitlines())
-    except UnicodeDecodeError:
-        run.missing.append(f"{name} (not a text file)")
-        return []
-    if len(entries) < lines:
-        rest = "it is" if len(entries) == lines - 1 else "it and the following lines are"
-        run.missing.append(f"{name}: line {len(entries) + 1} is incomplete; {rest} left out")
-    return [entry for entry in entries if isinstance(entry, dict)]
+    lines = read_lines(path)
+    damaged = [str(number) for number, entry in enumerate(lines, 1) if entry is None]
+    if damaged == [str(len(lines))]:
+        run.missing.append(f"{name}: line {len(lines)} is incomplete; it is left out")
+    elif damaged:
+        run.missing.append(f"{name}: damaged lines are left out: {', '.join(damaged[:10])}")
+    return [entry for entry in lines if entry is not None]
 
 
 def _read_evaluations(run: Run) -> list[dict[str, Any]]:
     found = []
     for path in sorted((run.folder / "evaluations").glob("step-*.json")):
         try:
-            entry = json.loads(path.read_text())
-            found.append({"step": int(entry["step"]), **entry, "metrics": dict(entry["metrics"])})
-        except (ValueError, KeyError, TypeError):
+            entry = json.loads(path.read_bytes())
+            numbers = {
+                key: value
+                for key, value in entry["metrics"].items()
+                if value is None or isinstance(value, int | float)
+            }
+            found.append({**entry, "step": int(entry["step"]), "metrics": numbers})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             run.missing.append(f"evaluations/{path.name} (cannot be read)")
     return found
 

@@ -21,11 +21,28 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from .atomic_write import atomic_write
+from .config_files import config_text
 from .errors import UserError
 from .renamed import SETTINGS
 from .version import __version__
 
 Config = TypeVar("Config")
+
+# Errors of the file system that a user can solve, and what they mean.
+FILE_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "a file or folder may not be read or written",
+    errno.EPERM: "a file or folder may not be changed",
+    errno.ENOENT: "a file or folder is missing",
+    errno.ENOTDIR: "a file stands where a folder should be",
+    errno.EEXIST: "a file stands where a folder should be",
+    errno.EISDIR: "a folder stands where a file should be",
+    errno.ENOTEMPTY: "a folder stands where a file should be",
+    errno.EIO: "the disk failed",
+    errno.ESTALE: "the network file system lost a file",
+}
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -86,11 +103,12 @@ def run_program(
     except BrokenPipeError:  # `… | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FILE_ERRORS:
             raise
+        again = " with --resume" if "resume" in _dotted_fields(config_class) else ""
         print(
-            f"{prog}: error: the disk is full ({error}); finished files are kept: free some space, "
-            "then run the command again with --resume",
+            f"{prog}: error: {FILE_ERRORS[error.errno]} ({error}); finished files are kept: solve "
+            f"the problem, then run the command again{again}",
             file=sys.stderr,
         )
         raise SystemExit(2) from None
@@ -107,7 +125,7 @@ def load_config(config_class: type[Config], path: Path) -> Config:
     """
     parser = _make_parser(config_class, prog="", description="", example="")
     try:
-        return _instantiate(parser, parser.parse_string(_config_text(str(path), config_class)))
+        return _instantiate(parser, parser.parse_string(config_text(str(path), config_class)))
     except UserError as error:
         text = str(error)
         raise UserError(
@@ -128,30 +146,6 @@ def nearest_key(key: str, known: Sequence[str]) -> str | None:
     by_last_part = {name.rpartition(".")[2]: name for name in reversed(known)}
     last = difflib.get_close_matches(key.rpartition(".")[2], list(by_last_part), n=1, cutoff=0.6)
     return by_last_part[last[0]] if last else None
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Return the configurations that ship with the package, by name."""
-    package = Path(__file__).parents[1]
-    folders = (package.parent / "configs", package / "configs")  # a checkout; an installed wheel
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
-
-
-def settings_in(picture: Path) -> str:
-    """Return the YAML that a sampling program stored in a PNG (text chunk ``settings``)."""
-    from PIL import Image
-
-    try:
-        with Image.open(picture) as image:
-            text = getattr(image, "text", {}).get("settings")
-    except OSError as error:
-        raise UserError(f"configuration {picture} is not a readable picture: {error}") from None
-    if text is None:
-        raise UserError(
-            f"configuration {picture} contains no settings; give a picture as the sampling program "
-            "wrote it, or a YAML file"
-        )
-    return text
 
 
 def _make_parser(config_class: type, *, prog: str, description: str, example: str) -> _Parser:
@@ -203,37 +197,11 @@ def _insert_config_files(arguments: Sequence[str], config_class: type) -> list[s
     inserted = list(arguments)
     for i, argument in enumerate(inserted):
         if i and inserted[i - 1] == "--config":
-            inserted[i] = _config_text(argument, config_class)
+            inserted[i] = config_text(argument, config_class)
         elif argument.startswith("--config="):
-            text = _config_text(argument.removeprefix("--config="), config_class)
+            text = config_text(argument.removeprefix("--config="), config_class)
             inserted[i] = f"--config={text}"
     return inserted
-
-
-def _config_text(name: str, config_class: type) -> str:
-    """Return the YAML of a file, of a shipped configuration, or of the settings in a PNG."""
-    path, shipped = Path(name), shipped_configs()
-    if not path.exists() and name not in shipped:
-        nearest = difflib.get_close_matches(name, shipped, n=1)
-        known = f"give a YAML file or one of {', '.join(shipped)}"
-        hint = f"did you mean {nearest[0]}?" if nearest else known
-        raise UserError(f"configuration {name} does not exist; {hint}")
-    if path.suffix == ".png":
-        return str(settings_in(path))  # yaml takes no subclass of str
-    path = path if path.exists() else shipped[name]
-    try:
-        text = path.read_text(encoding="utf-8")
-        if not isinstance(yaml.safe_load(text) or {}, dict):
-            raise UserError(f"configuration {name} must contain settings as KEY: VALUE lines")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"configuration {name} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"configuration {name} is not valid YAML: {' '.join(str(error).split())}"
-        ) from None
-    for old, new in SETTINGS.get(config_class.__name__, {}).items():
-        text = re.sub(rf"^{re.escape(old)}\s*:", f"{new}:", text, flags=re.MULTILINE)
-    return text or "{}"
 
 
 def _name_positional(arguments: Sequence[str], name: str, several: bool = False) -> list[str]:

@@ -18,6 +18,8 @@ from numpy.lib import format as npy
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from fid_eval.csv_cells import plain_cell
+
 from ..common.errors import UserError
 
 Images = Iterable[np.ndarray]
@@ -89,7 +91,7 @@ def write_folder(
         table = csv.writer(file)
         table.writerow(["file", "label", "class"])
         for name, label in zip(names, labels.tolist(), strict=True):
-            table.writerow([name, label, class_names[label] if class_names else label])
+            table.writerow([name, label, plain_cell(class_names[label]) if class_names else label])
 
 
 def write_tar(

@@ -84,7 +84,7 @@ def check_same_data(run: Path, identity: dict[str, Any]) -> None:
         stored = identity.keys() - ({"classes", "decoding"} - before.keys()) - {"held_out"}
         known = {name: before[name] for name in stored}
         policy = known.pop("decoding", identity["decoding"])
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{run / DATA_FILE} is damaged ({error}); remove it to resume with the present data "
             "and autoencoder"

@@ -76,12 +76,17 @@ class RunLog:
 
     Args:
         path: the file. Entries after ``start_step`` are removed, because those steps are repeated.
+            A file with damaged lines is kept under another name.
         start_step: number of completed steps.
     """
 
     def __init__(self, path: Path, start_step: int = 0):
         self.path = path
         kept = [entry for entry in read_log(path) if entry["step"] <= start_step]
+        if None in read_lines(path)[:-1]:  # a kill leaves only an incomplete last line
+            damaged = path.with_name(f"damaged-{datetime.now(UTC):%Y%m%d-%H%M%S}-{path.name}")
+            path.rename(damaged)
+            print(f"{path} had damaged lines: they are left out, and the file is now {damaged}")
         atomic_write(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -91,14 +96,20 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of a ``log.jsonl`` up to an incomplete line; empty without a file."""
-    entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """Return the entries of a ``log.jsonl`` without damaged lines; empty without a file."""
+    return [entry for entry in read_lines(path) if entry and isinstance(entry.get("step"), int)]
+
+
+def read_lines(path: Path) -> list[dict[str, Any] | None]:
+    """Return the JSON object in each line of a file; ``None`` for an incomplete or damaged line."""
+    lines: list[dict[str, Any] | None] = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
+            content = json.loads(line)
+        except (ValueError, RecursionError):
+            content = None
+        lines.append(content if isinstance(content, dict) else None)
+    return lines
 
 
 def plot_curves(log: Path, output: Path) -> None:
@@ -123,7 +134,11 @@ def plot_curves(log: Path, output: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
     for axis, (title, series) in zip(axes.flat, panels.items(), strict=True):
         for key, label in series.items():
-            points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+            points = [
+                (entry["step"], entry[key])
+                for entry in entries
+                if isinstance(entry.get(key), int | float)
+            ]
             if points:
                 axis.plot(*zip(*points, strict=True), label=label)
         axis.set_title(title)

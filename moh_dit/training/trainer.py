@@ -229,12 +229,13 @@ class Trainer:
                 self.state.writer.check()
                 last = step == config.num_steps
                 stop = self.preemption.should_stop(accelerator, step)
-                if step % config.log_every == 0 or last or stop:
+                # An entry at each checkpoint, so that a resumed run logs the same averages.
+                checkpoint = step % config.checkpoint_every == 0 or last or stop
+                if step % config.log_every == 0 or checkpoint:
                     self._log_statistics(step)
                 with statistics.exclude_time():
                     snapshot_every = config.ema_snapshot_every or config.checkpoint_every
                     snapshot = step % snapshot_every == 0 or last
-                    checkpoint = step % config.checkpoint_every == 0 or last or stop
                     if snapshot or checkpoint:
                         self._save(step, checkpoint, snapshot)
                     due = self.evaluator.due(step, last)

@@ -8,7 +8,8 @@ from helpers.models import PUBLISHED, ROUTED, tiny_pipeline
 from moh_dit.__main__ import run_command
 from moh_dit.analysis.config import CostConfig
 from moh_dit.analysis.cost import estimate_cost
-from moh_dit.common.cli import load_config, save_config, shipped_configs
+from moh_dit.common.cli import load_config, save_config
+from moh_dit.common.config_files import shipped_configs
 from moh_dit.common.errors import UserError
 from moh_dit.data.config import EncodeConfig
 from moh_dit.data.encoding import encode_data

@@ -30,7 +30,8 @@ from moh_dit.analysis.config import HeadLoadConfig
 from moh_dit.analysis.run_reader import read_run_folders
 from moh_dit.autoencoder import autoencoder_identity, load_autoencoder
 from moh_dit.checkpoints.runs import list_checkpoints
-from moh_dit.common.cli import load_config, settings_in
+from moh_dit.common.cli import load_config
+from moh_dit.common.config_files import settings_in
 from moh_dit.common.renamed import SETTINGS
 from moh_dit.data.images import open_images
 from moh_dit.data.latents import open_latents

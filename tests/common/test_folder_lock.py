@@ -2,26 +2,15 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from helpers.folder_owner import folder_owner
 
 from moh_dit.common import folder_lock as module
 from moh_dit.common.errors import UserError
 from moh_dit.common.folder_lock import OWNER_FILE, FolderLock
-
-OWNER = """
-import sys, time
-from pathlib import Path
-from moh_dit.common.folder_lock import FolderLock
-lock = FolderLock(Path(sys.argv[1]), kernel_lock=sys.argv[2] == "True", beat_seconds=0.2)
-lock.acquire()
-print("acquired", flush=True)
-time.sleep(60)
-"""
 
 
 @pytest.fixture(params=[True, False], ids=["kernel lock", "heartbeat"])
@@ -30,32 +19,12 @@ def options(request, monkeypatch):
     return dict(kernel_lock=request.param, beat_seconds=0.2, stale_seconds=3.0)
 
 
-@pytest.fixture
-def start_owner(options):
-    started = []
-
-    def start(folder):
-        command = [sys.executable, "-c", OWNER, str(folder), str(options["kernel_lock"])]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE))
-        assert started[-1].stdout.readline() == b"acquired\n"
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def test_a_second_process_is_told_the_owner_and_takes_over_after_its_death(
-    tmp_path, options, start_owner
-):
-    owner = start_owner(tmp_path / "run")
+def test_a_second_process_is_told_the_owner_and_takes_over_after_its_death(tmp_path, options):
     lock = FolderLock(tmp_path / "run", **options)
-    described = rf"-c, process {owner.pid} on host {module.HOST}, started 20\d\d-.*: wait until"
-    with pytest.raises(UserError, match=f"run is in use by {described}"):
-        lock.acquire()
-    owner.kill()
-    owner.wait()
+    with folder_owner(tmp_path / "run", options["kernel_lock"]) as owner:
+        told = rf"-c, process {owner.pid} on host {module.HOST}, started 20\d\d-.*: wait until"
+        with pytest.raises(UserError, match=f"run is in use by {told}"):
+            lock.acquire()
     lock.acquire()
     lock.check()
     assert json.loads((tmp_path / "run" / OWNER_FILE).read_text())["pid"] == os.getpid()
@@ -63,17 +32,13 @@ def test_a_second_process_is_told_the_owner_and_takes_over_after_its_death(
     assert (tmp_path / "run").is_dir()  # another process created it
 
 
-def test_an_owner_on_another_host_counts_until_its_heartbeat_is_stale(
-    tmp_path, options, start_owner, capsys
-):
-    owner = start_owner(tmp_path)
+def test_an_owner_on_another_host_counts_until_its_heartbeat_is_stale(tmp_path, options, capsys):
     file = tmp_path / OWNER_FILE
-    file.write_text(file.read_text().replace(module.HOST, "elsewhere"))
     lock = FolderLock(tmp_path, **options)
-    with pytest.raises(UserError, match=f"process {owner.pid} on host elsewhere"):
-        lock.acquire()
-    owner.kill()
-    owner.wait()
+    with folder_owner(tmp_path, options["kernel_lock"]) as owner:
+        file.write_text(file.read_text().replace(module.HOST, "elsewhere"))
+        with pytest.raises(UserError, match=f"process {owner.pid} on host elsewhere"):
+            lock.acquire()
     os.utime(file)
     lock.acquire()
     assert "may still be in use by -c" in capsys.readouterr().err
@@ -114,7 +79,7 @@ def test_a_damaged_owner_file_stops_nobody(tmp_path, options, content):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_forked_process_does_not_keep_the_lock(tmp_path, options, start_owner):
+def test_a_forked_process_does_not_keep_the_lock(tmp_path, options):
     lock = FolderLock(tmp_path, **options)
     lock.acquire()
     if (child := os.fork()) == 0:
@@ -123,7 +88,8 @@ def test_a_forked_process_does_not_keep_the_lock(tmp_path, options, start_owner)
     try:
         lock.check()
         lock.release()
-        start_owner(tmp_path)
+        with folder_owner(tmp_path, options["kernel_lock"]):
+            pass
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)

@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState
 from helpers.training_runs import write_images
 
 from moh_dit.checkpoints.opening import load_pipeline
-from moh_dit.common.cli import load_config, shipped_configs
+from moh_dit.common.cli import load_config
+from moh_dit.common.config_files import shipped_configs
 from moh_dit.data.config import EncodeConfig
 from moh_dit.data.encoding import encode_data
 from moh_dit.model.presets import MOH_PLANS, PRESETS

@@ -19,7 +19,8 @@ from helpers.documented_commands import ROOT, Block, blocks, commands
 from PIL import Image
 
 from fid_eval.networks import extractors
-from moh_dit.common.cli import load_config, shipped_configs
+from moh_dit.common.cli import load_config
+from moh_dit.common.config_files import shipped_configs
 from moh_dit.data.digits import load_digit_images
 from moh_dit.model import attention, presets, routing
 from moh_dit.training.config import ModelConfig, TrainConfig

@@ -52,8 +52,9 @@ def test_killed_at_a_random_moment_and_resumed_is_identical(finished_run, tmp_pa
     finished = run(tmp_path / "run", "--resume=true")
     assert finished.returncode == 0, finished.stderr
     assert_identical(finished_run, tmp_path / "run")
-    steps = [entry["step"] for entry in read_log(log)]
-    assert steps == sorted(set(steps))
+    resumed, whole = read_log(log), read_log(finished_run / "log.jsonl")
+    for key in ("step", "loss", "grad_norm", "head_load"):
+        assert [entry[key] for entry in resumed] == [entry[key] for entry in whole]
 
 
 def test_a_finished_run_is_left_as_it_is(finished_run, capsys):
