@@ -58,10 +58,8 @@ def layout_of_config(class_name: str, config: Mapping[str, Any]) -> LatentLayout
     Raises:
         UserError: the class is not supported, or it does not encode RGB images.
     """
-    adapter_type, kind = (
-        adapter_class(class_name, "this autoencoder"),
-        autoencoder_class(class_name),
-    )
+    adapter_type = adapter_class(class_name, "this autoencoder")
+    kind = autoencoder_class(class_name)
     known = inspect.signature(kind).parameters
     try:
         with torch.device("meta"), torch.no_grad():

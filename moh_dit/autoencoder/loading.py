@@ -15,7 +15,7 @@ from ..common.errors import UserError
 from ..common.hub import snapshot
 from ..common.paths import require_autoencoder
 from .adapters import adapter_class
-from .codec import autoencoder_class, latent_scaling
+from .codec import autoencoder_class, latent_layout, latent_scaling
 from .pixel_autoencoder import PixelAutoencoder
 
 EMBEDDED = {"digits": Path(__file__).parents[1] / "embedded" / "digits_autoencoder"}
@@ -47,7 +47,8 @@ def load_autoencoder(name_or_path: str | Path) -> ModelMixin:
     folder = EMBEDDED.get(name, Path(name))
     vae = _load_local(folder, name) if folder.is_dir() else _load_from_hub(name)
     try:
-        latent_scaling(vae)  # also encodes a probe
+        latent_layout(vae)
+        latent_scaling(vae)
     except UserError as error:
         raise UserError(f"autoencoder {name}: {error}") from None
     return vae.float().eval().requires_grad_(False)

@@ -257,6 +257,7 @@ def test_training_learns_measures_and_writes(tmp_path):
     assert sorted(path.name for path in output.iterdir()) == [
         "config.json",
         "diffusion_pytorch_model.safetensors",
+        "manifest.json",
         "metrics.json",
         "reconstructions.png",
         "training.yaml",
