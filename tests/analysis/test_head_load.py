@@ -193,6 +193,7 @@ def test_two_processes_find_what_one_finds(saved, tmp_path):
         (dict(class_labels="cta"), "the nearest are cat"),
         (dict(timestep_ranges=0), "timestep_ranges is 0; it must be at least 1"),
         (dict(images_per_class=0), "images_per_class is 0; it must be at least 1"),
+        (dict(cache="taylorseer"), "cache skips layers, whose head load cannot be counted"),
     ],
 )
 def test_mistakes_leave_nothing(saved, tmp_path, options, message):
