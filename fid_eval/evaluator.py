@@ -123,8 +123,15 @@ class Evaluator:
 
     def open(self, samples: Any, name: str | None = None) -> ImageSet:
         """Open a sample set and check that the requested metrics can be computed for it."""
-        opened = open_set(samples, self.preprocess, name)
+        opened = self._open(samples, name)
         self.select_metrics(opened, self.names, self.explicit)
+        return opened
+
+    def _open(self, samples: Any, name: str | None) -> ImageSet:
+        if isinstance(samples, ImageSet):
+            return samples
+        opened = open_set(samples, self.preprocess, name)
+        opened.number_classes_as(self.reference)
         return opened
 
     def select_metrics(
@@ -174,7 +181,7 @@ class Evaluator:
             name: name of the set in the result.
             metrics: metrics for this set; by default those of the evaluator.
         """
-        opened = open_set(samples, self.preprocess, name)
+        opened = self._open(samples, name)
         names = metric_checks.check_metrics(metrics) if metrics is not None else self.names
         names, missing = self.select_metrics(opened, names, metrics is not None or self.explicit)
         started = time.monotonic()

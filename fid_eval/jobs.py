@@ -14,7 +14,6 @@ from .evaluator import Evaluator
 from .jobs_file import Job
 from .report import Document, versions, write_json
 from .sets.decoding import POLICY_VERSION
-from .sets.encoded import EncodedReader
 from .sets.image_set import ImageSet
 from .time_limit import time_limit
 
@@ -117,7 +116,7 @@ def _entry(
 def fingerprint(evaluator: Evaluator) -> dict[str, Any]:
     """Return the settings that determine the results; resuming requires the same settings."""
     extractors = {each.name: each for each in map(evaluator.extractor_of, evaluator.names)}
-    settings = {
+    settings: dict[str, Any] = {
         "metrics": evaluator.names,
         "reference": evaluator.reference.name,
         "reference_sha256": evaluator.reference.content_hash(),
@@ -129,10 +128,11 @@ def fingerprint(evaluator: Evaluator) -> dict[str, Any]:
         "distances": evaluator.distances,
         "k": evaluator.k,
         "bootstrap": evaluator.bootstrap,
-        "divisors": evaluator.divisors and evaluator.divisors.values,
         "resize": str(evaluator.preprocess),
         "precision": evaluator.runtime.precision,
     }
+    if evaluator.divisors is not None:
+        settings["divisors"] = evaluator.divisors.values
     return json.loads(json.dumps(settings))
 
 
@@ -164,8 +164,8 @@ def _earlier_entry(earlier: Document | None, job: Job, found: ImageSet) -> dict[
         if entry["name"] != job.name or "error" in entry or entry["asked"] != job.metrics:
             continue
         policy = entry["samples"].get("reading", {}).get("policy", 1)  # 0.1.0 stores none
-        if policy != POLICY_VERSION and isinstance(found.images, EncodedReader):
-            continue  # The same files are decoded to other pixels now.
+        if policy != POLICY_VERSION and found.facts()["conversions"]:
+            continue  # The same files may be decoded to other pixels now.
         sha256 = found.content_hash()
         if sha256 is not None and entry["samples"]["sha256"] == sha256:
             return entry

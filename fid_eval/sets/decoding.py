@@ -5,7 +5,7 @@ Training and evaluation decode with these functions. docs/data.md states the pol
 
 import io
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,8 +26,8 @@ EXTENSIONS = {
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_RGB = b"\x08\x02"  # 8 bits per channel, colour type RGB
 PNG_END = b"IEND\xaeB`\x82"
-# Parts of a PNG that may change its pixels: transparency, orientation, animation.
-PNG_MARKS = (b"tRNS", b"eXIf", b"acTL", b"Raw profile type", b"XML:com.adobe.xmp")
+# Chunks of a PNG that may change its pixels: transparency, orientation (also as text), animation.
+PNG_MARKS = (b"tRNS", b"eXIf", b"acTL", b"tEXt", b"zTXt", b"iTXt")
 MAX_BYTES = 1 << 30  # of one encoded image
 POLICY_VERSION = 2  # raise it when an image decodes to other pixels; features are then recomputed
 
@@ -141,11 +141,14 @@ def decode(
     try:
         if not isinstance(data, bytes):
             return _convert(data, b"", preprocess)
-        check_end(data)
-        is_png = data.startswith(PNG_SIGNATURE)
-        if is_png:
-            _check_checksums(data)  # Neither pyspng nor Pillow verifies all of them.
-        if is_png and pyspng is not None and _plain_png(data) is not None:
+        chunks = None
+        if data.startswith(PNG_SIGNATURE):
+            check_size(len(data))
+            chunks = _checked_chunks(data)  # Neither pyspng nor Pillow verifies all checksums.
+        else:
+            check_end(data)
+        if chunks is not None and pyspng is not None and _is_plain(data, chunks):
+            _png_size(data)
             pixels = pyspng.load(data, "RGB")
             if preprocess.size is not None:
                 pixels = np.asarray(preprocess(Image.fromarray(pixels)))
@@ -206,8 +209,8 @@ def header_of(image: Image.Image, data: bytes = b"") -> Header:
     if mode == "F":
         raise BadImage("floating-point pixels have no known range; save it with 8 or 16 bits")
     # Pillow searches a PNG for its orientation by decoding it, so look for the words first.
-    is_plain_png = data.startswith(PNG_SIGNATURE) and not any(mark in data for mark in PNG_MARKS)
-    found = [] if is_plain_png else _orientation(image)
+    is_plain = data.startswith(PNG_SIGNATURE) and not any(mark in data for mark in PNG_MARKS)
+    found = [] if is_plain else _orientation(image)
     if getattr(image, "is_animated", False):
         found.append(FIRST_FRAME)
     if image.has_transparency_data:
@@ -225,6 +228,8 @@ def header_of(image: Image.Image, data: bytes = b"") -> Header:
 
 
 def _orientation(image: Image.Image) -> list[str]:
+    if image.format == "JPEG" and not image.info.keys() & {"exif", "xmp"}:
+        return []
     return [ORIENTED] if 2 <= image.getexif().get(0x0112, 1) <= 8 else []
 
 
@@ -236,8 +241,6 @@ def read_header(data: bytes) -> Header:
     """
     try:
         check_end(data)
-        if (plain := _plain_png(data)) is not None:
-            return plain
         with Image.open(io.BytesIO(data)) as image:
             return header_of(image, data)
     except UnidentifiedImageError as error:
@@ -256,19 +259,23 @@ def read_plain_header(head: bytes, tail: bytes) -> Header | None:
     Returns:
         None if all bytes are needed to be certain.
     """
-    is_complete = PNG_END in tail and b"eXIf" not in tail and b"IDAT" in head
-    return _plain_png(head) if is_complete else None
+    start = head.find(b"IDAT")
+    if start < 0 or PNG_END not in tail or not head.startswith(PNG_SIGNATURE):
+        return None
+    marks = [mark for mark in PNG_MARKS if mark in tail or mark in head[:start]]
+    return Header(*_png_size(head), ()) if _is_plain(head, marks) else None
 
 
-def _plain_png(data: bytes) -> Header | None:
-    if not data.startswith(PNG_SIGNATURE) or data[24:26] != PNG_RGB:
-        return None
-    if any(mark in data for mark in PNG_MARKS):
-        return None
+def _is_plain(data: bytes, chunks: Collection[bytes]) -> bool:
+    """Return whether a PNG with these chunks holds 8-bit RGB pixels that need no conversion."""
+    return data[24:26] == PNG_RGB and not any(mark in chunks for mark in PNG_MARKS)
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     if width * height > 2 * (Image.MAX_IMAGE_PIXELS or width * height):  # Pillow's limit
         raise BadImage(f"{width}×{height} pixels are too many for an image")
-    return Header(width, height, ())
+    return width, height
 
 
 def check_end(data: bytes) -> None:
@@ -313,20 +320,22 @@ def check_contents(data: bytes, preprocess: Preprocess = AS_IS) -> Header:
     header = read_header(data)
     preprocess.check(header.conversions)
     if data.startswith(PNG_SIGNATURE):
-        _check_checksums(data)
+        _checked_chunks(data)
     if SCALED in header.conversions or not data.startswith((PNG_SIGNATURE, b"\xff\xd8")):
         decode(data, preprocess)
     return header
 
 
-def _check_checksums(data: bytes) -> None:
-    """Raise BadImage unless the checksum of each chunk of a PNG is right."""
+def _checked_chunks(data: bytes) -> set[bytes]:
+    """Return the types of the chunks of a PNG; raise BadImage if a checksum is wrong."""
+    types: set[bytes] = set()
     view, start = memoryview(data), len(PNG_SIGNATURE)
     while start + 12 <= len(data):
         end = start + 8 + int.from_bytes(view[start : start + 4], "big")
         if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
             break
+        types.add(data[start + 4 : start + 8])
         if view[start + 4 : end] == b"IEND":
-            return
+            return types
         start = end + 4
     raise BadImage("truncated or damaged (wrong checksum of a chunk)")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..errors import printable
 from .classes import names_of_numbers, summarize_classes
 from .decoding import POLICY_VERSION, describe_conversions
 from .hashing import path_hash
@@ -81,6 +82,33 @@ class ImageSet:
         if self.class_names is not None or self.labels is None:
             return self.class_names
         return names_of_numbers(self.labels, self.name)
+
+    def number_classes_as(self, reference: "ImageSet") -> None:
+        """Number the classes as ``reference`` does, if both sets name their classes.
+
+        Samples of a few classes then have the labels of these classes in the reference.
+        """
+        ours, theirs = self.class_names, reference.class_names
+        if self.images is None or ours is None or theirs is None or ours == theirs:
+            return
+        labels = self.labels
+        if labels is None and self.in_folders:
+            labels = np.zeros(self.count or 0, np.int64)
+        if labels is None:
+            return
+        present = [ours[label] for label in np.unique(labels)]
+        if not set(present) <= set(theirs):
+            if self.labels is None:  # a folder of images without classes
+                return
+            missing = printable(next(name for name in present if name not in theirs))
+            self.notes.append(
+                f"its classes have other names than those of {reference.name} ({missing} is "
+                "missing there), so labels are compared by number"
+            )
+            return
+        known = {name: number for number, name in enumerate(theirs)}
+        numbers = np.array([known.get(name, -1) for name in ours], np.int64)
+        self.images.labels, self.class_names = numbers[labels], theirs
 
     def facts(self) -> dict[str, Any]:
         """Return the decoding policy, classes, and numbers of conversions and skipped files."""

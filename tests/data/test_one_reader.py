@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers.odd_sets import ARRAYS, SETS, png, write_tar
+from helpers.odd_sets import ARRAYS, CLASSES, SETS, png, write_folder, write_tar
 from PIL import Image
 
 from fid_eval.__main__ import main as fid_eval
@@ -118,3 +118,48 @@ def test_the_order_of_an_earlier_run_is_kept_for_the_same_folders(tmp_path):
         assert images.name(index).endswith(f"/{earlier[images.labels[index]]}.png")
     others = open_images(path, SIDE, earlier_classes=["x"], progress=False)
     assert others.class_names == ["0", "1", "2", "3", "9", "10", "11", "100"]
+
+
+def test_samples_of_a_few_classes_have_the_labels_of_the_reference(tmp_path):
+    reference = open_set(write_folder(tmp_path / "a", CLASSES))
+    one = open_set(write_folder(tmp_path / "b", ["b/0.png", "b/1.png"]))
+    assert one.labels is None  # one folder alone is a set without classes
+    one.number_classes_as(reference)
+    np.testing.assert_array_equal(one.labels, [1, 1])
+    few = open_set(write_folder(tmp_path / "c", ["b/0.png", "c/1.png", "b/2.png"]))
+    few.number_classes_as(reference)
+    assert "(c is missing there), so labels are compared by number" in few.notes[0]
+    larger = open_set(write_folder(tmp_path / "d", ["a/0.png", "b/1.png", "c/2.png"]))
+    few.notes.clear()
+    few.number_classes_as(larger)
+    np.testing.assert_array_equal(few.labels, [1, 1, 2])
+    assert few.class_names == ["a", "b", "c"]
+    assert not few.notes
+
+
+def test_a_kept_listing_is_valid_until_a_folder_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("FID_EVAL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("fid_eval.sets.folders.CACHED_FROM", 1)
+    monkeypatch.setattr("fid_eval.sets.folders.SETTLED", -(10**12))
+    root = write_folder(tmp_path / "set", CLASSES)
+    (root / "Thumbs.db").write_text("")
+    first = open_set(root)
+    assert len(list((tmp_path / "home" / "listings").iterdir())) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("fid_eval.sets.folders._walk", None)  # not called
+        again = open_set(root)
+        images = open_images(root, SIDE, progress=False)
+    assert list(again.images.names) == list(first.images.names)
+    assert again.remarks() == first.remarks()
+    assert images.fingerprint() == open_images(root, SIDE, progress=False).fingerprint()
+    (root / "b" / "new.png").write_bytes(png(0))
+    assert open_set(root).images.count == len(CLASSES) + 1
+    (next((tmp_path / "home" / "listings").iterdir())).write_bytes(b"damaged")
+    assert open_set(root).images.count == len(CLASSES) + 1
+
+
+def test_rows_without_an_image_are_skipped_if_asked(tmp_path, capsys):
+    path = SETS["dataset_with_a_missing_image"][0](tmp_path)
+    images = open_images(path, SIDE, skip_unreadable=True, progress=False)
+    np.testing.assert_array_equal(load_batch(images, range(7))[1], images.labels)
+    assert "(row 7: the row has no image); they are skipped" in capsys.readouterr().err
