@@ -41,7 +41,7 @@ class EncodeConfig:
     """Skip images that cannot be read instead of stopping."""
     num_workers: int | None = None
     """Data-loader workers per process; for a stream, threads that decode images (default: the
-    cores of the machine, divided among its processes; 0 for fewer than 256 images)."""
+    cores of the machine, divided among its processes, but at most one for every 256 images)."""
     resume: bool = False
     """Continue an unfinished encoding, or start if there is none."""
     verify: bool = False

@@ -98,8 +98,10 @@ def _continue_plan(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
 
 def _to_format_1(plan: dict[str, Any]) -> dict[str, Any]:
     moments, autoencoder = plan["arrays"][MOMENTS], plan["autoencoder"]
-    kept = ("num_images", "image_size", "flipped", "tf32", "images_per_shard", "data",
-            "class_names")  # fmt: skip
+    kept = ["num_images", "image_size", "flipped", "tf32", "images_per_shard", "data",
+            "class_names"]  # fmt: skip
+    if plan["mixed_precision"] != "no":  # version 0.1.0 had no such setting
+        kept.append("mixed_precision")
     return {
         "format": 1,
         **{name: plan[name] for name in kept},

@@ -89,8 +89,7 @@ def encode_images(
         flip: also encode the mirrored images. An autoencoder is not exactly equivariant, so the
             moments of a mirrored image differ from the mirrored moments.
         batch_size: images per forward pass.
-        num_workers: data-loader workers that read images; ``None`` for one per core, and none for
-            few images.
+        num_workers: data-loader workers that read images; ``None`` for ``default_workers``.
         progress: show a progress bar.
 
     Raises:

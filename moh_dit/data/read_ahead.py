@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-FEW_IMAGES = 256  # decoded in less time than workers need to start
+IMAGES_PER_WORKER = 256  # fewer are decoded in less time than a worker needs to start
 
 
 def map_ahead(
@@ -46,13 +46,12 @@ class Waiting(Generic[Item]):
 def default_workers(num_images: int | None) -> int:
     """Return the number of data-loader workers that decode images for this process.
 
-    It is the number of cores, divided by the number of processes on this machine, and 0 for few
-    images.
+    It is the number of cores, divided by the number of processes on this machine, but at most one
+    for every 256 images.
 
     Args:
         num_images: images to decode; ``None`` if unknown.
     """
-    if num_images is not None and num_images < FEW_IMAGES:
-        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return workers if num_images is None else min(workers, num_images // IMAGES_PER_WORKER)

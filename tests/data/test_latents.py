@@ -27,6 +27,7 @@ from moh_dit.data.encoding import encode_data
 from moh_dit.data.images import load_batch, open_images
 from moh_dit.data.latents import LatentMoments, encode_images, open_latents
 from moh_dit.data.pixels import to_float
+from moh_dit.data.read_ahead import default_workers
 from moh_dit.data.stored_arrays import StoredArray
 from moh_dit.training.step_inputs import load_micro_batches
 
@@ -140,6 +141,26 @@ def test_store_gives_what_memory_gives(config, images, vae, small_shards, dtype,
     # The shards are plain .npy files.
     shard = np.load(Path(config.output) / "moments-00001-of-00002.npy")
     np.testing.assert_array_equal(shard[0, 4], store[12, False][0].numpy())
+
+
+def test_bf16_and_workers(config, images, vae, small_shards):
+    """Precision is part of the plan. The number of workers changes nothing."""
+    config.mixed_precision, config.num_workers = "bf16", 1
+    encode_data(config)
+    expected = encode_images(images, vae, flip=True, progress=False)
+    items = [(i, True) for i in range(13)]
+    moments = open_latents(config.output, vae).__getitems__(items)[0]
+    error = (moments - expected.__getitems__(items)[0]).abs().max()
+    assert 1e-5 < error < 0.05
+    index = json.loads((Path(config.output) / "index.json").read_text())
+    assert index["mixed_precision"] == "bf16"
+
+
+def test_default_workers(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(16), raising=False)
+    assert [default_workers(count) for count in (255, 1000, 10**6, None)] == [0, 3, 16, 16]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert default_workers(10**6) == 2
 
 
 def test_store_in_loader_processes_and_pickled(config, vae, small_shards):
