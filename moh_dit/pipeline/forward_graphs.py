@@ -22,7 +22,7 @@ MAX_SHAPES = 4
 logger = logging.getLogger(__name__)
 
 
-def capture_graph(function: Callable[[], Any], pool: Any) -> Callable[[], Any]:
+def capture_forward(function: Callable[[], Any], pool: Any) -> Callable[[], Any]:
     """Capture ``function`` into a CUDA graph with memory from ``pool``; return its replay."""
     graph, stream = torch.cuda.CUDAGraph(), capture_stream(torch.cuda.current_device())
     # "relaxed": other threads may call CUDA, and kernels may be loaded at their first use.
@@ -72,7 +72,7 @@ class ForwardGraphs:
     def __init__(
         self,
         mode: Mode = "auto",
-        capture: Callable[[Callable[[], Any], Any], Callable[[], Any]] = capture_graph,
+        capture: Callable[[Callable[[], Any], Any], Callable[[], Any]] = capture_forward,
     ):
         self.mode, self.capture = mode, capture
         self._lock = Lock()
