@@ -60,7 +60,8 @@ def measure(name, pixels, batch, way, args):
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0, fused=True,
                                   capturable=way == "graph")  # fmt: skip
-    average, rate = [p.detach().clone() for p in weights], torch.tensor(1e-4, device="cuda")
+    detached = [p.detach() for p in weights]
+    average, rate = [p.clone() for p in detached], torch.tensor(1e-4, device="cuda")
 
     def step():
         with torch.autocast("cuda", torch.bfloat16):
@@ -70,8 +71,8 @@ def measure(name, pixels, batch, way, args):
         (error if balance is None else error + 0.01 * balance).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        move_towards_(average, weights, rate)
-        return error
+        move_towards_(average, detached, rate)
+        return error.detach()
 
     torch.cuda.reset_peak_memory_stats()
     # One stream for all steps and the capture: the accumulators of gradients remember theirs.
