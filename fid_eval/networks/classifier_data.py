@@ -92,7 +92,11 @@ def split(
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         number = max(1, round(count * held_out))
         return data.at(order[number:]), data.at(order[:number])
-    lines = {line.strip() for line in Path(held_out).read_text().splitlines()} - {""}
+    try:
+        text = Path(held_out).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"--held_out {held_out}: cannot be read as text: {error}") from None
+    lines = {line.strip() for line in text.splitlines()} - {""}
     known = {name: index for index, name in enumerate(data.names)}
     known |= {str(index): index for index in range(count)}
     if unknown := lines - known.keys():

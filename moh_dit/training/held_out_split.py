@@ -96,7 +96,8 @@ def _draw_share(share: float, labels: np.ndarray, seed: int) -> np.ndarray:
 def _read_list(path: Path, num_images: int, source: str, images: ImageSet | None) -> np.ndarray:
     """Choose the images that a text file lists by path or by number, one per line."""
     try:
-        lines = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
+        # utf-8-sig skips the byte order mark that Windows writes.
+        lines = {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()} - {""}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"evaluation.held_out {path} cannot be read as text: {error}") from None
     chosen = np.zeros(num_images, bool)

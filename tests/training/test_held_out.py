@@ -14,10 +14,11 @@ from helpers.training_runs import tiny_config, write_images
 from moh_dit.common.errors import UserError
 from moh_dit.data.config import EncodeConfig
 from moh_dit.data.encoding import encode_data
+from moh_dit.data.latents import LatentMoments
 from moh_dit.diffusion.objectives import FlowObjective, NoiseObjective
 from moh_dit.training import evaluation, held_out, training_data
 from moh_dit.training.config import DataConfig, EvaluationConfig
-from moh_dit.training.held_out_split import split_images
+from moh_dit.training.held_out_split import split_images, warn_of_overlap
 from moh_dit.training.preemption import PREEMPTED
 from moh_dit.training.run_log import read_log
 from moh_dit.training.step_inputs import BatchPartition, MicroBatchSampler
@@ -250,6 +251,33 @@ def test_lists_name_images_by_path_or_number(tmp_path):
         held_out_images("0\n1\n2\n3\n")
     with pytest.raises(UserError, match=r"has 2 lines that name no image of .*'4'; write one"):
         held_out_images("4\nc9/0.png\n0\n")
+    assert held_out_images("\ufeffc0/0.png\r\n") == [0]  # as Windows writes it
+    with pytest.raises(UserError, match=r"'c0/0.png'; write one image per line, as a number from"):
+        split_images(str(listed), images.labels, 0, "latents", None)  # they have no paths
+    listed.write_bytes(b"\xff\x00")
+    with pytest.raises(UserError, match=r"list\.txt cannot be read as text"):
+        split_images(str(listed), images.labels, 0, str(source), images)
+
+
+def test_a_list_without_a_class_and_duplicates_inside_one_set_are_reported(tmp_path, capsys):
+    source = write_images(tmp_path / "data")
+    shutil.copy(source / "c0" / "0.png", source / "c0" / "copy.png")
+    (tmp_path / "list.txt").write_text("c0/copy.png\n")
+    data = DataConfig(source=str(source), autoencoder="digits")
+    Trainer(held_out_config(tmp_path / "run", str(tmp_path / "list.txt"), data=data))
+    printed = capsys.readouterr().err
+    assert "warning: no held-out images of class c1" in printed
+    assert "warning: 1 held-out images are fewer than one batch (batch_size 8)" in printed
+    assert "warning: 1 of 1 held-out images have the same content as training images" in printed
+
+
+def test_equal_latents_are_reported(tmp_path, capsys):
+    """Latents have no files, so their moments are compared."""
+    moments = torch.randn(1, 3, 8, 8, 8)
+    moments[0, 2] = moments[0, 0]
+    latents = LatentMoments(moments, np.array([0, 0, 0]), ["c0"])
+    warn_of_overlap(latents, [2], latents, [0, 1])
+    assert "warning: 1 of 1 held-out images have the same content" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
