@@ -92,7 +92,7 @@ class Adapter:
 
 
 class PointAdapter(Adapter):
-    """Use ``AutoencoderDC``, which has a scaling factor and no posterior."""
+    """Use an autoencoder without a posterior: ``AutoencoderDC``, ``AutoencoderTiny`` or pixels."""
 
     posterior = False
 

@@ -4,23 +4,16 @@ Each of n processes encodes every n-th missing shard of an image set, or every n
 (``hub_stream``). ``latent_shards`` writes the files. The network always encodes the same number of
 images in one pass, grouped independently of the number of processes, batch size and threads. The
 latents are therefore the same, bit for bit.
-
-Data-loader workers decode images, a pool encodes the passes, and a thread writes shards. All three
-work at the same time.
 """
 
-import contextlib
-import functools
 import itertools
 import math
-import operator
 import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +31,7 @@ from ..common.errors import UserError
 from ..common.folder_lock import FolderLock
 from ..common.paths import choose_autoencoder
 from .config import EncodeConfig
+from .encoding_passes import IMAGES_PER_PASS, Batches, encode_shards
 from .hub_stream import HubStream
 from .images import (
     ImageSet,
@@ -54,28 +48,15 @@ from .latent_shards import (
     SHARD_PREFIX,
     earlier_plan,
     prepare_folder,
-    write_file,
     write_index,
-    write_latent_shard,
 )
-from .latents import autoencoder_facts, encode_views, open_latents
-from .read_ahead import Waiting, default_workers, map_ahead
+from .latents import autoencoder_facts, open_latents
+from .read_ahead import default_workers
 
-IMAGES_PER_PASS = 8  # on a CPU, where several passes run in parallel
 PIXELS_PER_PASS = 2**20  # on a GPU
 MAX_IMAGES_PER_SHARD = 4096
 MAX_BYTES_PER_SHARD = 256 * 2**20
 TIMEOUT = timedelta(days=1)  # processes wait while rank 0 checks the data, and for the last shard
-
-Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # uint8 (B, S, S, 3) and int64 (B,)
-
-
-class _Pass(NamedTuple):
-    """Images that are encoded together, and later their moments."""
-
-    shard: str  # file name
-    content: np.ndarray  # uint8 (n, S, S, 3), or moments (1 or 2, n, 2C, h, w)
-    labels: np.ndarray  # int64 (n,)
 
 
 def encode_data(config: EncodeConfig, images: ImageSet | None = None) -> None:
@@ -130,7 +111,7 @@ def _encode_data(
         enabled=state.is_main_process,
     ) as bar:
         start, vae = time.perf_counter(), vae.to(state.device)
-        waiting = _encode_shards(config, plan, vae, shards, bar.update, lock)
+        waiting = encode_shards(config, plan, vae, shards, bar.update, lock)
         seconds = time.perf_counter() - start
     conversions = gather_object([conversions_of(source)])
     if state.is_main_process:
@@ -217,130 +198,10 @@ def _read_shards(
         yield _shard_name(plan, shard), itertools.islice(batches, len(parts))
 
 
-def _encode_shards(
-    config: EncodeConfig,
-    plan: dict[str, Any],
-    vae: ModelMixin,
-    shards: Iterator[tuple[str, Batches]],
-    count: Callable[[int], Any],
-    lock: FolderLock,
-) -> float:
-    """Encode the images of all shards and write them in order; a name without images is a marker.
-
-    Args:
-        config, plan: settings.
-        vae: the autoencoder, on its device.
-        shards: file name and batches of each shard.
-        count: called with the number of images that were encoded.
-        lock: ownership of the output folder, checked before each file.
-
-    Returns:
-        Seconds of waiting for decoded images.
-    """
-    folder, on_cpu = Path(config.output), vae.device.type == "cpu"
-    in_bf16 = config.mixed_precision == "bf16"
-    if not on_cpu and (in_bf16 or config.tf32) and all(p.dim() < 5 for p in vae.parameters()):
-        vae.to(memory_format=torch.channels_last)  # the layout of tensor cores
-    if config.compile and hasattr(vae, "encoder"):
-        vae.encoder.compile()
-    encode = functools.partial(
-        _encode_pass,
-        vae=vae,
-        plan=plan,
-        dtype=config.dtype,
-        autocast=torch.bfloat16 if in_bf16 else None,
-    )
-    with (
-        _reproducible_threads(vae.device, config.tf32) as (pool, num_threads),
-        ThreadPoolExecutor(1) as writer,
-    ):
-        passes = Waiting(_passes(shards, plan))
-        encoded = map_ahead(pool, encode, passes, 2 * num_threads)
-        writing: Future[None] | None = None
-        for name, group in itertools.groupby(encoded, operator.attrgetter("shard")):
-            parts = []
-            for each in group:
-                parts.append(each)
-                count(len(each.labels))
-            if writing is not None:
-                writing.result()  # at most two shards are in memory
-            lock.check()
-            writing = writer.submit(_write_shard, folder / name, parts)
-        if writing is not None:
-            writing.result()
-    return passes.seconds
-
-
-def _passes(shards: Iterator[tuple[str, Batches]], plan: dict[str, Any]) -> Iterator[_Pass]:
-    """Cut the batches of each shard into passes. The last pass of a shard has no images."""
-    size, side = plan.get("images_per_pass", IMAGES_PER_PASS), plan["image_size"]
-    for name, batches in shards:
-        for pixels, labels in batches:
-            for start in range(0, len(pixels), size):
-                part = slice(start, start + size)
-                yield _Pass(name, pixels[part], labels[part])
-        yield _Pass(name, np.empty((0, side, side, 3), np.uint8), np.empty(0, np.int64))
-
-
-def _encode_pass(
-    images: _Pass,
-    *,
-    vae: ModelMixin,
-    plan: dict[str, Any],
-    dtype: str,
-    autocast: torch.dtype | None,
-) -> _Pass:
-    """Encode the images of a pass, padded to the number of images of every pass."""
-    count, size = len(images.labels), plan.get("images_per_pass", IMAGES_PER_PASS)
-    if count == 0:
-        shape = moments_shape(vae, plan["image_size"])
-        return images._replace(content=np.empty((1 + plan["flipped"], 0, *shape), dtype))
-    padded = np.resize(images.content, (size, *images.content.shape[1:]))  # repeats images
-    moments = encode_views(vae, padded, plan["flipped"], autocast)
-    return images._replace(content=moments[:, :count].numpy().astype(dtype))
-
-
-def _write_shard(path: Path, passes: list[_Pass]) -> None:
-    if path.suffix == ".npy":
-        moments = np.concatenate([each.content for each in passes], axis=1)
-        write_latent_shard(path, moments, np.concatenate([each.labels for each in passes]))
-    else:
-        write_file(path, b"")
-
-
 def _whole_passes(count: int, plan: dict[str, Any]) -> int:
     """Round a number of images down to whole passes, but at least to one pass."""
     size = plan.get("images_per_pass", IMAGES_PER_PASS)
     return max(1, count // size) * size
-
-
-@contextlib.contextmanager
-def _reproducible_threads(
-    device: torch.device, tf32: bool
-) -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """Yield a thread pool in which a forward pass always gives the same bits, and its size.
-
-    On a CPU, the bits of a convolution depend on its number of threads, and launchers set that
-    number according to the number of processes. Each pass therefore uses one thread, and
-    several passes run in parallel. On a GPU, one thread queues a pass while the other waits for
-    its moments.
-    """
-    num_threads = torch.get_num_threads()
-    on_cpu = device.type == "cpu"
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.deterministic, cudnn.benchmark = True, False
-    cudnn.allow_tf32 = matmul.allow_tf32 = tf32
-    try:
-        with ThreadPoolExecutor(
-            num_workers := num_threads if on_cpu else 2,
-            initializer=torch.set_num_threads,
-            initargs=(1 if on_cpu else num_threads,),
-        ) as pool:
-            yield pool, num_workers
-    finally:
-        torch.set_num_threads(num_threads)
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def _image_range(plan: dict[str, Any], shard: int) -> range:

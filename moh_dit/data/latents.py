@@ -159,7 +159,7 @@ def open_latents(
 
 
 def autoencoder_facts(vae: ModelMixin) -> dict[str, Any]:
-    """Return what the index says about the autoencoder of latents."""
+    """Return the facts about an autoencoder that the index of its latents stores."""
     return {
         "identity": autoencoder_identity(vae),
         "class": type(vae).__name__,

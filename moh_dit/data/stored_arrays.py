@@ -159,7 +159,7 @@ def load_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> n
     """Map an ``.npy`` file that must have this shape and dtype.
 
     Raises:
-        UserError: it has not, or it is no ``.npy`` file.
+        UserError: the file is damaged, or has another shape or dtype.
     """
     try:
         array = np.load(path, mmap_mode="r").view(np.ndarray)

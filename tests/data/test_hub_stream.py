@@ -11,7 +11,7 @@ from helpers.processes import launch
 from PIL import Image
 
 from moh_dit.common.errors import UserError
-from moh_dit.data import encoding
+from moh_dit.data import encoding, encoding_passes
 from moh_dit.data import latent_shards as shards
 from moh_dit.data.config import EncodeConfig
 from moh_dit.data.encoding import encode_data
@@ -112,7 +112,7 @@ def test_resume_after_a_kill(files, tmp_path, monkeypatch, last_written):
         shards.write_latent_shard(path, data, labels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "write_latent_shard", die)
+        patch.setattr(encoding_passes, "write_latent_shard", die)
         with pytest.raises(KeyboardInterrupt):
             encode_data(settings)
     times = {path: path.stat().st_mtime_ns for path in written}

@@ -20,7 +20,7 @@ from fid_eval.sets.decoding import POLICY_VERSION
 from moh_dit.__main__ import run_command
 from moh_dit.autoencoder import autoencoder_identity, encode_moments, load_autoencoder
 from moh_dit.common.errors import UserError
-from moh_dit.data import encoding
+from moh_dit.data import encoding, encoding_passes
 from moh_dit.data import latent_shards as shards
 from moh_dit.data.config import EncodeConfig
 from moh_dit.data.encoding import encode_data
@@ -276,7 +276,7 @@ def test_resume_refuses_changed_data(config, images, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "write_latent_shard", stop)
+        patch.setattr(encoding_passes, "write_latent_shard", stop)
         with pytest.raises(KeyboardInterrupt):
             encode_data(config)
     extra = Path(images.source) / "a" / "extra.png"
