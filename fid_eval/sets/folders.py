@@ -15,7 +15,7 @@ from ..errors import EvaluationError
 from ..saved_references import home
 from .decoding import BadImage
 from .files import FolderFiles, Names, read_file
-from .layouts import CLASS_FILE, LABEL_FILES, Skipped, Tree, is_hidden, is_image
+from .layouts import CLASS_FILE, LABEL_FILES, Skipped, Tree, is_image
 
 CACHED_FROM = 20_000  # images; smaller folders are listed faster than a listing is worth
 LISTING_VERSION = 1
@@ -77,7 +77,7 @@ def _walk(root: str) -> _Walk:
         with os.scandir(here) as entries:
             for entry in entries:
                 name = entry.name
-                if is_hidden(name):
+                if name.startswith(".") or name == "__MACOSX":
                     found.skipped.add(prefix + name, hidden=True)
                 elif entry.is_dir():
                     if not (entry.is_symlink() and _leads_to_parent(entry.path)):
