@@ -4,6 +4,7 @@ An adapter encodes images, returns the normalisation of the latents, and decodes
 statistics of latents in their configuration, some in buffers, and some apply them themselves.
 """
 
+import math
 import threading
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -74,7 +75,10 @@ class Adapter:
         With ``latents_mean`` and ``latents_std``, it is (z − mean) / std · scaling_factor, as in
         diffusers' Stable Diffusion XL pipeline.
         """
-        factor = float(getattr(self.config, "scaling_factor", None) or 1.0)
+        given = getattr(self.config, "scaling_factor", 1.0)
+        if not (isinstance(given, int | float) and 0 < abs(given) < math.inf):
+            raise UserError(f"scaling_factor is {given} in config.json: set a number other than 0")
+        factor = float(given)
         mean = getattr(self.config, "latents_mean", None)
         std = getattr(self.config, "latents_std", None)
         if mean is None and std is None:

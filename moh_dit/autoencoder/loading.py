@@ -19,6 +19,7 @@ from .codec import autoencoder_class, latent_layout, latent_scaling
 from .pixel_autoencoder import PixelAutoencoder
 
 EMBEDDED = {"digits": Path(__file__).parents[1] / "embedded" / "digits_autoencoder"}
+MAX_LAYERS = 4096  # no autoencoder has more layers or channels
 PIXELS = "none"  # name of the autoencoder that uses pixels as latents
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
 # Mean and standard deviation per latent channel, as published beside the weights of VA-VAE.
@@ -100,9 +101,17 @@ def stored_class(folder: Path, source: str) -> type[ModelMixin]:
             needs is not installed.
     """
     try:
-        name = json.loads((folder / "config.json").read_text()).get("_class_name")
-    except (ValueError, AttributeError):
+        config = json.loads((folder / "config.json").read_text())
+        name = config.get("_class_name")
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise UserError(f"{folder / 'config.json'} is not a diffusers configuration") from None
+    for key, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        counts_layers = ("layer" in key or "block" in key) and "channels" not in key
+        numbers = [number for number in values if isinstance(number, int)]
+        if len(values) > MAX_LAYERS or (counts_layers and sum(numbers) > MAX_LAYERS):
+            raise UserError(f"{source}: {key} in config.json stands for more than "
+                            f"{MAX_LAYERS} layers; the file is damaged")  # fmt: skip
     package = adapter_class(name, source).requires
     if package is not None and importlib.util.find_spec(package) is None:
         raise UserError(f"{source} is an {name}, which needs {package}: pip install {package}")

@@ -20,6 +20,9 @@ Format = Literal["moh-dit", "pipeline", "published", "diffusers", "diffusers-pip
 class ModelOverrides:
     """Arguments of the model that its weights do not tell"""
 
+    sample_size: int | None = None
+    """Side of the latents, for example 64 for 512 pixels. The fixed position table is computed
+    again."""
     num_heads: int | list[int] | None = None
     """Heads h, one number or one per layer."""
     num_shared_heads: int | list[int | None] | None = None

@@ -112,6 +112,32 @@ def _describe_layer(rows: int, shared: int | None, routed: int) -> str:
     return f"{router}, {rows} value rows"
 
 
+def check_sizes(state: State, config: dict[str, Any]) -> None:
+    """Refuse a configuration before anything of an absurd size is created.
+
+    Args:
+        state: the weights.
+        config: all arguments of the model.
+
+    Raises:
+        UserError: a size is not a positive number, or larger than any model of these weights.
+    """
+    for name in ("sample_size", "patch_size", "in_channels", "hidden_size", "depth", "num_classes"):
+        if not (isinstance(config[name], int) and config[name] > 0):
+            raise UserError(f"{name} is {config[name]!r}; it must be a positive whole number")
+    if config["depth"] > len(state):
+        raise UserError(
+            f"depth is {config['depth']}, but there are only {len(state)} weights; the "
+            "configuration belongs to another model, or is damaged"
+        )
+    positions = (config["sample_size"] // config["patch_size"]) ** 2 * config["hidden_size"]
+    if positions > 10**7 + 16 * sum(tensor.numel() for tensor in state.values()):
+        raise UserError(
+            f"sample_size {config['sample_size']} and hidden_size {config['hidden_size']} are far "
+            "too large for these weights; the configuration belongs to another model, or is damaged"
+        )
+
+
 def state_difference(model: MoHDiTTransformer2DModel, state: State) -> str:
     """Describe how a state dict differs from the model's; return an empty text if it fits."""
     return shape_difference(shapes_of(model.state_dict()), shapes_of(state))

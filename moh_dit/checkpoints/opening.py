@@ -24,10 +24,16 @@ from ..diffusion.process import make_scheduler
 from ..model.architecture import full_config
 from ..model.transformer import MoHDiTTransformer2DModel
 from ..pipeline.pipeline import MoHDiTPipeline
-from .infer_config import infer_config, state_difference
+from .infer_config import check_sizes, infer_config, state_difference
 from .runs import DATA_FILE, WEIGHTS, resolve_checkpoint
-from .state_dict_names import DIFFUSERS_CLASSES, from_diffusers, from_diffusers_config, is_diffusers
-from .weight_files import State, open_weights
+from .state_dict_names import (
+    DIFFUSERS_CLASSES,
+    fit_positions,
+    from_diffusers,
+    from_diffusers_config,
+    is_diffusers,
+)
+from .weight_files import State, open_weights, unwrap_names
 
 # File names of weights in a folder, in order of preference.
 PATTERNS = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt",
@@ -70,12 +76,17 @@ class OpenedCheckpoint:
         try:
             known = {**self.config, **overrides} if self.config else None
             config = full_config(known or infer_config(self.state, overrides))
+            check_sizes(self.state, config)
+            fit_positions(self.state, config)
             with torch.device("meta"):
                 model = MoHDiTTransformer2DModel(**config)
             if difference := state_difference(model, self.state):
                 raise UserError(f"the weights do not match the model: {difference}")
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
+        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.path}: the configuration is invalid: {reason}") from None
         return config
 
     def build(self, dtype: torch.dtype | None = None, **overrides: Any) -> MoHDiTTransformer2DModel:
@@ -166,16 +177,21 @@ def find_weights(folder: Path) -> Path:
 def _open_model(
     file: Path, config_file: Path, weights: str, verify: bool, folder: Path | None = None
 ) -> OpenedCheckpoint:
-    state = open_weights(file, "raw" if weights == "raw" else "averaged", verify)
+    entry = "raw" if weights == "raw" else "averaged"
+    state = open_weights(file, entry, verify)
     config = _read_json(config_file, verify) if config_file.is_file() else {}
     name = config.get("_class_name")
     try:
+        state = unwrap_names(state, entry)
         if name in DIFFUSERS_CLASSES:
             config = from_diffusers_config(config)
+            check_sizes(state, full_config(config))
             state = from_diffusers(state, config)
             return OpenedCheckpoint(file, "diffusers", config, state, folder, verify)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{config_file} is not the configuration of a DiT: {error}") from None
     if name == MoHDiTTransformer2DModel.__name__:
         return OpenedCheckpoint(file, "moh-dit", config, state, folder, verify)
     if name is not None:
@@ -194,7 +210,7 @@ def _read_json(file: Path, verify: bool) -> dict[str, Any]:
         verify_files(file)
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{file} is not a configuration: expected a JSON object")
@@ -328,15 +344,3 @@ def _load_scheduler(folder: Path, verify: bool) -> SchedulerMixin:
     if not isinstance(name, str) or not hasattr(diffusers, name):
         raise UserError(f"{folder} names the class {name}, which is not a scheduler of diffusers")
     return getattr(diffusers, name).from_pretrained(folder)
-
-
-def load_weights(model: MoHDiTTransformer2DModel, file: Path) -> None:
-    """Load a weight file into a model, without comparing the file with a manifest.
-
-    Raises:
-        UserError: the file is missing or damaged, or keys or shapes differ, which are named.
-    """
-    state = open_weights(file, verify=False)
-    if difference := state_difference(model, state):
-        raise UserError(f"{file} does not match the model: {difference}")
-    model.load_state_dict(state)

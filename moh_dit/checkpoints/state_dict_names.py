@@ -193,6 +193,25 @@ def position_table(config: dict[str, Any]) -> Tensor:
     return table.float().unsqueeze(0)
 
 
+def fit_positions(state: State, config: dict[str, Any]) -> None:
+    """Replace the position table of a state dict if it is the sin-cos table of another size.
+
+    The table is fixed, so a model for latents of one size can start one for another size.
+
+    Args:
+        state: a state dict under this project's names; changed in place.
+        config: arguments of the model that the state is loaded into.
+    """
+    table = state.get(POSITIONS)
+    tokens, width = (config["sample_size"] // config["patch_size"]) ** 2, config["hidden_size"]
+    if table is None or table.ndim != 3 or table.shape[2] != width or table.shape[1] == tokens:
+        return
+    stored = {**config, "sample_size": round(table.shape[1] ** 0.5), "patch_size": 1}
+    expected = position_table(stored)
+    if expected.shape == table.shape and torch.allclose(table.float(), expected, atol=1e-2):
+        state[POSITIONS] = position_table(config).to(table.dtype)
+
+
 def _require_equal(copies: list[Tensor], name: str) -> Tensor:
     """Return the first of several tensors, or raise ``UserError`` if another one differs."""
     for i, copy in enumerate(copies[1:], start=1):

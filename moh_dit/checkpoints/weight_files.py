@@ -20,14 +20,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..common.disk_space import format_bytes
 from ..common.errors import UserError
 from ..common.manifest import verify_files
 from ..common.paths import PICKLES
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Entries of a training checkpoint that may contain the state dict, in order of preference.
-ENTRIES = {"averaged": ("ema", "model", "state_dict"), "raw": ("model", "state_dict")}
-WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile add these
+RAW = ("model", "state_dict", "module")
+ENTRIES = {"averaged": ("ema", "model_ema", "state_dict_ema", *RAW), "raw": RAW}
+# DistributedDataParallel, torch.compile, FSDP and activation checkpointing add these to names.
+WRAPPERS = re.compile(
+    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+# A weight of every DiT, here and in diffusers. Its prefix is that of the model in a larger module.
+ANCHORS = ("x_embedder.proj.weight", "pos_embed.proj.weight")
+MAX_EXPANSION = 100  # of compressed records, so that a small file cannot fill the memory
 
 State = dict[str, Tensor]
 
@@ -70,7 +78,9 @@ def _open_shards(index: Path, entry: str, verify: bool) -> State:
     try:
         shards = json.loads(index.read_text())["weight_map"]
         files = {name: index.parent / Path(name).name for name in sorted(set(shards.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if any(name.endswith(".index.json") for name in files):
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError):
         raise UserError(f"{index} is not the index of a sharded weight file") from None
     opened = {name: open_weights(file, entry, verify) for name, file in files.items()}
     if missing := [key for key, name in shards.items() if key not in opened[name]]:
@@ -94,11 +104,9 @@ def _open_safetensors(file: Path) -> State:
 
 
 def _open_torch(file: Path, entry: str) -> State:
-    is_zip = zipfile.is_zipfile(file)
-    if is_zip:
-        _verify_checksums(file)
     # torch before 1.6 wrote another format, which cannot be memory-mapped.
-    state = _find_state(_unpickle(file, mmap=is_zip), entry)
+    mmap = zipfile.is_zipfile(file) and _verify_records(file)
+    state = _find_state(_unpickle(file, mmap), entry)
     if not state:
         raise UserError(
             f"{file} contains no state dict; expected one as the whole content or as the entry "
@@ -107,15 +115,20 @@ def _open_torch(file: Path, entry: str) -> State:
     return state
 
 
-def _verify_checksums(file: Path) -> None:
-    # torch.load does not verify the checksums in the file.
+def _verify_records(file: Path) -> bool:
+    """Verify the checksums of all records; return whether the file can be memory-mapped."""
     try:
         with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
+            records = archive.infolist()
+            size = sum(record.file_size for record in records)
+            if size > MAX_EXPANSION * max(file.stat().st_size, 1 << 20):
+                raise UserError(f"{file} is refused: it would expand to {format_bytes(size)}")
+            damaged = archive.testzip()  # torch.load does not verify them
     except (zipfile.BadZipFile, OSError, EOFError):
         raise UserError(f"{file} is truncated or damaged; download or copy it again") from None
     if damaged:
         raise UserError(f"{file} is damaged: {damaged} does not match its checksum")
+    return all(record.compress_type == zipfile.ZIP_STORED for record in records)
 
 
 def _unpickle(file: Path, mmap: bool) -> Any:
@@ -139,18 +152,48 @@ def _unpickle(file: Path, mmap: bool) -> Any:
 
 
 def _find_state(content: Any, entry: str) -> State:
-    """Return the state dict in a loaded file, without the prefixes of wrappers; may be empty."""
+    """Return the state dict in a loaded file; may be empty."""
     if not isinstance(content, Mapping):
         return {}
     for name in ENTRIES[entry]:
         if isinstance(content.get(name), Mapping):
             content = content[name]
             break
-    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    for prefix in WRAPPERS:
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def unwrap_names(state: State, entry: str = "averaged") -> State:
+    """Return the weights of the DiT in a state dict, without prefixes of wrappers.
+
+    If several modules contain a DiT, as in Lightning's checkpoints, one whose name contains "ema"
+    is taken for the averaged weights.
+
+    Args:
+        state: a state dict of a DiT, or of a module that contains one.
+        entry: ``"averaged"`` or ``"raw"``.
+
+    Raises:
+        UserError: two weights have the same name without the prefixes.
+    """
+    names = {key: WRAPPERS.sub("", key) for key in state}
+    prefixes = [
+        name.removesuffix(anchor)
+        for name in names.values()
+        for anchor in ANCHORS
+        if name == anchor or name.endswith(f".{anchor}")
+    ]
+    averaged = [prefix for prefix in prefixes if "ema" in prefix.lower()]
+    others = [prefix for prefix in prefixes if prefix not in averaged]
+    chosen = averaged + others if entry == "averaged" else others + averaged
+    prefix = chosen[0] if chosen and "" not in prefixes else ""
+    unwrapped: State = {}
+    for key, name in names.items():
+        if name.startswith(prefix):
+            short = name.removeprefix(prefix)
+            if short in unwrapped:
+                raise UserError(f"several weights are named {short} without their prefixes")
+            unwrapped[short] = state[key]
+    return unwrapped
 
 
 def write_safetensors(file: Path, state: State) -> None:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.infer_config import LABEL_TABLE, infer_config, state_difference
 from ..checkpoints.opening import OpenedCheckpoint, open_checkpoint
+from ..checkpoints.state_dict_names import fit_positions
 from ..common.compat import skip_update_if
 from ..common.cuda_graphs import leave_default_stream
 from ..common.errors import UserError
@@ -180,6 +181,7 @@ def load_initial_weights(model: MoHDiTTransformer2DModel, opened: OpenedCheckpoi
             "label embeddings are newly initialised"
         )
         state[LABEL_TABLE] = own[LABEL_TABLE]
+    fit_positions(state, dict(model.config))
     if difference := state_difference(model, state):
         hint = "; leave out the model settings to use those of the weights"
         hint = hint if config_of_weights(opened) else ""

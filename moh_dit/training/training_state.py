@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..checkpoints.opening import load_weights
 from ..checkpoints.runs import WEIGHTS, checkpoint_name, checkpoint_step, list_checkpoints
 from ..checkpoints.weight_files import State, open_weights
 from ..common.atomic_write import atomic_output
@@ -125,7 +124,8 @@ class TrainingState:
         if misfit := find_misfit(checkpoint, self.model, names):
             raise UserError(misfit)
         for average, folder in zip(self.averages, self._folders(), strict=True):
-            load_weights(average.model, checkpoint / folder / WEIGHTS)
+            state = open_weights(checkpoint / folder / WEIGHTS, verify=False)
+            average.model.load_state_dict(state)
             average.shard(self.model)
         weights = open_weights(checkpoint / MODEL_FILE, verify=False)
         moments = open_weights(checkpoint / OPTIMIZER_FILE, verify=False)
