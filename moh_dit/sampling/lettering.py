@@ -5,8 +5,6 @@ from itertools import groupby
 
 from PIL import ImageDraw, ImageFont
 
-from fid_eval.fonts import characters_of, choose_fonts
-
 ELLIPSIS = "…"
 LONGEST_EM = 18  # longest label, in font sizes
 
@@ -20,6 +18,8 @@ class Lettering:
     """
 
     def __init__(self, texts: Iterable[str], size: int):
+        from fid_eval.fonts import characters_of, choose_fonts  # imports matplotlib, which is slow
+
         self.size = size
         paths = choose_fonts([*texts, ELLIPSIS])
         self.fonts = [(characters_of(path), ImageFont.truetype(path, size)) for path in paths]
