@@ -72,7 +72,7 @@ def read_results(file: Path, sets: Iterable[Path]) -> list[SetResult]:
             )
             for entry in entries
         ]  # fmt: skip
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return []
 
 
