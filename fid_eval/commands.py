@@ -19,6 +19,7 @@ from .networks.extractors import get_extractor
 from .reconstruction import evaluate_reconstructions
 from .references import save_reference
 from .report import Document, document_of, table, write_csv, write_json, write_plot
+from .saved_references import saved_references
 from .sets.checking import check_sets
 from .sets.decoding import Preprocess
 
@@ -39,7 +40,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     if options.check:
-        paths = [options.reference, *(job.path for job in options.jobs)]
+        reference = saved_references().get(options.reference, options.reference)
+        paths = [str(reference), *(job.path for job in options.jobs)]
         return check_sets(paths, _preprocess(options), options.quiet)
     settings = _arguments_of(Evaluator, options) | _arguments_of(Runtime, options)
     settings["weights"] = _by_extractor(options.weights, options.extractor)

@@ -36,8 +36,10 @@ def check_sets(paths: Sequence[str], preprocess: Preprocess, quiet: bool = False
 def _check(path: str, preprocess: Preprocess, quiet: bool) -> list[str]:
     opened = open_set(path, preprocess, check_headers=False)
     reader = opened.images
-    if reader is None or reader.count is None:
-        raise EvaluationError(f"{path}: holds no images that can be checked")
+    if reader is None:
+        return [f"{path}: statistics or features without images"]
+    if reader.count is None:
+        raise EvaluationError(f"{path}: a stream cannot be checked; remove streaming=true")
     with progress_bar(reader.count, desc=path, unit=" images", enabled=not quiet) as bar:
         if isinstance(reader, EncodedReader):
             if bad := reader.check_contents(bar.update):
