@@ -122,8 +122,9 @@ def identity_warnings(
         is_named = "extractor_name" in opened.metadata or opened.kind == "npz"  # ADM's: Inception
         is_known = "extractor" in opened.metadata or (is_named and extractors.get("inception"))
         if stored and not is_known:
+            what = "record the weights" if is_named else "name the extractor"
             warnings.append(
-                f"{opened.name} does not name the extractor of its features, so it was not checked"
+                f"{opened.name} does not {what} of its features, which were not checked"
             )
         if (
             opened.kind == "npz"

@@ -160,4 +160,4 @@ def test_own_weights_of_inception_do_not_claim_the_statistics_of_adm(tmp_path, m
     np.savez(tmp_path / "adm.npz", mu=np.zeros(12), sigma=np.eye(12))
     black = np.zeros((6, SIDE, SIDE, 3), np.uint8)
     result = evaluate(tmp_path / "adm.npz", black, metrics=["fid"], device="cpu", quiet=True)
-    assert warnings_of(result, "does not name the extractor")
+    assert warnings_of(result, "does not record the weights")
