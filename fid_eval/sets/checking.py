@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..errors import EvaluationError, describe_error
+from ..errors import EvaluationError, describe_error, printable
 from ..progress import progress_bar
 from .classes import summarize_classes
 from .decoding import Preprocess
@@ -28,25 +28,25 @@ def check_sets(paths: Sequence[str], preprocess: Preprocess, quiet: bool = False
         except Exception as error:
             if len(paths) == 1:
                 raise
-            print(f"error: {describe_error(error, path)}", flush=True)
+            print(f"error: {printable(describe_error(error, path))}", flush=True)
             code = 1
     return code
 
 
 def _check(path: str, preprocess: Preprocess, quiet: bool) -> list[str]:
     opened = open_set(path, preprocess, check_headers=False)
-    reader = opened.images
+    reader, name = opened.images, opened.name
     if reader is None:
-        return [f"{path}: statistics or features without images"]
+        return [f"{name}: statistics or features without images"]
     if reader.count is None:
-        raise EvaluationError(f"{path}: a stream cannot be checked; remove streaming=true")
-    with progress_bar(reader.count, desc=path, unit=" images", enabled=not quiet) as bar:
+        raise EvaluationError(f"{name}: a stream cannot be checked; remove streaming=true")
+    with progress_bar(reader.count, desc=name, unit=" images", enabled=not quiet) as bar:
         if isinstance(reader, EncodedReader):
             if bad := reader.check_contents(bar.update):
-                raise EvaluationError(f"{path}: {reader.describe_bad(bad)}")
+                raise EvaluationError(f"{name}: {reader.describe_bad(bad)}")
         else:
             for start in range(0, reader.count, CHUNK):
                 bar.update(len(reader.read(start, min(start + CHUNK, reader.count))))
     names = opened.names_of_classes()
     classes = summarize_classes(names) if names else "no labels"
-    return [f"{path}: {reader.count:,} images, {classes}", *opened.remarks()]
+    return [f"{name}: {reader.count:,} images, {classes}", *opened.remarks()]
