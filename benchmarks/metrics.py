@@ -18,6 +18,7 @@ import torch
 from common import environment
 
 from fid_eval import Evaluator
+from fid_eval.fdr6 import PARTS
 from fid_eval.features import Features
 from fid_eval.metric_registry import METRICS, Comparison
 from fid_eval.metrics.adm import mean_and_covariance
@@ -88,7 +89,7 @@ def time_training(options, device):
             list(images(options.reference, 0)), ["fid", "mind"], weights=weights, device=device,
             weights_sha256=file_sha256(weights), precision=options.precision, quiet=True,
         )  # fmt: skip
-        evaluator(images(1024, 1))  # extracts the reference and warms up
+        evaluator(images(min(1024, options.training), 1))  # extracts the reference and warms up
         samples = list(images(options.training, 2))
         synchronize(device)
         started = time.monotonic()
@@ -103,7 +104,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    computable = [name for name in METRICS if name != "accuracy"]
+    computable = [name for name in METRICS if name not in ("accuracy", *PARTS)]
     parser.add_argument("--reference", type=int, default=10_000)
     parser.add_argument("--samples", type=int, default=50_000)
     parser.add_argument("--metrics", type=lambda text: text.split(","), default=computable)
