@@ -23,6 +23,8 @@ class ModelOverrides:
     sample_size: int | None = None
     """Side of the latents, for example 64 for 512 pixels. The fixed position table is computed
     again."""
+    num_classes: int | None = None
+    """Number of classes, for a label table that has no row for the null class."""
     num_heads: int | list[int] | None = None
     """Heads h, one number or one per layer."""
     num_shared_heads: int | list[int | None] | None = None

@@ -12,6 +12,8 @@ from .weight_files import State
 
 POSITIONS, LABEL_TABLE = "pos_embed", "y_embedder.embedding_table.weight"
 
+IMAGENET_CLASSES = 1000  # a table of as many rows has no null class
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -54,7 +56,8 @@ def _read_sizes(state: State) -> dict[str, Any]:
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         tokens = state[POSITIONS].shape[1]
-        classes = state[LABEL_TABLE].shape[0] - 1
+        rows = state[LABEL_TABLE].shape[0]
+        classes = rows if rows == IMAGENET_CLASSES else rows - 1  # the last row is the null class
         hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
         out = state["final_layer.linear.weight"].shape[0]
     except KeyError as error:

@@ -28,6 +28,7 @@ from .infer_config import check_sizes, infer_config, state_difference
 from .runs import DATA_FILE, WEIGHTS, resolve_checkpoint
 from .state_dict_names import (
     DIFFUSERS_CLASSES,
+    fit_null_class,
     fit_positions,
     from_diffusers,
     from_diffusers_config,
@@ -78,6 +79,8 @@ class OpenedCheckpoint:
             config = full_config(known or infer_config(self.state, overrides))
             check_sizes(self.state, config)
             fit_positions(self.state, config)
+            if self.config is None or "num_classes" in overrides:
+                fit_null_class(self.state, config)
             with torch.device("meta"):
                 model = MoHDiTTransformer2DModel(**config)
             if difference := state_difference(model, self.state):

@@ -17,6 +17,8 @@ Checkpoints are written atomically, so every ``step-*`` folder is complete.
 import re
 from pathlib import Path
 
+import yaml
+
 from ..common.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -37,6 +39,19 @@ def list_checkpoints(run: Path) -> list[Path]:
     """List the complete checkpoints of a run, oldest first."""
     folders = (run / "checkpoints").glob("step-*")
     return sorted(path for path in folders if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def label_dropout(path: Path) -> float | None:
+    """Return the label dropout of the run that a run or checkpoint folder belongs to.
+
+    Returns:
+        ``None`` if the path belongs to no run, or if its settings cannot be read.
+    """
+    try:
+        run = resolve_checkpoint(path)[0]
+        return float(yaml.safe_load((run / "config.yaml").read_text())["label_dropout"])
+    except (UserError, OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return None
 
 
 def resolve_checkpoint(path: Path) -> tuple[Path, Path]:

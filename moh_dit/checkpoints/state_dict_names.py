@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common.errors import UserError
 from ..model.architecture import full_config, head_plan
-from .infer_config import POSITIONS
+from .infer_config import LABEL_TABLE, POSITIONS
 from .weight_files import State
 
 DIFFUSERS_POSITIONS = "pos_embed.pos_embed"
@@ -210,6 +210,26 @@ def fit_positions(state: State, config: dict[str, Any]) -> None:
     expected = position_table(stored)
     if expected.shape == table.shape and torch.allclose(table.float(), expected, atol=1e-2):
         state[POSITIONS] = position_table(config).to(table.dtype)
+
+
+def fit_null_class(state: State, config: dict[str, Any]) -> None:
+    """Add a row for the null class to a label table that has none: the mean of all classes.
+
+    Models that were trained without label dropout may lack this row. Guidance by it is meaningless,
+    which a printed line says.
+
+    Args:
+        state: a state dict under this project's names; changed in place.
+        config: arguments of the model that the state is loaded into.
+    """
+    table = state.get(LABEL_TABLE)
+    if table is None or table.ndim != 2 or table.shape[0] != config["num_classes"]:
+        return
+    state[LABEL_TABLE] = torch.cat([table, table.mean(0, keepdim=True)])
+    print(
+        f"note: the label table has {table.shape[0]} rows for as many classes and none for the "
+        "null class; sample with guidance_scale 1, or with a guidance_checkpoint"
+    )
 
 
 def _require_equal(copies: list[Tensor], name: str) -> Tensor:

@@ -1,6 +1,7 @@
 """Sample from a checkpoint (`moh-dit sample`): a grid, an animation or a set, with its settings."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -15,7 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from ..checkpoints.opening import load_pipeline
 from ..checkpoints.outputs import Kind, record_output
-from ..checkpoints.runs import resolve_checkpoint
+from ..checkpoints.runs import label_dropout, resolve_checkpoint
 from ..common.atomic_write import atomic_output
 from ..common.disk_space import require_disk_space
 from ..common.errors import UserError
@@ -136,6 +137,13 @@ def load_for_sampling(
         raise UserError(f"compile needs a GPU, but the device is {device.type}; leave out compile")
     if config.cuda_graphs is True and (obstacle := device_obstacle(device)):
         raise UserError(f"cuda_graphs is true, but {obstacle}; set it to auto or false")
+    uses_null_class = config.guidance_scale != 1 and config.guidance_checkpoint is None
+    if uses_null_class and label_dropout(Path(checkpoint)) == 0:
+        PartialState().print(
+            f"warning: {checkpoint} was trained with label_dropout 0, so its null class was never "
+            "trained and guidance is meaningless; give guidance_scale 1 or a guidance_checkpoint",
+            file=sys.stderr,
+        )
     pipeline = load_pipeline(checkpoint, weights, config.autoencoder, verify=not config.no_verify)
     dtypes = {pipeline.transformer: config.dtype, pipeline.vae: config.decode_dtype}
     for module, dtype in dtypes.items():

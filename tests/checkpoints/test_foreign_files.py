@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from moh_dit import load_pipeline, load_pretrained
 from moh_dit.autoencoder import load_autoencoder
+from moh_dit.checkpoints.infer_config import LABEL_TABLE
 from moh_dit.checkpoints.opening import open_checkpoint
 from moh_dit.checkpoints.runs import WEIGHTS
 from moh_dit.common.errors import UserError
@@ -101,6 +102,26 @@ def test_learned_positions_of_another_size_are_refused(model, tmp_path):
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"pos_embed is \(1, 16, 32\), expected \(1, 64, 32\)"):
         load_pretrained(tmp_path / "a.pt", sample_size=16, **HEADS)
+
+
+# ------------------------------------------------------------------------------- the null class
+
+
+def test_a_table_without_a_null_class_opens_with_all_its_classes(model, tmp_path, capsys):
+    state = model.state_dict()
+    state[LABEL_TABLE] = state[LABEL_TABLE][:-1].clone()
+    torch.save(state, tmp_path / "a.pt")
+    opened = load_pretrained(tmp_path / "a.pt", num_classes=5, **HEADS)
+    assert opened.config.num_classes == 5
+    assert torch.equal(opened.state_dict()[LABEL_TABLE][:5], state[LABEL_TABLE])
+    assert "none for the null class" in capsys.readouterr().out
+    assert load_pretrained(tmp_path / "a.pt", **HEADS).config.num_classes == 4
+
+
+def test_a_table_of_1000_rows_has_1000_classes(tmp_path):
+    state = randomized(SMALL | dict(num_classes=999)).state_dict()
+    torch.save(state, tmp_path / "a.pt")
+    assert load_pretrained(tmp_path / "a.pt", **HEADS).config.num_classes == 1000
 
 
 # ----------------------------------------------------------------------------- records of .pt

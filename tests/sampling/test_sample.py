@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -46,6 +47,15 @@ def command(monkeypatch, run, output, *arguments):
     options = ["--checkpoint", str(run), "--num_inference_steps", "3", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["sample_dit.py", *options, *map(str, arguments)])
     sample_dit.main()
+
+
+def test_guidance_without_a_trained_null_class_is_a_warning(run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("label_dropout: 0.0\n")
+    for scale, count in ((1.0, 0), (2.0, 1)):
+        output = tmp_path / f"{scale}.png"
+        command(monkeypatch, tmp_path / "run", output, "--guidance_scale", scale)
+        assert capsys.readouterr().err.count("null class was never trained") == count
 
 
 def test_the_settings_alone_reproduce_the_sheet(run, tmp_path, monkeypatch):
