@@ -90,6 +90,13 @@ COMMANDS = {
         "downloads nothing.",
         "--config imagenet256_moh_dit_xl2_75 --num_gpus 8 --mfu 0.42",
     ),
+    "watch": Command(
+        "analysis.config:WatchConfig",
+        "analysis.watch:watch",
+        "Follow a run from a terminal: step, loss, images/s, time left, and what it is doing.",
+        "runs/digits",
+        "run",
+    ),
     "report": Command(
         "analysis.config:ReportConfig",
         "analysis.report:write_report",

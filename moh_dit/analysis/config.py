@@ -177,3 +177,22 @@ class ReconstructionConfig:
             check_reconstruction_metrics(self.metrics.split(","))
         except EvaluationError as error:
             raise UserError(str(error)) from None
+
+
+@dataclass
+class WatchConfig:
+    """The run to follow"""
+
+    run: str
+    """Run folder."""
+    interval: float = 2.0
+    """Seconds between two looks at the folder."""
+    once: bool = False
+    """Print one line and end."""
+
+    def check_paths(self) -> None:
+        """Raise ``UserError`` for a run that does not exist."""
+        if self.interval <= 0:
+            raise UserError(f"interval is {self.interval}; it must be above 0")
+        if not Path(self.run).is_dir():
+            raise UserError(f"run {self.run} does not exist, or is not a folder")

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.outputs import Output
+from ..checkpoints.set_results import SetResult
 from ..sampling.output_formats import encode_image
 from .report_charts import COLORS, Series, line_chart, surface_chart
 from .run_reader import Run
-from .set_results import SetResult
 
 MAX_PNG_BYTES = 150_000  # larger pictures are stored as WebP
 MAX_ANIMATION_BYTES = 3_000_000  # larger animations are left out

@@ -8,13 +8,13 @@ from typing import Any
 
 from ..checkpoints.outputs import Output, read_outputs
 from ..checkpoints.runs import checkpoint_name, checkpoint_step, list_checkpoints
+from ..checkpoints.set_results import SetResult, find_results
 from ..common.cli import load_config
 from ..common.config_files import read_yaml
 from ..common.errors import UserError
 from ..sampling.set_shards import flatten_dict
 from ..training.config import TrainConfig, flatten
 from ..training.run_log import read_lines
-from .set_results import SetResult, find_results
 
 RUN_CONTENTS = ("config.yaml", "log.jsonl", "environment.jsonl", "samples", "evaluations",
                 "checkpoints")  # fmt: skip

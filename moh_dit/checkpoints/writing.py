@@ -24,6 +24,7 @@ from ..pipeline.bundled_code import write_code
 from ..pipeline.pipeline import MoHDiTPipeline
 from .config import ConvertConfig
 from .opening import OpenedCheckpoint, load_vae_and_scheduler
+from .run_details import run_details
 from .runs import WEIGHTS
 from .state_dict_names import to_diffusers, to_diffusers_config
 from .weight_files import write_safetensors, write_torch
@@ -51,9 +52,10 @@ def plan_pipeline(opened: OpenedCheckpoint, settings: ConvertConfig) -> Write:
     pipeline = MoHDiTPipeline(
         _empty_model(opened), vae, scheduler, class_names=opened.class_names()
     )
-    details = model_card.run_details(source) if source else model_card.CardDetails()
     license = settings.license or (model_card.card_license(source) if source else None)
-    details.license = license or details.license
+    details = run_details(source, license)
+    if license is None:
+        print("note: the model card states no licence; give one, such as --license apache-2.0")
     if not Path(settings.source).exists():  # the source is a hub id
         details.base_model = "/".join(settings.source.split("/")[:2])
 

@@ -4,7 +4,6 @@ The card is ``README.md``: YAML front matter for the hub, the recipe and the met
 a grid of samples.
 """
 
-import json
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -62,26 +61,6 @@ class CardDetails:
     base_model: str | None = None
 
 
-def run_details(run: Path) -> CardDetails:
-    """Return the configuration, the newest metrics and the newest sample grid of a run folder."""
-    details = CardDetails()
-    if (run / "config.yaml").is_file():
-        details.recipe = (run / "config.yaml").read_text()
-    if evaluations := sorted((run / "evaluations").glob("step-*.json")):
-        result = json.loads(evaluations[-1].read_text())
-        details.metrics = result["metrics"]
-        samples, extractors = result.get("samples", {}), result.get("extractors", {})
-        details.conditions = f"After {result['step']:,} steps"
-        if count := samples.get("count"):
-            details.conditions += f", on {count:,} samples"
-        if extractors:
-            details.conditions += f", features of {', '.join(extractors)}"
-        details.conditions += "; guidance and sampling steps under `evaluation` in the recipe."
-    if grids := sorted((run / "samples").glob("step-*.png")):
-        details.grid = grids[-1]
-    return details
-
-
 def write_card(folder: Path, config: dict[str, Any], details: CardDetails) -> None:
     """Write ``README.md``, and the sample grid if there is one, into a pipeline folder."""
     description = describe_architecture(config)
@@ -116,7 +95,7 @@ def write_card(folder: Path, config: dict[str, Any], details: CardDetails) -> No
         parts.append(f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}\n\n{details.conditions}")
     if details.recipe is not None:
         parts.append(f"## Recipe\n\n```yaml\n{details.recipe.strip()}\n```")
-    unknown = "The licence of these weights is not stated; ask the people who trained them."
+    unknown = "The licence of these weights was not stated when this folder was written."
     stated = f"The weights: {details.license}." if details.license != "unknown" else unknown
     parts.append(f"## Licence\n\n{stated} The code of moh-dit: apache-2.0.")
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -94,7 +94,7 @@ class RunProgress:
 
         def show() -> None:
             while not ended.wait(1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES):
-                self.bar.set_description(f"{activity} for {time.monotonic() - start:.0f} s")
+                self.bar.set_description_str(f"{activity} for {time.monotonic() - start:.0f} s")
 
         thread = threading.Thread(target=show, name="activity", daemon=True)
         thread.start()
@@ -103,7 +103,7 @@ class RunProgress:
         finally:
             ended.set()
             thread.join()
-            self.bar.set_description(TRAINING, refresh=False)
+            self.bar.set_description_str(TRAINING, refresh=False)
         self._write_status(TRAINING)
 
     def _write_status(self, activity: str) -> None:

@@ -20,8 +20,9 @@ import moh_dit
 from moh_dit import MoHDiTPipeline, load_pipeline, load_pretrained
 from moh_dit.__main__ import run_command
 from moh_dit.checkpoints.opening import open_checkpoint
+from moh_dit.checkpoints.run_details import run_details
 from moh_dit.diffusion.objectives import FlowObjective
-from moh_dit.pipeline.model_card import card_license, run_details
+from moh_dit.pipeline.model_card import card_license
 
 HEADS = ("--model.num_heads", "4")
 
@@ -355,6 +356,26 @@ def test_a_run_without_evaluations_has_a_card_without_metrics(run_folder):
     details = run_details(run_folder)
     assert details.metrics == {}
     assert details.recipe == "num_steps: 10\nbatch_size: 4\n"
+
+
+def test_the_card_has_the_metrics_of_the_newest_measured_set(run_folder):
+    record = dict(time="", kind="set", path="samples.npz", step=10)
+    settings = dict(guidance_scale=2.0, num_inference_steps=50, seed=1)
+    record_text = json.dumps(record | dict(settings=settings))
+    grid = json.dumps(record | dict(kind="grid", path="grid.png", settings=settings))
+    (run_folder / "outputs.jsonl").write_text(f"{record_text}\n{grid}\n")
+    for name in ("samples.npz", "grid.png"):
+        (run_folder / name).write_bytes(b"")
+    result = dict(name="samples.npz", metrics={"fd_digits": 3.5}, samples={"count": 70})
+    document = dict(sets=[result], reference={"name": "train.npz"}, extractors={"digits": {}})
+    (run_folder / "metrics.json").write_text(json.dumps(document))
+    details = run_details(run_folder, "mit")
+    assert (details.metrics, details.license) == ({"fd_digits": 3.5}, "mit")
+    assert details.grid == run_folder / "grid.png"
+    assert details.conditions == (
+        "After 10 steps, on 70 samples (guidance 2.0, 50 steps, seed 1) against train.npz; "
+        "features of digits."
+    )
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ SMALL = dict(
     keep_checkpoints=0, num_inference_steps=2, num_samples=8, images_per_class=1, frames=2,
     interpolate=2, fid_every=1, sample_every=2, num_held_out=4, num_workers=0, image_size=32,
     compile=False, cuda_graphs=False, mixed_precision="no", dtype="float32",
-    decode_dtype="float32", feature_extractor="digits",
+    decode_dtype="float32", feature_extractor="digits", once=True,
     block_out_channels=[32, 32], norm_num_groups=8, trackers=[], lr_warmup_steps=1,
 )  # fmt: skip
 TINY_MODEL = dict(
