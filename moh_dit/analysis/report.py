@@ -205,7 +205,11 @@ def pause_texts(runs: list[Run]) -> list[str]:
     for run in runs:
         found, resumed = pauses(run), len(restarts(run))
         total = sum(seconds for _, seconds in found)
-        parts = [f"{len(found)} pauses, {total:,.0f} s in total"] if found else []
+        parts = (
+            [f"{len(found)} {'pause' if len(found) == 1 else 'pauses'}, {total:,.0f} s"]
+            if found
+            else []
+        )
         parts += [f"resumed {resumed} {'time' if resumed == 1 else 'times'}"] if resumed else []
         if parts:
             texts.append(f"{run.name}: {', '.join(parts)}")

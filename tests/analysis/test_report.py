@@ -187,7 +187,7 @@ def test_pauses_restarts_and_held_out_loss_are_shown(tmp_path):
     with (run / "environment.jsonl").open("a") as starts:
         starts.write(json.dumps({"start_step": 20}) + "\n")
     text = " ".join(Page(render_report([run])).text)
-    assert "a: 1 pauses, 7 s in total, resumed 1 time" in text
+    assert "a: 1 pause, 7 s, resumed 1 time" in text
     assert "dashed on held-out images" in text
     only = make_run(tmp_path / "b", steps=1)
     (only / "samples" / "step-00000020.png").unlink()
