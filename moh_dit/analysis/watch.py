@@ -16,12 +16,18 @@ QUIET_SECONDS = 120  # without a new entry or activity, the line says how old th
 
 
 def watch(config: WatchConfig) -> None:
-    """Print the state of a run until it ends: one line that is renewed, or a line per change."""
+    """Print the state of a run until it ends: one line that is renewed, or a line per change.
+
+    Without ``status.json`` it is unknown whether the run continues, so one line is printed.
+    """
     config.check_paths()
     run, live, printed = Path(config.run), sys.stdout.isatty(), ""
     while True:
         log, status = read_log(run / LOG_FILE), read_status(run)
         text = describe(log, status, time.time() if live or config.once else None)
+        if not status:
+            print(f"{text} ({run / STATUS_FILE} is missing or damaged, so it cannot be followed)")
+            return
         if live:
             print(f"\r\x1b[2K{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
         elif text != printed:
@@ -53,7 +59,7 @@ def describe(log: list[dict[str, Any]], status: dict[str, Any], now: float | Non
     """
     entries = [entry for entry in log if "images_per_second" in entry]
     if not entries and not status:
-        return "waiting for the first log entry"
+        return "no log entries"
     last = entries[-1] if entries else {}
     step = max(last.get("step", 0), status.get("step", 0))
     planned = status.get("num_steps")

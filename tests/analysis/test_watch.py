@@ -23,7 +23,7 @@ def test_a_line_has_the_values_of_the_run():
     assert describe(log, STATUS, START + 600).endswith("training, last entry 10 min ago")
     saving = STATUS | dict(activity="saving")
     assert describe(log, saving, START + 30).endswith("saving for 30 s")
-    assert describe([], {}, START) == "waiting for the first log entry"
+    assert describe([], {}, START) == "no log entries"
     assert describe([], STATUS, None) == "step 22 of 40 (55%), training"
 
 
@@ -35,7 +35,9 @@ def test_it_ends_with_the_run(tmp_path, capsys):
     assert line.startswith("step 40 of 40 (100%), loss 0.5000")
     assert line.endswith("finished")
     (tmp_path / "status.json").write_text("[")
-    watch(WatchConfig(run=str(tmp_path), once=True))
-    assert capsys.readouterr().out.startswith("step 20, loss 0.5000")
+    watch(WatchConfig(run=str(tmp_path)))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("step 20, loss 0.5000")
+    assert line.endswith("status.json is missing or damaged, so it cannot be followed)")
     with pytest.raises(UserError, match="does not exist"):
         watch(WatchConfig(run=str(tmp_path / "none")))
