@@ -78,6 +78,11 @@ class GraphedStep:
         self._inputs: list[MicroBatch] = []
         self._prepared = False
 
+    @property
+    def will_capture(self) -> bool:
+        """Whether the next :meth:`prepare` captures the step."""
+        return self.reason is None and self._replay is None
+
     def prepare(self, micro_batches: list[MicroBatch]) -> str | None:
         """Capture the step unless it is captured; return a line about it the first time.
 
@@ -89,7 +94,7 @@ class GraphedStep:
                 exchanges gradients, which a failed capture interrupts.
         """
         began, first = time.perf_counter(), not self._prepared
-        if self.reason is None and self._replay is None:
+        if self.will_capture:
             self._inputs = [clone_micro_batch(micro_batch) for micro_batch in micro_batches]
             self.reason = self._warm_up_and_capture(first)
         self._prepared = True

@@ -40,13 +40,13 @@ class RunProgress:
     def __init__(self, accelerator: Accelerator, run_dir: Path, step: int, num_steps: int):
         self.accelerator, self.run_dir = accelerator, run_dir
         self.step, self.num_steps = step, num_steps
-        self.enabled = accelerator.is_main_process
+        self.enabled, self.activity = accelerator.is_main_process, TRAINING
         self.bar = progress_bar(
             num_steps, desc=TRAINING, unit="step", initial=step, enabled=self.enabled
         )
         if self.enabled:
             self.run_log = RunLog(run_dir / LOG_FILE, step)
-            self._write_status(TRAINING)
+            self._write_status()
 
     def __enter__(self) -> "RunProgress":
         return self
@@ -58,7 +58,8 @@ class RunProgress:
             ended = finished if self.step == self.num_steps else stopped
             # A failed write must not replace the error that ended the block.
             with suppress(OSError) if failed else nullcontext():
-                self._write_status(failure if failed else ended)
+                self.activity = failure if failed else ended
+                self._write_status()
 
     def update(self) -> None:
         """Count one step."""
@@ -84,17 +85,20 @@ class RunProgress:
     def doing(self, activity: str) -> Iterator[None]:
         """Show an activity such as ``"saving"`` and its duration while the block runs.
 
-        The progress bar shows the duration every second, a log file every 15 seconds.
+        The progress bar shows the duration every second, a log file every 15 seconds. After the
+        block, the activity around it continues.
         """
         if not self.enabled:
             yield
             return
-        self._write_status(activity)
+        outer, self.activity = self.activity, activity
+        self._write_status()
         start, ended = time.monotonic(), threading.Event()
 
         def show() -> None:
             while not ended.wait(1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES):
-                self.bar.set_description_str(f"{activity} for {time.monotonic() - start:.0f} s")
+                if self.activity == activity:  # otherwise a block inside this one is running
+                    self.bar.set_description_str(f"{activity} for {time.monotonic() - start:.0f} s")
 
         thread = threading.Thread(target=show, name="activity", daemon=True)
         thread.start()
@@ -103,16 +107,42 @@ class RunProgress:
         finally:
             ended.set()
             thread.join()
-            self.bar.set_description_str(TRAINING, refresh=False)
-        self._write_status(TRAINING)
+            self.activity = outer
+            self.bar.set_description_str(outer, refresh=False)
+        self._write_status()
 
-    def _write_status(self, activity: str) -> None:
-        status = {
-            "activity": activity,
-            "since": datetime.now(UTC).isoformat(timespec="seconds"),
-            "step": self.step,
-            "num_steps": self.num_steps,
-            "host": platform.node(),
-            "pid": os.getpid(),
-        }
-        atomic_write(self.run_dir / STATUS_FILE, json.dumps(status).encode())
+    def _write_status(self) -> None:
+        write_status(self.run_dir, self.activity, self.step, self.num_steps)
+
+
+def write_status(run_dir: Path, activity: str, step: int, num_steps: int) -> None:
+    """Write ``status.json``: the activity of a run, its start, the steps and the process."""
+    status = {
+        "activity": activity,
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "num_steps": num_steps,
+        "host": platform.node(),
+        "pid": os.getpid(),
+    }
+    atomic_write(run_dir / STATUS_FILE, json.dumps(status).encode())
+
+
+@contextmanager
+def doing_before_training(
+    accelerator: Accelerator, run_dir: Path, activity: str, step: int, num_steps: int
+) -> Iterator[None]:
+    """Name an activity in ``status.json`` before the run has a :class:`RunProgress`.
+
+    A failure removes the file: it would make an empty run folder need ``--resume``. Runs that have
+    all their steps keep their file.
+    """
+    if not accelerator.is_main_process or step >= num_steps:
+        yield
+        return
+    write_status(run_dir, activity, step, num_steps)
+    try:
+        yield
+    except BaseException:
+        (run_dir / STATUS_FILE).unlink(missing_ok=True)
+        raise

@@ -24,7 +24,7 @@ from .evaluation import DueOutputs, SampleEvaluator
 from .graphed_step import GraphedStep, reason_without_graph
 from .nonfinite import NonFiniteGuard, first_nonfinite_module
 from .preemption import PREEMPTED, Interrupted, Preemption
-from .progress import RunProgress
+from .progress import RunProgress, doing_before_training
 from .run_folder import (
     CONFIG_FILE,
     check_resumable,
@@ -109,7 +109,9 @@ class Trainer:
             config, self.accelerator, pipeline, self.objective, self.data, self.preemption
         )
         self.start_up.begin("data")
-        self.evaluator.encode(self.run_dir)
+        steps = self.start_step, config.num_steps
+        with doing_before_training(self.accelerator, self.run_dir, "encoding images", *steps):
+            self.evaluator.encode(self.run_dir)
 
     def _prepare(self) -> None:
         config, accelerator = self.config, self.accelerator
@@ -304,12 +306,14 @@ class Trainer:
         micro_batches = [
             (*batch, random.rows(self.partition.rows(number))) for number, batch in enumerate(data)
         ]
-        with self.statistics.exclude_time():
-            if line := self.graphed_step.prepare(micro_batches):
+        graph = self.graphed_step
+        doing = self.progress.doing("capturing the step") if graph.will_capture else nullcontext()
+        with self.statistics.exclude_time(), doing:
+            if line := graph.prepare(micro_batches):
                 self.accelerator.print(line)
         rate = config.optimizer.learning_rate * self.lr_factor(step - 1)
         self.training_step.set_step(step, rate)
-        output = self.graphed_step(micro_batches)
+        output = graph(micro_batches)
         self._check_finite()  # the previous step; this step is already queued
         self.guard.record(step, output.nonfinite, output.parameter_norms, output.terms)
         self._last_micro_batches = micro_batches

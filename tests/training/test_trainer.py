@@ -27,6 +27,7 @@ from moh_dit.training.progress import RunProgress
 from moh_dit.training.run_log import progress_postfix, read_log
 from moh_dit.training.setup import learning_rate_factor, weight_decay_groups
 from moh_dit.training.trainer import Trainer
+from moh_dit.training.training_data import TrainingData
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -313,12 +314,35 @@ def test_the_status_names_the_activity(tmp_path):
     with progress:
         with progress.doing("saving"):
             assert activity() == "saving"
+            with progress.doing("capturing"):
+                assert activity() == "capturing"
+            assert activity() == "saving"
         assert activity() == "training"
         progress.update()
     assert activity() == "finished"
     with pytest.raises(ValueError, match="broken"), RunProgress(Accelerator(), tmp_path, 4, 5):
         raise ValueError("broken")
     assert activity() == "failed"
+
+
+def test_the_status_before_training(tmp_path, monkeypatch):
+    status, seen = tmp_path / "run" / "status.json", []
+    encode = TrainingData.encode
+
+    def observed(data, run_dir):
+        seen.append(json.loads(status.read_text()))
+        encode(data, run_dir)
+
+    def failing(data, run_dir):
+        raise UserError("broken")
+
+    monkeypatch.setattr(TrainingData, "encode", failing)
+    with pytest.raises(UserError, match="broken"):
+        Trainer(tiny_config(tmp_path / "run", num_steps=1))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(TrainingData, "encode", observed)
+    Trainer(tiny_config(tmp_path / "run", num_steps=1)).train()
+    assert (seen[0]["activity"], seen[0]["step"]) == ("encoding images", 0)
 
 
 def test_unused_routed_heads_are_reported(tmp_path, capsys):
