@@ -3,6 +3,7 @@
 import base64
 import io
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,6 @@ class Picture:
         uri: content, for ``src``.
         width, height: size in pixels.
         caption: what the picture shows.
-        run: index of the run in the report.
-        seed: seed of the noise.
     """
 
     step: int
@@ -54,8 +53,6 @@ class Picture:
     width: int
     height: int
     caption: str = ""
-    run: int = 0
-    seed: int = 0
 
 
 def embed_grids(run: Run, max_grids: int) -> list[Picture]:
@@ -69,33 +66,42 @@ def embed_grids(run: Run, max_grids: int) -> list[Picture]:
     return [picture for picture in found if picture is not None]
 
 
-def embed_outputs(runs: list[Run], limit: int) -> list[Picture]:
+def embed_outputs(runs: list[Run], limit: int) -> list[tuple[str, tuple[Picture | None, ...]]]:
     """Return pictures that were made from the runs: at most the newest ``limit`` of each run.
 
-    Pictures of the same kind and seed follow each other, so that runs can be compared.
+    Returns:
+        Rows of ``(caption, pictures)`` in order of kind and seed. A row has the pictures of all
+        runs with the same settings, ``None`` for a run without one. Later steps have later rows.
     """
-    pictures = []
+    rows: dict[tuple[Any, ...], list[list[Picture]]] = {}
     for index, run in enumerate(runs):
         outputs = [output for output in run.outputs if output.path.suffix in (".png", *ANIMATIONS)]
         if len(outputs) > limit:
             run.notes.append(f"{len(outputs) - limit} of {len(outputs)} pictures are left out")
-        for output in outputs[-limit:]:
+        for output in sorted(outputs[-limit:], key=lambda output: output.step):
             if picture := _embed(run, output.path, output.step):
-                picture.caption, picture.run = describe(output), index
-                picture.seed = output.settings.get("seed") or 0
-                pictures.append((output.kind, picture))
-    ordered = sorted(pictures, key=lambda pair: (pair[0], pair[1].seed, pair[1].caption))
-    return [picture for _, picture in ordered]
+                picture.caption = describe(output)
+                key = output.kind, output.settings.get("seed") or 0, ", ".join(_settings(output))
+                rows.setdefault(key, [[] for _ in runs])[index].append(picture)
+    return [
+        (f"{kind}, {settings}", pictures)
+        for (kind, _, settings), columns in sorted(rows.items(), key=lambda row: row[0])
+        for pictures in zip_longest(*columns)
+    ]
 
 
 def describe(output: Output) -> str:
     """Return the caption of an output: its kind, checkpoint and settings."""
+    return ", ".join([f"{output.kind} after step {output.step:,}", *_settings(output)])
+
+
+def _settings(output: Output) -> list[str]:
     values = {key: output.settings.get(key) for key in CAPTION}
     values = {k: v for k, v in values.items() if v is not None and v != DEFAULTS.get(k)}
     texts = [CAPTION[key].format(_short(value)) for key, value in values.items()]
     if blend := output.settings.get("interpolate"):
         texts.insert(0, f"{blend} images")
-    return ", ".join([f"{output.kind} after step {output.step:,}", *texts])
+    return texts
 
 
 def set_rows(runs: list[Run]) -> list[dict[str, Any]]:
@@ -109,9 +115,7 @@ def set_rows(runs: list[Run]) -> list[dict[str, Any]]:
             *((output, None) for output in unmeasured),
         ]
         for output, result in pairs:
-            name = result.name if result else ""
-            if output and not result:
-                name = _relative(output.path, run.folder)
+            name = _relative(output.path, run.folder) if output else result.name if result else ""
             count = output.settings.get("num_samples") if output else None
             rows.append(
                 {

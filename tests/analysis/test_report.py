@@ -139,7 +139,7 @@ def test_outputs_and_their_metrics_are_shown(tmp_path):
     text = " ".join(page.text)
     assert "grid after step 40, guidance 1.5, 250 steps, seed 5" in text
     assert [i["alt"] for i in page.all("img")][-1].startswith("grid after step 40, guidance 1.5")
-    assert "a/one.npz after step 40, guidance 1.5" in text
+    assert "one.npz after step 40, guidance 1.5" in text
     assert "two.npz after step 40, guidance 2.0" in text
     assert "12.5" in text
     assert "Note: too few" in text
@@ -216,6 +216,20 @@ def test_runs_side_by_side_show_where_they_differ(tmp_path):
     ]  # fmt: skip
     page = Page(render_report(folders))
     assert len([div for div in page.all("figure") if "data-run" in div]) == 2
+
+
+def test_pictures_of_equal_settings_stand_side_by_side(tmp_path):
+    folders = [make_run(tmp_path / name) for name in "ab"]
+    for folder, seeds in zip(folders, [(1, 0), (0, 2)], strict=True):
+        (folder / "checkpoints" / "step-00000040" / "transformer").mkdir()
+        for seed in seeds:
+            record(folder, f"{seed}.png", "grid", seed=seed)
+    page = Page(render_report(folders))
+    rows = [text for text in page.text if text.startswith("grid, ")]
+    assert [row[-6:] for row in rows] == ["seed 0", "seed 1", "seed 2"]
+    cells = page.text[page.text.index(rows[0]) : page.text.index(rows[2]) + 3]
+    a, b = "a, step 40", "b, step 40"
+    assert cells == [rows[0], a, b, rows[1], a, "b: none", rows[2], "a: none", b]
 
 
 def test_a_single_run_is_compared_with_the_defaults(tmp_path):
