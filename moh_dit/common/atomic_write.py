@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 from fid_eval.atomic_write import atomic_path, remove, remove_leftovers, sync, temporary_path
 
 from .errors import UserError
-from .manifest import write_manifest
+from .manifest import MANIFEST, write_manifest
 
 
 def atomic_write(path: Path, content: bytes | memoryview) -> None:
@@ -40,9 +41,14 @@ def atomic_output(output: Path, advice: str = "", *, manifest: bool = False) -> 
         output.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output.parent)
         yield temporary
+        with ThreadPoolExecutor(1) as pool:  # compute the checksums while the disk writes
+            synced = pool.submit(sync_tree, temporary)
+            if manifest:
+                write_manifest(temporary)
+            synced.result()
         if manifest:
-            write_manifest(temporary)
-        sync_tree(temporary)
+            sync(temporary / MANIFEST)
+            sync(temporary)
         publish(temporary, output)
         sync(output.parent)
     except (OSError, SafetensorError) as error:
