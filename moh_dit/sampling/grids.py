@@ -17,6 +17,7 @@ from .lettering import Lettering
 SMALLEST_CELL = 64  # pixels; smaller images are enlarged by an integer factor
 GAP = 2
 MAX_PIXELS = 89_000_000  # Pillow warns when it opens a larger picture
+PAGE_SHARE = 0.8
 ROWS_PER_BLOCK = 20  # sheets with more rows are divided into blocks side by side
 ASPECT = 4 / 3  # approximate width / height of a sheet of several blocks
 BACKGROUND, INK = "white", "black"
@@ -135,16 +136,32 @@ def class_name(pipeline: MoHDiTPipeline, label: int) -> str:
     return names[label] if names and label < len(names) else str(label)
 
 
+def split_pages(
+    pipeline: MoHDiTPipeline, class_labels: Sequence[int], columns: int
+) -> list[Sequence[int]]:
+    """Divide the rows of a grid larger than ``MAX_PIXELS`` into pages, each with at least one row.
+
+    The images of a page have at most ``PAGE_SHARE`` of ``MAX_PIXELS``; labels need the rest.
+    """
+    rows, pixels = len(class_labels), _row_pixels(pipeline, columns)
+    if rows * pixels > MAX_PIXELS:
+        rows = max(1, int(PAGE_SHARE * MAX_PIXELS / pixels))
+    return [class_labels[start : start + rows] for start in range(0, len(class_labels), rows)]
+
+
 def check_sheet_size(pipeline: MoHDiTPipeline, rows: int, columns: int) -> None:
     """Raise ``UserError`` if a sheet of so many images has more than ``MAX_PIXELS`` pixels."""
-    side = pipeline.transformer.config.sample_size * downsampling_factor(pipeline.vae)
-    cell = side * _zoom(side)
-    if (pixels := rows * columns * cell**2) > MAX_PIXELS:
+    if (pixels := rows * _row_pixels(pipeline, columns)) > MAX_PIXELS:
         raise UserError(
             f"{rows} rows of {columns} images would be {pixels / 1e6:,.0f} megapixels; "
             f"a picture has at most {MAX_PIXELS / 1e6:.0f}. Give fewer class_labels or columns, or "
             "give num_samples to write a set"
         )
+
+
+def _row_pixels(pipeline: MoHDiTPipeline, columns: int) -> int:
+    side = pipeline.transformer.config.sample_size * downsampling_factor(pipeline.vae)
+    return columns * (side * _zoom(side)) ** 2
 
 
 def _zoom(side: int) -> int:

@@ -2,13 +2,14 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
@@ -20,11 +21,12 @@ from ..checkpoints.runs import label_dropout, resolve_checkpoint
 from ..common.atomic_write import atomic_output
 from ..common.disk_space import require_disk_space
 from ..common.errors import UserError
+from ..common.paths import require_new_output
 from ..common.version import __version__
 from ..pipeline.forward_graphs import device_obstacle
 from ..pipeline.pipeline import MoHDiTPipeline
 from .config import SampleConfig
-from .grids import sample_animation, sample_grid, sample_strip
+from .grids import sample_animation, sample_grid, sample_strip, split_pages
 from .output_formats import ANIMATIONS, encode_sheet, save_animation, settings_path
 from .sample_set import image_bytes, sample_set, set_labels, weights_digest
 from .sweeps import Axis, parse_axis, sample_sweep
@@ -37,6 +39,7 @@ def sample(config: SampleConfig) -> None:
     config = replace(config, checkpoint=pin_checkpoint(config.checkpoint))
     if config.guidance_checkpoint is not None:
         config = replace(config, guidance_checkpoint=pin_checkpoint(config.guidance_checkpoint))
+    outputs, kind = [output], output_kind(config)
     state = start_processes(config.device)
     load = partial(load_for_sampling, config, state.device)
     pipeline = load(config.checkpoint, config.weights)
@@ -61,15 +64,39 @@ def sample(config: SampleConfig) -> None:
         options |= dict(resume=config.resume, settings_yaml=settings, state=state)
         sample_set(pipeline, config, output, classes, **options)
     elif state.is_main_process:
-        save = sample_picture(config, pipeline, load, labels, settings, options)
-        with atomic_output(output) as temporary:
-            save(temporary)
-            settings_path(output).write_text(settings)
+        per_class = config.images_per_class
+        pages = split_pages(pipeline, labels, per_class) if kind == "grid" else [labels]
+        outputs = page_paths(output, len(pages))
+        first = 0  # index of the first image of the page
+        for path, page in zip(outputs, pages, strict=True):
+            if kind == "grid":
+                options["indices"] = np.arange(len(page) * per_class) + first
+                first += len(page) * per_class
+            save = sample_picture(config, pipeline, load, page, settings, options)
+            with atomic_output(path) as temporary:
+                save(temporary)
+                settings_path(path).write_text(settings)
     if state.num_processes > 1:
         state.destroy_process_group()
     if state.is_main_process:
-        record_output(config.checkpoint, output_kind(config), output, config)
-        print(f"wrote {output}; its settings are in {settings_path(output).name}")
+        for path in outputs:
+            record_output(config.checkpoint, kind, path, config)
+            print(f"wrote {path}; its settings are in {settings_path(path).name}")
+
+
+def page_paths(output: Path, number: int) -> list[Path]:
+    """Return the paths of the pages of a grid: ``grid.png``, ``grid-2.png``, …
+
+    Raises:
+        UserError: a page other than the first, or its settings, exists.
+    """
+    further = [output.with_stem(f"{output.stem}-{page}") for page in range(2, number + 1)]
+    for path in further:
+        require_new_output(path)
+        require_new_output(settings_path(path))
+    if further:
+        print(f"the grid is too large for one picture, so it has {number} pages")
+    return [output, *further]
 
 
 def output_kind(config: SampleConfig) -> Kind:
@@ -100,7 +127,7 @@ def sample_picture(
     config: SampleConfig,
     pipeline: MoHDiTPipeline,
     load: Callable[[str, str], MoHDiTPipeline],
-    labels: list[int],
+    labels: Sequence[int],
     settings: str,
     options: dict[str, Any],
 ) -> Callable[[Path], object]:

@@ -217,6 +217,24 @@ def test_wrong_paths_are_found_without_torch():
     subprocess.run([sys.executable, "-c", CONFIGS_WITH_WRONG_PATHS], cwd=PROGRAM.parent, check=True)
 
 
+def test_a_large_grid_has_several_pages(run, tmp_path, monkeypatch, capsys):
+    arguments = ("--class_labels", "0,1,2,3,4", "--images_per_class", 2)
+    command(monkeypatch, run, tmp_path / "whole.png", *arguments)
+    monkeypatch.setattr("moh_dit.sampling.grids.MAX_PIXELS", 2.5 * 2 * 64**2)  # two rows
+    command(monkeypatch, run, tmp_path / "a.png", *arguments)
+    assert "it has 3 pages" in capsys.readouterr().out
+    names = ["whole.png", "a.png", "a-2.png", "a-3.png"]
+    assert all((tmp_path / f"{name}.yaml").exists() for name in names)
+    # Without labels, whose column may be narrower on a page.
+    whole, *pages = [np.asarray(Image.open(tmp_path / name))[:, -130:] for name in names]
+    assert np.array_equal(np.concatenate(pages), whole)
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "a.png.yaml").unlink()
+    with pytest.raises(SystemExit):
+        command(monkeypatch, run, tmp_path / "a.png", *arguments)
+    assert "a-2.png exists" in capsys.readouterr().err
+
+
 def test_nothing_is_written_over(run, tmp_path, monkeypatch, capsys):
     for name in ("x.png", "y.png.yaml"):
         (tmp_path / name).write_text("precious")
