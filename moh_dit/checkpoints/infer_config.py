@@ -32,6 +32,11 @@ def infer_config(state: State, overrides: dict[str, Any]) -> dict[str, Any]:
             differences.
     """
     found = _read_sizes(state)
+    if found["num_classes"] == 0 and "num_classes" not in overrides:
+        raise UserError(
+            "the label table has one row, which is taken for the null class; if it is a class, "
+            "give model.num_classes 1"
+        )
     shapes = _layer_shapes(state, found["depth"])
     given = {"num_heads", "num_shared_heads", "num_active_routed_heads"} & overrides.keys()
     if given:

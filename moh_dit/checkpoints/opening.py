@@ -80,7 +80,7 @@ class OpenedCheckpoint:
             check_sizes(self.state, config)
             fit_positions(self.state, config)
             if self.config is None or "num_classes" in overrides:
-                fit_null_class(self.state, config)
+                fit_null_class(self.state, config, is_given="num_classes" in overrides)
             with torch.device("meta"):
                 model = MoHDiTTransformer2DModel(**config)
             if difference := state_difference(model, self.state):

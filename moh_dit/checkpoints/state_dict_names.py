@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common.errors import UserError
 from ..model.architecture import full_config, head_plan
-from .infer_config import LABEL_TABLE, POSITIONS
+from .infer_config import IMAGENET_CLASSES, LABEL_TABLE, POSITIONS
 from .weight_files import State
 
 DIFFUSERS_POSITIONS = "pos_embed.pos_embed"
@@ -212,18 +212,26 @@ def fit_positions(state: State, config: dict[str, Any]) -> None:
         state[POSITIONS] = position_table(config).to(table.dtype)
 
 
-def fit_null_class(state: State, config: dict[str, Any]) -> None:
+def fit_null_class(state: State, config: dict[str, Any], *, is_given: bool) -> None:
     """Add a row for the null class to a label table that has none: the mean of all classes.
 
     Models that were trained without label dropout may lack this row. Guidance by it is meaningless,
-    which a printed line says.
+    which a printed line says. Another line says that the last row is only assumed to be this row.
 
     Args:
         state: a state dict under this project's names; changed in place.
         config: arguments of the model that the state is loaded into.
+        is_given: whether the number of classes was given, not inferred from the table.
     """
-    table = state.get(LABEL_TABLE)
-    if table is None or table.ndim != 2 or table.shape[0] != config["num_classes"]:
+    table, classes = state.get(LABEL_TABLE), config["num_classes"]
+    if table is None or table.ndim != 2:
+        return
+    if table.shape[0] != classes:
+        if not is_given and classes != IMAGENET_CLASSES:
+            print(
+                "note: the last row of the label table is taken for the null class; if it is a "
+                f"class, give model.num_classes {classes + 1}"
+            )
         return
     state[LABEL_TABLE] = torch.cat([table, table.mean(0, keepdim=True)])
     print(

@@ -116,6 +116,16 @@ def test_a_table_without_a_null_class_opens_with_all_its_classes(model, tmp_path
     assert torch.equal(opened.state_dict()[LABEL_TABLE][:5], state[LABEL_TABLE])
     assert "none for the null class" in capsys.readouterr().out
     assert load_pretrained(tmp_path / "a.pt", **HEADS).config.num_classes == 4
+    assert "if it is a class, give model.num_classes 5" in capsys.readouterr().out
+
+
+def test_one_row_for_one_class_needs_the_number_of_classes(model, tmp_path):
+    state = model.state_dict()
+    state[LABEL_TABLE] = state[LABEL_TABLE][:1].clone()
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"one row, .* give model\.num_classes 1"):
+        load_pretrained(tmp_path / "a.pt", **HEADS)
+    assert load_pretrained(tmp_path / "a.pt", num_classes=1, **HEADS).config.num_classes == 1
 
 
 def test_a_table_of_1000_rows_has_1000_classes(tmp_path):
