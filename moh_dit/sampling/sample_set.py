@@ -22,7 +22,14 @@ from torch import nn
 from fid_eval.progress import progress_bar
 
 from ..autoencoder import downsampling_factor
-from ..common.atomic_write import atomic_write, publish, remove, sync_tree
+from ..common.atomic_write import (
+    atomic_write,
+    publish,
+    remove,
+    remove_leftovers,
+    sync_tree,
+    temporary_path,
+)
 from ..common.disk_space import require_disk_space
 from ..common.distributed import own_folder, run_on_main_process
 from ..common.errors import UserError
@@ -109,6 +116,7 @@ def sample_set(
     def prepare() -> list[tuple[int, int]]:
         require_writable_output(output)  # an earlier owner may have finished it
         check_set_output(output, resume)
+        remove_leftovers(output.parent)
         # The images are stored twice while they are copied from the partial folder to the output.
         needed = (2 * len(labels) - count_images(partial)) * image_bytes(chosen)
         require_disk_space(output, needed + SPARE_BYTES, f"output {output}")
@@ -205,7 +213,8 @@ def join_shards(
         raise UserError(
             f"output {output} was created by another process; the finished set is {joined}"
         ) from None
-    remove(shards.folder)
+    # After an interruption, the rest of the folder is a leftover and not an unfinished set.
+    remove(shards.folder.rename(temporary_path(shards.folder)))
 
 
 class SetProgress:

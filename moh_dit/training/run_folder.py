@@ -10,7 +10,7 @@ from diffusers import SchedulerMixin
 
 from ..autoencoder import autoencoder_identity, load_autoencoder
 from ..checkpoints.runs import DATA_FILE
-from ..common.atomic_write import atomic_write
+from ..common.atomic_write import atomic_write, remove
 from ..common.cli import load_config, save_config
 from ..common.errors import UserError
 from ..common.manifest import MANIFEST, find_damage
@@ -131,6 +131,8 @@ def prepare_run_folder(
         raise UserError(f"run_dir {run} cannot be created: {error}") from None
     for folder in ("checkpoints", "snapshots"):
         remove_unfinished(run / folder)
+    for leftover in run.glob(".writing-*"):  # of version 0.1.0
+        remove(leftover)
     if (run / CONFIG_FILE).is_file():
         before = load_config(TrainConfig, run / CONFIG_FILE).trackers
         if dropped := [name for name in before if name not in config.trackers]:

@@ -185,6 +185,18 @@ def test_an_output_of_another_process_is_kept(tmp_path, monkeypatch, expected):
     assert (tmp_path / "s.npz.partial" / "joined").read_bytes() == expected
 
 
+def test_an_interrupted_removal_of_shards_leaves_no_unfinished_set(tmp_path, monkeypatch, expected):
+    def stop(path):
+        if path.name.endswith("s.npz.partial"):
+            raise Stop
+
+    monkeypatch.setattr(module, "remove", stop)
+    with pytest.raises(Stop):
+        make(tmp_path / "s.npz", labels=FEWER)
+    assert (tmp_path / "s.npz").read_bytes() == expected
+    assert not partial_folder(tmp_path / "s.npz").exists()
+
+
 def test_nothing_is_written_over(tmp_path):
     output = tmp_path / "s.npz"
     output.write_text("precious")
