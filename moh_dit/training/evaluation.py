@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +74,12 @@ class SampleEvaluator:
         self.settings = SamplingSettings(
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale
         )
+        if config.guidance_scale != 1 and run_config.label_dropout == 0:
+            accelerator.print(
+                "warning: with label_dropout 0 the null class is never trained, so the guidance of "
+                "evaluation.guidance_scale is meaningless; set it to 1",
+                file=sys.stderr,
+            )
         self.preemption = preemption
         self.pipeline, _ = use_settings(pipeline, self.settings)  # checks the settings
         self.held_out: HeldOutLoss | None = None

@@ -215,10 +215,12 @@ def test_half_written_and_half_deleted_checkpoints_are_removed(finished_run, tmp
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / "step-00000006").rename(checkpoints / ".deleting-step-00000006")
     (checkpoints / ".writing-step-00000015" / "state").mkdir(parents=True)
+    (tmp_path / "run" / ".writing-vae").mkdir()
     Trainer(tiny_config(tmp_path / "run", resume=True, num_steps=13, checkpoint_every=100)).train()
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         "step-00000009", "step-00000012", "step-00000013"
     ]  # fmt: skip
+    assert not (tmp_path / "run" / ".writing-vae").exists()
 
 
 def test_a_damaged_checkpoint_is_skipped(finished_run, tmp_path, capsys):
@@ -277,3 +279,9 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"No space left.*resume from .*step-00000003"):
         trainer.train()
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_guided_samples_without_label_dropout_are_warned_about(tmp_path, capsys):
+    for dropout, count in ((0.0, 1), (0.1, 0)):
+        Trainer(tiny_config(tmp_path / str(dropout), label_dropout=dropout))
+        assert capsys.readouterr().err.count("null class is never trained") == count
