@@ -327,7 +327,8 @@ class Trainer:
         """
         if (report := self.guard.describe_last_step()) is None:
             return
-        # The update was skipped, so the same forward pass can be repeated.
+        # No update has followed (on_nonfinite "stop"), or the update of one step ("skip"), so the
+        # forward pass can be repeated.
         module = first_nonfinite_module(
             self.raw_model,
             lambda: [self.training_step.predict(*batch) for batch in self._last_micro_batches],
