@@ -95,6 +95,7 @@ def test_adapters_and_hooks_run_without_graphs_or_are_an_error(fake_capture):
 
 
 def test_other_settings_need_another_graph(fake_capture):
+    torch.set_float32_matmul_precision("highest")  # training in the same process may change it
     pipeline = tiny_pipeline()
     sample(pipeline, "auto")
     pipeline.transformer.set_mlp_backend("reference")

@@ -189,7 +189,12 @@ def test_two_processes_compute_the_same_run_and_one_can_finish_it(finished_run, 
     store = tmp_path / "run" / "latents"
     written = {path.name: path.stat().st_mtime_ns for path in store.iterdir()}
     assert len(open_latents(store)) == 1797
-    assert sorted(written) == ["index.json", "labels.npy", "moments-00000-of-00001.npy"]
+    assert sorted(written) == [
+        "index.json",
+        "labels.npy",
+        "moments-00000-of-00001.npy",
+        "moments.crc32.npy",
+    ]
     second = run(tmp_path / "run", "--resume=true")
     assert second.returncode == 0, second.stderr
     assert {path.name: path.stat().st_mtime_ns for path in store.iterdir()} == written

@@ -127,9 +127,6 @@ def test_fine_tuning_loads_all_weights_but_the_label_table(finished_run, tmp_pat
 def bad_inputs(tmp_path):
     """Create bad inputs; return the folder that contains them."""
     (tmp_path / "empty").mkdir()
-    write_images(tmp_path / "hollow")
-    for file in (tmp_path / "hollow" / "c1").iterdir():
-        file.unlink()
     write_images(tmp_path / "torn")
     torn = tmp_path / "torn" / "c0" / "1.png"
     torn.write_bytes(torn.read_bytes()[:60])
@@ -143,8 +140,7 @@ def bad_inputs(tmp_path):
     [
         ("--data.source={}/missing", ["missing", "not exist"]),
         ("--data.autoencoder=digits --data.source={}/empty", ["empty"]),
-        ("--data.autoencoder=digits --data.source={}/hollow", ["hollow/c1", "no images"]),
-        ("--data.autoencoder=digits --data.source={}/torn", ["torn/c0/1.png"]),
+        ("--data.autoencoder=digits --data.source={}/torn", ["torn: c0/1.png"]),
         (
             "--data.autoencoder=digits --data.source={}/good --model.num_classes=2",
             ["3 classes", "num_classes is 2"],
@@ -210,9 +206,8 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(
     message = capsys.readouterr().err.strip().splitlines()
     assert message[-1].startswith("train_dit.py: error: ")
     # Besides the error there may be progress, and a line about the data.
-    assert not [
-        line for line in message[:-1] if not re.match(r"checking|.* images, .* class", line)
-    ]
+    allowed = re.compile(r"checking|encoding|.* images, .* class")
+    assert not [line for line in message[:-1] if not allowed.match(line)]
     for word in words:
         assert word in message[-1]
     assert sorted(p for p in (*bad_inputs.rglob("*"), *finished_run.rglob("*"))) == before
