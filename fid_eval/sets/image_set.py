@@ -40,7 +40,7 @@ class ImageSet:
     path: Path | None = None
     class_names: list[str] | None = None  # by label; None if labels are numbers without names
     in_folders: bool = False  # the labels number class folders
-    missing_labels: str | None = None  # why there are none, if labels were expected
+    missing_labels: str | None = None  # reason why expected labels are missing
     skipped: Skipped = field(default_factory=Skipped)
     notes: list[str] = field(default_factory=list)  # what the user should know about the set
     _hash: "Future[str | None] | None" = field(default=None, repr=False)

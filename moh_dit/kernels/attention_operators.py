@@ -30,7 +30,7 @@ KERNELS = {
 
 
 class Layout(NamedTuple):
-    """What the compiled variants of the kernels depend on.
+    """Properties of the inputs that select a compiled variant of the kernels.
 
     Attributes:
         device: number of the GPU, -1 for the CPU.

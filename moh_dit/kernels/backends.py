@@ -135,7 +135,7 @@ def compute_capability(x: Tensor) -> tuple[int, int] | None:
 
 @torch.compiler.assume_constant_result
 def capability_of(device: int) -> tuple[int, int] | None:
-    """Return the compute capability of GPU number ``device``, as :func:`compute_capability`."""
+    """Return the compute capability of a GPU; ``None`` without an NVIDIA GPU or Triton."""
     if torch.version.hip or not _triton_installed():
         return None
     return torch.cuda.get_device_capability(device)

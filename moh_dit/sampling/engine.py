@@ -150,7 +150,7 @@ def generate(
     def sample_batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         models, cached = (chosen.transformer, guidance_model), ExitStack()
         try:
-            with evaluation_mode(*models), torch.no_grad():  # a cache may measure the model
+            with evaluation_mode(*models), torch.no_grad():  # MagCache first measures the model
                 steps = settings.num_inference_steps
                 cached.enter_context(caching(chosen, step_cache(settings), guidance, steps))
             for start, stop in batches:

@@ -438,7 +438,7 @@ print(opened - before, peak - before, moments.nbytes * 160)
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     opened, peak, read = map(int, result.stdout.split())
-    assert read > 2.4 * StoredArray.RESIDENT_BYTES  # more was read than may stay resident
+    assert read > 2.4 * StoredArray.RESIDENT_BYTES  # more bytes were read than may stay resident
     assert opened < 64 * 2**20
     assert peak < 2 * StoredArray.RESIDENT_BYTES
 
